@@ -1,0 +1,19 @@
+"""Building blocks of the transformers."""
+
+from __future__ import annotations
+
+from .attention import MultiheadAttention
+from .deformable_attention import MSDeformAttn
+from .mlp import MLP, FeedForward
+from .norm import MaskedGroupNorm
+from .position_embedding import PositionEmbeddingSine, sine_embed_boxes
+
+__all__ = [
+    "MLP",
+    "FeedForward",
+    "MSDeformAttn",
+    "MaskedGroupNorm",
+    "MultiheadAttention",
+    "PositionEmbeddingSine",
+    "sine_embed_boxes",
+]

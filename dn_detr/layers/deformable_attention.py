@@ -1,0 +1,115 @@
+"""Multi-scale deformable attention.
+
+Zhu et al., "Deformable DETR", 2021, section 4.1 (https://arxiv.org/abs/2010.04159).
+Legend: B batch, S cells of all levels, H heads, Q queries, L levels, P points, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import ms_deform_attn
+
+
+class MSDeformAttn(nn.Module):
+    """Each query looks at P points of each level and head, at offsets that it predicts.
+
+    Args:
+        embed_dim: channels C of queries and values.
+        num_heads: H, a divisor of ``embed_dim``.
+        num_levels: L feature levels.
+        num_points: P sampling points per head and level.
+
+    Raises:
+        ValueError: ``embed_dim`` is not divisible by ``num_heads``.
+    """
+
+    def __init__(
+        self, embed_dim: int = 256, num_heads: int = 8, num_levels: int = 4, num_points: int = 4
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.num_levels = num_levels
+        self.num_points = num_points
+        samples = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(embed_dim, samples * 2)
+        self.attention_weights = nn.Linear(embed_dim, samples)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Head h looks into direction h; point p lies p + 1 cells away; all weights are equal."""
+        angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)  # (H, 2) on the unit square
+        distance = torch.arange(1, self.num_points + 1)
+        grid = direction[:, None, None, :] * distance[None, None, :, None]  # (H, 1, P, 2)
+        grid = grid.expand(-1, self.num_levels, -1, -1)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(grid.flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        memory: Tensor,
+        spatial_shapes: Tensor,
+        level_start_index: Tensor,
+        padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (B, Q, C) content plus position.
+            reference_points: (B, Q, L, 2) points (x, y), or (B, Q, L, 4) boxes (cx, cy, w, h), in
+                [0, 1] of each level's padded map. Offsets count cells from a point, and half
+                box sizes (divided by P) from a box's centre.
+            memory: (B, S, C) features of all levels.
+            spatial_shapes: (L, 2) int64 heights and widths.
+            level_start_index: (L,) int64.
+            padding_mask: (B, S) bool, True = padding: such cells read as zeros.
+
+        Returns:
+            (B, Q, C).
+
+        Raises:
+            ValueError: the reference points have neither 2 nor 4 coordinates.
+        """
+        value = self.value_proj(memory)
+        if padding_mask is not None:
+            value = value.masked_fill(padding_mask[..., None], 0.0)
+        levels_points = (self.num_levels, self.num_points)
+        weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
+        weights = weights.softmax(-1).unflatten(-1, levels_points)
+        offsets = self.sampling_offsets(query)
+        offsets = offsets.unflatten(-1, (self.num_heads, *levels_points, 2))  # (B, Q, H, L, P, 2)
+        locations = self._locations(reference_points[:, :, None, :, None], offsets, spatial_shapes)
+        out = ms_deform_attn(
+            value.unflatten(-1, (self.num_heads, -1)),
+            spatial_shapes,
+            level_start_index,
+            locations,
+            weights,
+        )
+        return self.output_proj(out)
+
+    def _locations(self, references: Tensor, offsets: Tensor, spatial_shapes: Tensor) -> Tensor:
+        """(B, Q, 1, L, 1, 2 or 4) references and (B, Q, H, L, P, 2) offsets -> locations."""
+        if references.shape[-1] == 2:
+            size_wh = spatial_shapes.flip(-1).to(offsets)[:, None]  # (L, 1, 2)
+            return references + offsets / size_wh
+        if references.shape[-1] == 4:
+            return references[..., :2] + offsets / self.num_points * references[..., 2:] * 0.5
+        raise ValueError(f"reference points have {references.shape[-1]} coordinates, not 2 or 4")

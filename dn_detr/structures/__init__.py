@@ -1,0 +1,28 @@
+"""What flows between the rooms: boxes, padded image batches, instances."""
+
+from __future__ import annotations
+
+from .boxes import (
+    box_area,
+    box_cxcywh_to_xyxy,
+    box_xyxy_to_cxcywh,
+    generalized_box_iou,
+    inverse_sigmoid,
+    pairwise_generalized_box_iou,
+)
+from .image_batch import downsample_mask, pad_images, valid_sizes
+from .instances import Boxes, Instances
+
+__all__ = [
+    "Boxes",
+    "Instances",
+    "box_area",
+    "box_cxcywh_to_xyxy",
+    "box_xyxy_to_cxcywh",
+    "downsample_mask",
+    "generalized_box_iou",
+    "inverse_sigmoid",
+    "pad_images",
+    "pairwise_generalized_box_iou",
+    "valid_sizes",
+]
