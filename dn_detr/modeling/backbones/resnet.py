@@ -1,0 +1,196 @@
+"""ResNet with frozen batch normalisation, from torchvision.
+
+He et al., "Deep Residual Learning for Image Recognition", 2016 (https://arxiv.org/abs/1512.03385),
+in torchvision's variant (stride on the 3x3 convolution). Differs from torchvision: the classifier
+is dropped, batch normalisation is a constant affine map, the first stages do not train, and
+padding is kept at zero.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import FrozenBatchNorm2d
+
+from ...structures import downsample_mask
+
+_STAGE_STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
+_logger = logging.getLogger(__name__)
+
+
+class ResNet(nn.Module):
+    """A torchvision ResNet that returns the feature maps of some of its stages.
+
+    Args:
+        name: torchvision's name: ``resnet18`` ... ``resnet152``.
+        out_features: stages to return, from ``layer1`` (stride 4) to ``layer4`` (stride 32).
+        frozen_stages: how many parts do not train: 0 none, 1 the stem, 2 the stem and layer1 (the
+            published recipe), and so on; 5 freezes everything.
+        dilation: layer4 with stride 16 and dilation 2 ("DC5").
+        weights: what ``load_pretrained`` loads: a file of torchvision's layout, or the name of
+            torchvision weights such as ``IMAGENET1K_V1``. None: nothing. Building the model
+            alone reads no file and needs no network.
+        batch_norm: ``frozen``, or ``trainable`` for training from scratch.
+        mask_padding: keep padded cells at zero through all layers, so that an image has the same
+            features alone and in any batch. False is the published behaviour: biases of the
+            normalisation leak from the padding into the image's border.
+
+    Raises:
+        ValueError: unknown name, stage or normalisation.
+    """
+
+    def __init__(
+        self,
+        name: str = "resnet50",
+        *,
+        out_features: Sequence[str] = ("layer2", "layer3", "layer4"),
+        frozen_stages: int = 2,
+        dilation: bool = False,
+        weights: str | None = None,
+        batch_norm: str = "frozen",
+        mask_padding: bool = True,
+    ) -> None:
+        super().__init__()
+        unknown = [stage for stage in out_features if stage not in _STAGE_STRIDES]
+        if unknown or not out_features:
+            raise ValueError(f"out_features {list(out_features)}: choose from layer1 ... layer4")
+        full = _build_torchvision_resnet(name, batch_norm, dilation)
+        self.body = IntermediateLayerGetter(full, {stage: stage for stage in out_features})
+        strides = {**_STAGE_STRIDES, "layer4": 16 if dilation else 32}
+        self.out_strides = [strides[stage] for stage in out_features]
+        self.out_channels = [_stage_channels(getattr(full, stage)) for stage in out_features]
+        self.name = name
+        self.weights = weights
+        self.mask_padding = mask_padding
+        self._freeze(frozen_stages)
+        self._keep: dict[tuple[int, int], Tensor] = {}  # what the hooks below see of the mask
+        for module in self.body.modules():
+            if isinstance(module, nn.MaxPool2d) or (
+                isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
+            ):
+                module.register_forward_pre_hook(self._zero_padding)
+
+    def forward(self, images: Tensor, mask: Tensor) -> list[Tensor]:
+        """Features of the chosen stages.
+
+        Args:
+            images: (B, 3, H, W) normalised.
+            mask: (B, H, W) bool, True = padding.
+
+        Returns:
+            One (B, C_i, ceil(H / stride_i), ceil(W / stride_i)) per stage, finest first, with
+            C_i in ``out_channels`` and stride_i in ``out_strides``.
+        """
+        if self.mask_padding:
+            for stride in (1, 2, 4, 8, 16, 32):
+                keep = (~downsample_mask(mask, stride))[:, None].to(images.dtype)
+                # Two strides share a key only for 1x1 maps, where every cell is valid.
+                self._keep[tuple(keep.shape[-2:])] = keep
+        try:
+            return list(self.body(images).values())
+        finally:
+            self._keep.clear()
+
+    def load_pretrained(self) -> bool:
+        """Load ``weights`` into the backbone, for training that starts from no checkpoint.
+
+        Weights given as a *name* come from torch's download cache or are downloaded; when that
+        fails, a loud warning is logged and the backbone keeps its random start, so that the model
+        still runs on a machine without network. A *file* that is missing or does not fit is an
+        error.
+
+        Returns:
+            Whether weights were loaded.
+
+        Raises:
+            ValueError: no such file or name, or weights of another architecture.
+        """
+        if self.weights is None:
+            return False
+        state = _read_weights(self.name, self.weights)
+        if state is None:
+            return False
+        _load_fitting(self.body, state, f"backbone weights {self.weights!r}")
+        return True
+
+    def _zero_padding(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        """Zero what a spatial filter is about to read from the padding."""
+        (x,) = inputs
+        keep = self._keep.get(tuple(x.shape[-2:]))
+        return None if keep is None else (x * keep.to(x.dtype),)
+
+    def _freeze(self, frozen_stages: int) -> None:
+        parts = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
+        for names in parts[:frozen_stages]:
+            for name in names:
+                if hasattr(self.body, name):
+                    getattr(self.body, name).requires_grad_(False)
+
+
+def _stage_channels(stage: nn.Module) -> int:
+    """Output channels of a stage: those of the last convolution of its last block."""
+    convolutions = [m for m in stage.modules() if isinstance(m, nn.Conv2d)]
+    return convolutions[-1].out_channels
+
+
+def _build_torchvision_resnet(name: str, batch_norm: str, dilation: bool) -> nn.Module:
+    norms = {"frozen": FrozenBatchNorm2d, "trainable": nn.BatchNorm2d}
+    if batch_norm not in norms:
+        raise ValueError(f"batch_norm {batch_norm!r}: choose from {sorted(norms)}")
+    known = torchvision.models.list_models(include=["resnet*", "resnext*", "wide_resnet*"])
+    if name not in known:
+        raise ValueError(f"{name!r} is not a torchvision ResNet: choose from {known}")
+    return torchvision.models.get_model(
+        name,
+        weights=None,
+        norm_layer=norms[batch_norm],
+        replace_stride_with_dilation=[False, False, dilation],
+    )
+
+
+def _read_weights(name: str, weights: str) -> dict[str, Tensor] | None:
+    """The tensors of a file or of torchvision's named weights; None if those are out of reach."""
+    known = torchvision.models.get_model_weights(name)
+    if weights not in known.__members__:
+        if not Path(weights).is_file():
+            raise ValueError(
+                f"backbone weights {weights!r}: no such file, and not one of torchvision's "
+                f"{sorted(known.__members__)} for {name}"
+            )
+        return torch.load(weights, map_location="cpu", weights_only=True)
+    try:
+        return known[weights].get_state_dict(progress=False, check_hash=True)
+    except OSError as error:  # no network, or a cache that cannot be written
+        cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(known[weights].url).name
+        _logger.warning(
+            "THE BACKBONE STARTS FROM RANDOM WEIGHTS: torchvision's %s weights of %s could not be "
+            "fetched (%s). For a real training put the file at %s, or name a file with "
+            "model.backbone.weights=FILE.",
+            weights,
+            name,
+            error,
+            cache,
+        )
+        return None
+
+
+def _load_fitting(body: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Load every tensor of ``body`` from ``state``, which may hold later stages and a classifier.
+
+    Counters of batch normalisation are neither wanted nor needed.
+    """
+    own = {k: v for k, v in body.state_dict().items() if not k.endswith("num_batches_tracked")}
+    missing = sorted(set(own) - set(state))
+    misshapen = sorted(k for k in set(own) & set(state) if state[k].shape != own[k].shape)
+    if missing or misshapen:
+        raise ValueError(
+            f"{what} do not fit the backbone: {len(missing)} tensors are missing {missing[:3]}, "
+            f"{len(misshapen)} have another shape {misshapen[:3]}"
+        )
+    body.load_state_dict({k: state[k] for k in own}, strict=False)

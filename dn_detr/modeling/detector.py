@@ -1,0 +1,230 @@
+"""The detector: parts composed by a config, called with detectron2's protocol.
+
+    images -> backbone -> neck -> transformer -> heads -> criterion or post-processing
+                                     ^
+              queries + noised ground truth (training)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..structures import Instances, box_xyxy_to_cxcywh, pad_images
+from .criterion import DetectionCriterion
+from .denoising import NoisedQueries, QueryDenoising
+from .heads import DetectionHeads
+from .matcher import Targets
+from .postprocess import PostProcess
+from .queries import AnchorQueries
+
+
+class Detector(nn.Module):
+    """A DETR-like detector. DN-DETR with ``denoising=None`` is DAB-DETR.
+
+    Args:
+        backbone: (images, mask) -> feature maps.
+        neck: (feature maps, mask) -> maps of one width, and their masks.
+        position_embedding: mask of a map -> its position embedding.
+        queries: content and anchors of the matching queries.
+        transformer: maps and queries -> states and references of every decoder layer.
+        heads: states and references -> logits and boxes.
+        criterion: loss of the matching queries.
+        postprocess: logits and boxes -> instances.
+        denoising: noised queries and their loss, or None.
+        num_classes: K; classes of the data are contiguous in [0, K).
+        num_queries: Q, as the queries have it.
+        pixel_mean: mean of R, G, B in [0, 255].
+        pixel_std: standard deviation of R, G, B.
+
+    Raises:
+        ValueError: the queries are not ``num_queries``.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        neck: nn.Module,
+        position_embedding: nn.Module,
+        queries: AnchorQueries,
+        transformer: nn.Module,
+        heads: DetectionHeads,
+        criterion: DetectionCriterion,
+        postprocess: PostProcess,
+        denoising: QueryDenoising | None = None,
+        *,
+        num_classes: int,
+        num_queries: int,
+        pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
+        pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
+    ) -> None:
+        super().__init__()
+        if queries.num_queries != num_queries:
+            raise ValueError(f"num_queries is {num_queries}, the queries are {queries.num_queries}")
+        self.backbone = backbone
+        self.neck = neck
+        self.position_embedding = position_embedding
+        self.queries = queries
+        self.transformer = transformer
+        self.heads = heads
+        self.criterion = criterion
+        self.postprocess = postprocess
+        self.denoising = denoising
+        self.num_classes = num_classes
+        self.num_queries = num_queries
+        for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+
+    def forward(
+        self, samples: Sequence[dict[str, Any]]
+    ) -> dict[str, Tensor] | list[dict[str, Instances]]:
+        """Losses in training, detections in evaluation.
+
+        Args:
+            samples: per image ``image`` (3, H, W) uint8 or float RGB in [0, 255]; ``height`` and
+                ``width`` of the original, by default those of ``image``; in training
+                ``instances`` with ``gt_boxes`` (XYXY pixels of ``image``) and ``gt_classes``, and
+                optionally ``seed``, of which the denoising noise is a function.
+
+        Returns:
+            In training a dict of scalars, already weighted. In evaluation one
+            ``{"instances": Instances}`` per image, see ``PostProcess``.
+
+        Raises:
+            ValueError: a sample without ground truth in training, or with classes or images that
+                do not fit the model.
+        """
+        images, mask = self.preprocess(samples)
+        if self.training:
+            targets = self.prepare_targets(samples)
+            seeds = [s["seed"] for s in samples] if all("seed" in s for s in samples) else None
+            return self.losses(images, mask, targets, seeds)
+        outputs = self.forward_tensors(images, mask)
+        sizes = [
+            (int(s.get("height", s["image"].shape[-2])), int(s.get("width", s["image"].shape[-1])))
+            for s in samples
+        ]
+        instances = self.postprocess(outputs["pred_logits"], outputs["pred_boxes"], sizes)
+        return [{"instances": found} for found in instances]
+
+    def preprocess(self, samples: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        """Normalise and pad the images.
+
+        Args:
+            samples: see ``forward``.
+
+        Returns:
+            images (B, 3, H, W) float, normalised, zeros in the padding; mask (B, H, W) bool,
+            True = padding.
+
+        Raises:
+            ValueError: no sample, or an image that is not (3, H, W).
+        """
+        if not samples:
+            raise ValueError("the batch holds no sample")
+        images = []
+        for sample in samples:
+            image = sample["image"]
+            if image.ndim != 3 or image.shape[0] != 3:
+                raise ValueError(f"{_name(sample)}: image must be (3, H, W), is {tuple(image.shape)}")
+            image = image.to(self.pixel_mean.device, self.pixel_mean.dtype)
+            images.append((image - self.pixel_mean) / self.pixel_std)
+        return pad_images(images)
+
+    def prepare_targets(self, samples: Sequence[dict[str, Any]]) -> Targets:
+        """Labels and normalised boxes of each sample, on the model's device.
+
+        Args:
+            samples: see ``forward``.
+
+        Returns:
+            Per image ``labels`` (n,) int64 and ``boxes`` (n, 4) as (cx, cy, w, h) in [0, 1].
+
+        Raises:
+            ValueError: no ``instances``, or a class outside [0, num_classes).
+        """
+        device = self.pixel_mean.device
+        targets = []
+        for sample in samples:
+            if "instances" not in sample:
+                raise ValueError(f"{_name(sample)}: training needs ground truth under 'instances'")
+            boxes = sample["instances"].gt_boxes
+            boxes_xyxy = torch.as_tensor(getattr(boxes, "tensor", boxes)).reshape(-1, 4)
+            labels = sample["instances"].gt_classes.long()
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+                raise ValueError(
+                    f"{_name(sample)}: classes {sorted(set(labels.tolist()))} do not lie in "
+                    f"[0, {self.num_classes}); set model.num_classes"
+                )
+            height, width = sample["image"].shape[-2:]
+            norm = box_xyxy_to_cxcywh(boxes_xyxy / boxes_xyxy.new_tensor([width, height] * 2))
+            targets.append({"labels": labels.to(device), "boxes": norm.to(device)})
+        return targets
+
+    def losses(
+        self,
+        images: Tensor,
+        mask: Tensor,
+        targets: Targets,
+        seeds: Sequence[int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Weighted training losses.
+
+        Args:
+            images: (B, 3, H, W) normalised.
+            mask: (B, H, W) bool, True = padding.
+            targets: see ``prepare_targets``.
+            seeds: of the denoising noise, one per image.
+        """
+        content, anchors = self.queries(len(images))
+        if self.denoising is None:
+            logits, boxes = self._decode(images, mask, content, anchors)
+            return self.criterion(logits, boxes, targets)
+        noised: NoisedQueries = self.denoising(targets, content, anchors, seeds)
+        outputs = self._decode(images, mask, noised.content, noised.anchors, noised.attention_mask)
+        denoising, matching = noised.split(*outputs)
+        return {
+            **self.criterion(*matching, targets),
+            **self.denoising.loss(*denoising, noised),
+        }
+
+    def forward_tensors(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Predictions of the last decoder layer, tensors in and tensors out.
+
+        Args:
+            images: (B, 3, H, W) normalised.
+            mask: (B, H, W) bool, True = padding.
+
+        Returns:
+            ``pred_logits`` (B, Q, K) and ``pred_boxes`` (B, Q, 4) as (cx, cy, w, h) in [0, 1] of
+            each unpadded image.
+        """
+        logits, boxes = self._decode(images, mask, *self.queries(len(images)))
+        return {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
+
+    def _decode(
+        self,
+        images: Tensor,
+        mask: Tensor,
+        content: Tensor,
+        anchors: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (N, B, Q, K) and boxes (N, B, Q, 4) of all decoder layers."""
+        maps, masks = self.neck(self.backbone(images, mask), mask)
+        positions = [self.position_embedding(level_mask) for level_mask in masks]
+        states, references = self.transformer(
+            maps, masks, positions, content, anchors, self.heads, attention_mask
+        )
+        return self.heads(states, references)
+
+
+def _name(sample: dict[str, Any]) -> str:
+    """What identifies a sample in a message."""
+    return f"image {sample.get('file_name', sample.get('image_id', '(no name)'))}"

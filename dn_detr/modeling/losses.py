@@ -1,0 +1,96 @@
+"""The loss terms that matching queries and denoising queries share.
+
+Legend: N decoder layers, M pairs of a query and a ground-truth box, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
+
+from ..structures import box_cxcywh_to_xyxy, generalized_box_iou
+
+# Carion et al. 2020 and Zhu et al. 2021: weights of the classification, L1 and GIoU losses.
+DEFAULT_WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
+
+
+def focal_loss(logits: Tensor, one_hot: Tensor, *, alpha: float, gamma: float) -> Tensor:
+    """Focal loss of each layer, summed over everything else.
+
+    Args:
+        logits: (N, ..., K).
+        one_hot: same shape, 1 where a query is to be that class.
+        alpha: weight of the positive targets.
+        gamma: focusing exponent.
+
+    Returns:
+        (N,) sums.
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection", 2017, equation 5.
+    """
+    losses = sigmoid_focal_loss(logits, one_hot, alpha=alpha, gamma=gamma)
+    return losses.flatten(1).sum(1)
+
+
+def box_losses(boxes: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """L1 and GIoU loss of each layer, summed over the pairs.
+
+    Args:
+        boxes: (N, M, 4) predicted (cx, cy, w, h) in [0, 1].
+        targets: (M, 4) or (N, M, 4) ground truth in the same format.
+
+    Returns:
+        ``loss_bbox`` (N,) and ``loss_giou`` (N,).
+    """
+    giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(targets))
+    l1 = F.l1_loss(boxes, targets.expand_as(boxes), reduction="none")
+    return {"loss_bbox": l1.sum((1, 2)), "loss_giou": (1 - giou).sum(1)}
+
+
+def count_per_rank(count: int, device: torch.device) -> Tensor | float:
+    """The count of all ranks, at least 1, divided by the number of ranks.
+
+    Gradients are averaged over ranks, so losses that every rank divides by this number are sums
+    over all ranks divided by the whole count: a step does not depend on how images are spread.
+
+    Args:
+        count: objects on this rank.
+        device: where the process group communicates.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return float(max(count, 1))
+    total = torch.tensor(float(count), device=device)
+    dist.all_reduce(total)
+    return total.clamp(min=1) / dist.get_world_size()
+
+
+def weigh_and_name(
+    losses: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    count: Tensor | float,
+    *,
+    suffix: str = "",
+) -> dict[str, Tensor]:
+    """Divide, weigh and name the losses of all layers.
+
+    Args:
+        losses: (N,) sums per term.
+        weights: factor of each term.
+        count: divisor, see ``count_per_rank``.
+        suffix: appended to the term's name.
+
+    Returns:
+        Scalars ``<term><suffix>`` for the last layer and ``<term><suffix>_<i>`` for layer i
+        before it.
+    """
+    named = {}
+    for term, per_layer in losses.items():
+        *early, last = (weights[term] * per_layer / count).unbind()
+        named[term + suffix] = last
+        named |= {f"{term}{suffix}_{i}": value for i, value in enumerate(early)}
+    return named

@@ -1,0 +1,7 @@
+"""Necks: backbone features to maps of one width."""
+
+from __future__ import annotations
+
+from .channel_mapper import ChannelMapper
+
+__all__ = ["ChannelMapper"]

@@ -1,0 +1,85 @@
+"""The multi-level neck of Deformable DETR.
+
+Zhu et al., "Deformable DETR", 2021, appendix A.2 (https://arxiv.org/abs/2010.04159).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ...layers import MaskedGroupNorm
+from ...structures import downsample_mask
+
+
+class ChannelMapper(nn.Module):
+    """Project each backbone map to ``out_channels`` and add coarser levels.
+
+    Level i < len(in_channels) is a 1x1 convolution of map i; the next level is a 3x3 convolution
+    of stride 2 of the *last backbone map*, further ones of the level before. Each is followed by
+    group normalisation.
+
+    Args:
+        in_channels: channels of the backbone's maps, finest first.
+        in_strides: their strides in pixels.
+        out_channels: channels of every level.
+        num_levels: number of levels, at least the number of maps.
+        num_groups: groups of the normalisation.
+        mask_padding: normalise over the image only and keep the padding at zero, so that an
+            image has the same features alone and in any batch. False is the published behaviour.
+
+    Raises:
+        ValueError: fewer levels than maps.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        in_strides: Sequence[int],
+        out_channels: int = 256,
+        *,
+        num_levels: int = 4,
+        num_groups: int = 32,
+        mask_padding: bool = True,
+    ) -> None:
+        super().__init__()
+        extra = num_levels - len(in_channels)
+        if extra < 0:
+            raise ValueError(f"num_levels {num_levels} is less than {len(in_channels)} input maps")
+        self.convs = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in in_channels)
+        for index in range(extra):
+            channels = in_channels[-1] if index == 0 else out_channels
+            self.convs.append(nn.Conv2d(channels, out_channels, 3, stride=2, padding=1))
+        self.norms = nn.ModuleList(
+            MaskedGroupNorm(num_groups, out_channels) for _ in range(num_levels)
+        )
+        self.out_strides = [*in_strides, *(in_strides[-1] * 2 ** (i + 1) for i in range(extra))]
+        self.mask_padding = mask_padding
+        for conv in self.convs:
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, features: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Project.
+
+        Args:
+            features: one (B, C_i, H_i, W_i) per entry of ``in_channels``.
+            mask: (B, H, W) bool of the images, True = padding.
+
+        Returns:
+            ``num_levels`` maps (B, out_channels, H_l, W_l) and their masks (B, H_l, W_l).
+        """
+        maps: list[Tensor] = []
+        masks = [downsample_mask(mask, stride) for stride in self.out_strides]
+        for level, (conv, norm) in enumerate(zip(self.convs, self.norms)):
+            if level < len(features):
+                source, source_mask = features[level], masks[level]
+            elif level == len(features):
+                source, source_mask = features[-1], masks[level - 1]
+            else:
+                source, source_mask = maps[-1], masks[level - 1]
+            if self.mask_padding:
+                source = source.masked_fill(source_mask[:, None], 0.0)
+            maps.append(norm(conv(source), masks[level] if self.mask_padding else None))
+        return maps, masks
