@@ -79,11 +79,13 @@ model = L(Detector)(
         max_queries=500,
         indicator="${model.queries.indicator}",
         mask_empty_slots=True,
-        weights=dict(loss_ce=1.0, loss_bbox=5.0, loss_giou=2.0),
-        alpha=0.25,
+        weights="${model.criterion.weights}",
+        alpha="${model.criterion.alpha}",
     ),
     criterion=L(DetectionCriterion)(
-        matcher=L(HungarianMatcher)(cost_class=2.0, cost_bbox=5.0, cost_giou=2.0, alpha=0.25),
+        matcher=L(HungarianMatcher)(
+            cost_class=2.0, cost_bbox=5.0, cost_giou=2.0, alpha="${model.criterion.alpha}"
+        ),
         weights=dict(loss_ce=1.0, loss_bbox=5.0, loss_giou=2.0),
         alpha=0.25,
     ),

@@ -124,7 +124,7 @@ def _ms_deform_attn_backward(
     shapes = _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
     batch, _, heads, dim = value.shape
     grad_NDQ1 = grad_out.to(_working_type(value)).transpose(1, 2)
-    grad_NDQ1 = grad_NDQ1.reshape(batch * heads, dim, -1, 1)
+    grad_NDQ1 = grad_NDQ1.reshape(batch * heads, dim, grad_out.shape[1], 1)
     value_grads, grid_grads, weights_grads = [], [], []
     for maps, grid, weights in _per_level(value, shapes, sampling_locations, attention_weights):
         maps_grad, grid_grad = torch.ops.aten.grid_sampler_2d_backward(

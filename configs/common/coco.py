@@ -1,0 +1,42 @@
+"""COCO 2017, or your own data in its format and layout, below ``dataloader.root``."""
+
+from dn_detr.config import LazyCall as L
+from dn_detr.data import (
+    CocoDetection,
+    build_test_loader,
+    build_train_loader,
+    test_transforms,
+    train_transforms,
+)
+from dn_detr.evaluation import CocoEvaluator
+
+dataloader = dict(
+    root="${oc.env:COCO_ROOT,datasets/coco}",
+    image_scale=1.0,  # multiplies every size of the augmentation
+    train=L(build_train_loader)(
+        dataset=L(CocoDetection)(
+            image_dir="${dataloader.root}/train2017",
+            annotation_file="${dataloader.root}/annotations/instances_train2017.json",
+            transforms=L(train_transforms)(scale="${dataloader.image_scale}"),
+            train=True,
+            seed="${train.seed}",
+        ),
+        total_batch_size=16,
+        num_workers=4,
+        limit=None,
+        aspect_ratio_grouping=False,
+        seed="${train.seed}",
+    ),
+    test=L(build_test_loader)(
+        dataset=L(CocoDetection)(
+            image_dir="${dataloader.root}/val2017",
+            annotation_file="${dataloader.root}/annotations/instances_val2017.json",
+            transforms=L(test_transforms)(scale="${dataloader.image_scale}"),
+            train=False,
+        ),
+        batch_size=1,
+        num_workers=4,
+        limit=None,
+    ),
+    evaluator=L(CocoEvaluator)(output_dir="${train.output_dir}/eval"),
+)
