@@ -11,11 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dn_detr.config import get_config, instantiate
 from dn_detr.modeling import Detector
 from dn_detr.structures import pad_images
 
-from .official import fill, load_module, official_name, recorded_noise
+from .goldens import (
+    build_filled,
+    load_module,
+    official_name,
+    published_config,
+    recorded_noise,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +41,10 @@ def meta(golden) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def model(rules) -> Detector:
-    """The zoo's model with 91 classes and the published treatment of padding."""
-    cfg = get_config("models/dn_deformable_detr_r50.py").model
-    cfg.num_classes = 91
-    cfg.backbone.mask_padding = False
-    cfg.neck.mask_padding = False
-    cfg.transformer.decoder.padded_query_pos = True
-    cfg.denoising.mask_empty_slots = False
-    detector = instantiate(cfg)
-    fill(detector, rules)
-    return detector
+    return build_filled(
+        published_config(num_classes=91),
+        lambda name, shape: rules.fill_tensor(official_name(name), shape),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +56,13 @@ def _targets(rules: ModuleType) -> list[dict[str, Tensor]]:
     return [{k: torch.from_numpy(v) for k, v in t.items()} for t in rules.make_targets()]
 
 
-@pytest.fixture
-def replayed(model, golden, rules, monkeypatch) -> list[dict[str, Tensor]]:
-    """The golden targets, with the model's denoising noise replaced by the recorded draws."""
+def _replay(model, golden, rules, patch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """The golden targets; the model's denoising noise is replaced by the recorded draws."""
     targets = _targets(rules)
     draws = {k: torch.from_numpy(v) for k, v in golden.items() if k.startswith("draw")}
     flip, labels, box = (draws[k] for k in sorted(draws))
     noise = iter(recorded_noise([len(t["labels"]) for t in targets], 5, flip, labels, box))
-    monkeypatch.setattr(model.denoising, "draw_noise", lambda count, generator: next(noise))
+    patch.setattr(model.denoising, "draw_noise", lambda count, generator: next(noise))
     return targets
 
 
@@ -72,7 +70,7 @@ def replayed(model, golden, rules, monkeypatch) -> list[dict[str, Tensor]]:
 def trained(model, golden, rules, batch) -> dict[str, float]:
     """The losses of the recorded training step; leaves its gradients in the model."""
     with pytest.MonkeyPatch.context() as patch:
-        targets = replayed.__wrapped__(model, golden, rules, patch)  # type: ignore[attr-defined]
+        targets = _replay(model, golden, rules, patch)
         model.zero_grad()
         losses = model.losses(*batch, targets)
         torch.stack(list(losses.values())).sum().backward()
@@ -103,9 +101,10 @@ def test_postprocessing_keeps_the_official_scores(model, golden, rules):
     torch.testing.assert_close(scores, torch.from_numpy(golden["post_scores"]), rtol=0, atol=1e-7)
 
 
-def test_noised_queries_and_mask_are_the_official_ones(model, golden, replayed):
+def test_noised_queries_and_mask_are_the_official_ones(model, golden, rules, monkeypatch):
+    targets = _replay(model, golden, rules, monkeypatch)
     with torch.no_grad():
-        noised = model.denoising(replayed, *model.queries(2))
+        noised = model.denoising(targets, *model.queries(2))
     slots = noised.num_slots
     assert slots == golden["dn_query_label"].shape[1]
     for ours, name in ((noised.content, "dn_query_label"), (noised.anchors, "dn_query_box_logit")):
