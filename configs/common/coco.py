@@ -17,7 +17,15 @@ dataloader = dict(
         dataset=L(CocoDetection)(
             image_dir="${dataloader.root}/train2017",
             annotation_file="${dataloader.root}/annotations/instances_train2017.json",
-            transforms=L(train_transforms)(scale="${dataloader.image_scale}"),
+            transforms=L(train_transforms)(
+                scale="${dataloader.image_scale}",
+                short_sides=[480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
+                max_size=1333,
+                flip_probability=0.5,
+                crop_probability=0.5,
+                crop_short_sides=[400, 500, 600],
+                crop_range=[384, 600],
+            ),
             train=True,
             seed="${train.seed}",
         ),
@@ -31,7 +39,9 @@ dataloader = dict(
         dataset=L(CocoDetection)(
             image_dir="${dataloader.root}/val2017",
             annotation_file="${dataloader.root}/annotations/instances_val2017.json",
-            transforms=L(test_transforms)(scale="${dataloader.image_scale}"),
+            transforms=L(test_transforms)(
+                scale="${dataloader.image_scale}", short_side=800, max_size=1333
+            ),
             train=False,
         ),
         batch_size=1,

@@ -28,6 +28,7 @@ model = L(Detector)(
         name="resnet50",
         out_features=["layer2", "layer3", "layer4"],
         frozen_stages=2,
+        batch_norm="frozen",
         weights="IMAGENET1K_V1",
         mask_padding=True,
     ),

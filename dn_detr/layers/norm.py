@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..structures import at_least_float32
+
 
 class MaskedGroupNorm(nn.GroupNorm):
     """Group normalisation whose statistics leave padded cells out.
@@ -25,7 +27,7 @@ class MaskedGroupNorm(nn.GroupNorm):
         if mask is None:
             return super().forward(input)
         batch, channels, height, width = input.shape
-        grouped = input.float().reshape(batch, self.num_groups, -1, height, width)
+        grouped = at_least_float32(input).reshape(batch, self.num_groups, -1, height, width)
         keep = (~mask)[:, None, None].to(grouped.dtype)  # (B, 1, 1, H, W)
         count = keep.sum((2, 3, 4), keepdim=True) * (channels // self.num_groups)
         mean = (grouped * keep).sum((2, 3, 4), keepdim=True) / count

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import MLP
-from ..structures import inverse_sigmoid
+from ..structures import at_least_float32, inverse_sigmoid
 
 _PRIOR = 0.01  # expected foreground share at the start, Lin et al., "Focal Loss", section 3.3
 
@@ -44,9 +44,10 @@ class DetectionHeads(nn.Module):
             references: (..., 4) boxes (cx, cy, w, h) in [0, 1].
 
         Returns:
-            (..., 4) float32 boxes in [0, 1].
+            (..., 4) boxes in [0, 1], float32 or wider.
         """
-        return (self.bbox_embed[layer](states).float() + inverse_sigmoid(references)).sigmoid()
+        moves = at_least_float32(self.bbox_embed[layer](states))
+        return (moves + inverse_sigmoid(references)).sigmoid()
 
     def forward(self, states: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
         """Predict from all layers.
@@ -56,8 +57,9 @@ class DetectionHeads(nn.Module):
             references: (N, B, Q, 4) the box that each layer started from, in [0, 1].
 
         Returns:
-            logits (N, B, Q, K) and boxes (N, B, Q, 4) as (cx, cy, w, h) in [0, 1]; float32.
+            logits (N, B, Q, K) and boxes (N, B, Q, 4) as (cx, cy, w, h) in [0, 1];
+            float32 or wider.
         """
-        logits = [head(x).float() for head, x in zip(self.class_embed, states)]
+        logits = [at_least_float32(head(x)) for head, x in zip(self.class_embed, states)]
         boxes = [self.predict_boxes(i, x, r) for i, (x, r) in enumerate(zip(states, references))]
         return torch.stack(logits), torch.stack(boxes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .boxes import (
+    at_least_float32,
     box_area,
     box_cxcywh_to_xyxy,
     box_xyxy_to_cxcywh,
@@ -16,6 +17,7 @@ from .instances import Boxes, Instances
 __all__ = [
     "Boxes",
     "Instances",
+    "at_least_float32",
     "box_area",
     "box_cxcywh_to_xyxy",
     "box_xyxy_to_cxcywh",

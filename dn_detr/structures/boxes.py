@@ -59,6 +59,11 @@ def pairwise_generalized_box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Te
     return generalized_box_iou(boxes1_xyxy.unsqueeze(-2), boxes2_xyxy.unsqueeze(-3))
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Widen half types, whose digits do not suffice for boxes and losses; keep the others."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
     """Logit of ``x`` that saturates near 0 and 1.
 

@@ -1,0 +1,213 @@
+"""The detector as a whole: protocol, padding, gradients, and what denoising must not change."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from dn_detr.config import ConfigError, instantiate
+from dn_detr.structures import Boxes, Instances
+
+from .conftest import make_sample
+
+SIZES = [(75, 110), (128, 64), (33, 47)]
+
+
+def _total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(losses.values())).sum()
+
+
+def _copy_content(source: Any, target: Any) -> None:
+    """Give a detector without indicator the weights of one with it, indicator channel 0."""
+    state = source.state_dict()
+    content = state["queries.content.weight"]
+    state["queries.content.weight"] = torch.cat([content, torch.zeros(len(content), 1)], dim=1)
+    target.load_state_dict(
+        {k: v for k, v in state.items() if not k.startswith("denoising.")}, strict=True
+    )
+
+
+@pytest.mark.parametrize("grouping", [[0, 1, 2], [2, 1]])
+def test_predictions_do_not_depend_on_the_batch(small, grouping):
+    samples = [make_sample(h, w, 2, seed) for seed, (h, w) in enumerate(SIZES)]
+    small.eval()
+    with torch.no_grad():
+        alone = [small([samples[i]])[0]["instances"] for i in grouping]
+        batch = [out["instances"] for out in small([samples[i] for i in grouping])]
+    for a, b in zip(alone, batch, strict=True):
+        torch.testing.assert_close(b.scores, a.scores, rtol=0, atol=1e-4)
+        torch.testing.assert_close(b.pred_boxes.tensor, a.pred_boxes.tensor, rtol=0, atol=2e-2)
+
+
+def test_raw_predictions_do_not_depend_on_the_amount_of_padding(small):
+    images, mask = small.preprocess([make_sample(75, 110, 0, 0)])
+    wider = torch.nn.functional.pad(images, (0, 53, 0, 97))
+    wider_mask = torch.nn.functional.pad(mask, (0, 53, 0, 97), value=True)
+    small.eval()
+    with torch.no_grad():
+        tight, loose = small.forward_tensors(images, mask), small.forward_tensors(wider, wider_mask)
+    torch.testing.assert_close(loose, tight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["backbone", "neck", "decoder"])
+def test_the_published_treatment_of_padding_does_depend_on_it(option, small_config):
+    """Each of the three published variants is really what makes the difference."""
+    if option == "decoder":
+        small_config.transformer.decoder.padded_query_pos = True
+    else:
+        small_config[option].mask_padding = False
+    torch.manual_seed(0)
+    model = instantiate(small_config).eval()
+    images, mask = model.preprocess([make_sample(75, 110, 0, 0)])
+    wider = torch.nn.functional.pad(images, (0, 53, 0, 97))
+    wider_mask = torch.nn.functional.pad(mask, (0, 53, 0, 97), value=True)
+    with torch.no_grad():
+        tight, loose = model.forward_tensors(images, mask), model.forward_tensors(wider, wider_mask)
+    assert (tight["pred_logits"] - loose["pred_logits"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (0, 3), (0, 0)])
+def test_every_trainable_parameter_gets_a_gradient(counts, small):
+    losses = small([make_sample(64, 80, n, seed) for seed, n in enumerate(counts)])
+    _total(losses).backward()
+    missing = [n for n, p in small.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    assert all(p.grad.isfinite().all() for p in small.parameters() if p.grad is not None)
+
+
+def test_matching_losses_with_denoising_are_those_without(small):
+    samples = [make_sample(64, 80, n, n) for n in (2, 3)]
+    with_denoising = small(samples)
+    plain = copy.deepcopy(small)
+    plain.denoising = None
+    without = plain(samples)
+    assert {name for name in with_denoising if "_dn" not in name} == set(without)
+    for name, value in without.items():
+        torch.testing.assert_close(with_denoising[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_without_denoising_the_loss_is_that_of_dab_deformable_detr_to_the_bit(small, small_config):
+    """DAB's queries have 256 learned channels; DN's have 255 and an indicator that is 0."""
+    small_config.denoising = None
+    small_config.queries.indicator = False
+    dab = instantiate(small_config)
+    _copy_content(small, dab)
+    small.denoising = None
+    samples = [make_sample(64, 80, n, n) for n in (2, 3)]
+    ours, theirs = small(samples), dab(samples)
+    assert {k: v.item() for k, v in ours.items()} == {k: v.item() for k, v in theirs.items()}
+
+
+def test_matching_queries_are_blind_to_denoising_queries(small):
+    """Other noise, same matching part: information leaks nowhere."""
+    samples = [make_sample(64, 80, 3, 0)]
+    first = small(samples)
+    samples[0]["seed"] = 1
+    second = small(samples)
+    assert first["loss_ce_dn"] != second["loss_ce_dn"]
+    for name in ("loss_ce", "loss_bbox", "loss_giou", "loss_ce_0"):
+        assert first[name].item() == pytest.approx(second[name].item(), rel=1e-5)
+
+
+def test_detections_lie_in_the_original_image_and_are_sorted(small):
+    sample = make_sample(64, 80, 0, 0)
+    small.eval()
+    with torch.no_grad():
+        raw = small.forward_tensors(*small.preprocess([sample]))
+        found = small([sample])[0]["instances"]
+    assert found.image_size == (128, 160)
+    assert (found.scores.diff() <= 0).all()
+    best = raw["pred_logits"][0].flatten().argmax()
+    cx, cy, w, h = (raw["pred_boxes"][0, best // 10] * torch.tensor([160, 128, 160, 128])).tolist()
+    expected = torch.tensor([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2])
+    torch.testing.assert_close(found.pred_boxes.tensor[0], expected)
+    assert found.pred_classes[0] == best % 10
+
+
+def test_detectron2_style_instances_are_accepted(small):
+    class TheirBoxes:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    class TheirInstances:
+        def __init__(self, boxes, classes):
+            self.gt_boxes, self.gt_classes = TheirBoxes(boxes), classes
+
+    ours = make_sample(64, 80, 3, 0)
+    theirs = dict(ours)
+    fields = ours["instances"]
+    theirs["instances"] = TheirInstances(fields.gt_boxes.tensor, fields.gt_classes)
+    assert _total(small([ours])) == _total(small([theirs]))
+
+
+def test_normalisation_is_that_of_imagenet(small):
+    images, mask = small.preprocess([make_sample(8, 8, 0, 0)])
+    pixels = make_sample(8, 8, 0, 0)["image"].double() / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = (pixels - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(images[0].double(), expected, rtol=0, atol=1e-5)
+    assert not mask.any()
+
+
+def test_class_outside_the_model_is_named_with_its_image(small):
+    sample = make_sample(64, 80, 1, 0)
+    sample["file_name"] = "cat.jpg"
+    sample["instances"].gt_classes = torch.tensor([10])
+    with pytest.raises(ValueError, match=r"cat\.jpg.*\[10\].*num_classes"):
+        small([sample])
+
+
+def test_training_without_ground_truth_is_refused(small):
+    sample = make_sample(64, 80, 1, 0)
+    del sample["instances"]
+    with pytest.raises(ValueError, match="ground truth"):
+        small([sample])
+
+
+@pytest.mark.parametrize("image", [torch.zeros(1, 8, 8), torch.zeros(8, 8)])
+def test_image_of_another_shape_is_refused(small, image):
+    with pytest.raises(ValueError, match=r"\(3, H, W\)"):
+        small.preprocess([{"image": image, "image_id": 5}])
+
+
+def test_number_of_queries_must_agree(small_config):
+    small_config.queries.num_queries = 7
+    with pytest.raises(ConfigError, match="num_queries is 30, the queries are 7"):
+        instantiate(small_config)
+
+
+def test_bfloat16_autocast_trains(small):
+    samples = [make_sample(64, 80, 2, 0)]
+    reference = _total(small(samples))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = small(samples)
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    assert _total(losses).item() == pytest.approx(reference.item(), rel=0.05)
+
+
+def test_tensor_entry_point_exports(small):
+    small.eval()
+    images, mask = small.preprocess([make_sample(64, 96, 0, 0), make_sample(96, 64, 0, 1)])
+
+    class Tensors(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.detector = small
+
+        def forward(self, images, mask):
+            return self.detector.forward_tensors(images, mask)
+
+    with torch.no_grad():
+        exported = torch.export.export(Tensors(), (images, mask)).module()
+        torch.testing.assert_close(exported(images, mask), small.forward_tensors(images, mask))
+
+
+def test_empty_boxes_object_is_fine(small):
+    sample = make_sample(64, 80, 0, 0)
+    sample["instances"] = Instances(
+        (64, 80), gt_boxes=Boxes([]), gt_classes=torch.zeros(0, dtype=torch.long)
+    )
+    assert _total(small([sample])).isfinite()

@@ -1,0 +1,81 @@
+"""The batched matcher against scipy on one image and layer at a time."""
+
+from __future__ import annotations
+
+import torch
+import torchvision.ops as reference
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from dn_detr.modeling import HungarianMatcher
+
+
+def _problem(counts: list[int], layers: int = 3, queries: int = 7, classes: int = 4):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(layers, len(counts), queries, classes, generator=generator)
+    boxes = torch.rand(layers, len(counts), queries, 4, generator=generator) * 0.4 + 0.2
+    targets = [
+        {
+            "labels": torch.randint(classes, (n,), generator=generator),
+            "boxes": torch.rand(n, 4, generator=generator) * 0.4 + 0.2,
+        }
+        for n in counts
+    ]
+    return logits, boxes, targets
+
+
+def _cost_of_one(logits: Tensor, boxes: Tensor, target: dict[str, Tensor]) -> Tensor:
+    """The published cost, with torchvision's GIoU."""
+    p = logits.double().sigmoid()[:, target["labels"]]
+    focal = 0.25 * (1 - p) ** 2 * -p.log() - 0.75 * p**2 * -(1 - p).log()
+    l1 = (boxes[:, None] - target["boxes"][None]).abs().sum(-1)
+    corners = [reference.box_convert(b, "cxcywh", "xyxy") for b in (boxes, target["boxes"])]
+    return 5 * l1 + 2 * focal - 2 * reference.generalized_box_iou(*corners)
+
+
+def test_every_layer_and_image_gets_scipys_assignment():
+    counts = [3, 0, 5]
+    logits, boxes, targets = _problem(counts)
+    matching = HungarianMatcher()(logits, boxes, targets)
+    offset = 0
+    for image, count in enumerate(counts):
+        ours = matching.image == image
+        for layer in range(3):
+            cost = _cost_of_one(logits[layer, image], boxes[layer, image], targets[image])
+            rows, columns = linear_sum_assignment(cost)
+            assert matching.query[layer, ours].tolist() == rows.tolist()
+            assert (matching.target[layer, ours] - offset).tolist() == columns.tolist()
+        offset += count
+
+
+def test_cost_is_the_published_one():
+    logits, boxes, targets = _problem([4, 2])
+    cost = HungarianMatcher().cost(logits, boxes, targets)
+    for image, count in enumerate((4, 2)):
+        expected = _cost_of_one(logits[1, image], boxes[1, image], targets[image]).float()
+        torch.testing.assert_close(cost[1, image, :, :count], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_more_objects_than_queries_keep_every_query():
+    matching = HungarianMatcher()(*_problem([9], queries=7))
+    assert matching.query[0].tolist() == list(range(7))
+    assert len(set(matching.target[0].tolist())) == 7
+
+
+def test_no_objects_match_nothing():
+    matching = HungarianMatcher()(*_problem([0, 0]))
+    assert matching.image.shape == (0,) and matching.query.shape == (3, 0)
+
+
+def test_predictions_that_are_not_finite_still_match():
+    logits, boxes, targets = _problem([3])
+    matching = HungarianMatcher()(logits * torch.nan, boxes, targets)
+    assert matching.query.shape == (3, 3)
+
+
+def test_all_layers_leave_the_device_in_one_copy(monkeypatch):
+    copies = []
+    to_cpu = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda self: copies.append(self.shape) or to_cpu(self))
+    HungarianMatcher()(*_problem([3, 2]))
+    assert copies == [(3, 2, 7, 3)]
