@@ -1,0 +1,26 @@
+"""From COCO JSON and image files to batches: reading, checking, augmentation, loaders."""
+
+from __future__ import annotations
+
+from .coco import AnnotationReport, CocoDetection, check_num_classes, check_same_categories
+from .errors import DatasetError
+from .image import read_image
+from .loaders import build_test_loader, build_train_loader
+from .samplers import EndlessBatchSampler
+from .seeding import stable_seed
+from .transforms import test_transforms, train_transforms
+
+__all__ = [
+    "AnnotationReport",
+    "CocoDetection",
+    "DatasetError",
+    "EndlessBatchSampler",
+    "build_test_loader",
+    "build_train_loader",
+    "check_num_classes",
+    "check_same_categories",
+    "read_image",
+    "stable_seed",
+    "test_transforms",
+    "train_transforms",
+]

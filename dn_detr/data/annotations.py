@@ -1,0 +1,219 @@
+"""Reading and checking COCO annotation files.
+
+Whatever the JSON and the list of files can show is found here, before training starts: a wrong
+structure is an error that names the file and the ids; boxes that cannot be trained on are counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import DatasetError
+
+Entry = dict[str, Any]
+
+_REQUIRED_KEYS = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
+_LARGEST_COORDINATE = 1e9  # beyond it float32 boxes lose whole pixels by the hundred
+
+
+def require_paths(image_dir: Path, annotation_file: Path) -> None:
+    """Check that a data set is where the config says.
+
+    Raises:
+        DatasetError: lists the paths that were tried and how to set them.
+    """
+    states = {
+        annotation_file: "found" if annotation_file.is_file() else "no such file",
+        image_dir: "found" if image_dir.is_dir() else "no such directory",
+    }
+    if all(state == "found" for state in states.values()):
+        return
+    tried = "\n".join(f"  {path.absolute()}: {state}" for path, state in states.items())
+    raise DatasetError(
+        f"the data set is not there. Tried:\n{tried}\n"
+        "Set the folder that holds train2017/, val2017/ and annotations/ with"
+        " dataloader.root=DIR or the environment variable COCO_ROOT. No data at hand? `make demo`"
+        " makes some and trains on it (configs/digits_dn_deformable_detr.py)."
+    )
+
+
+def read_annotation_file(path: Path) -> dict[str, list[Entry]]:
+    """Read a COCO instances JSON and check its structure.
+
+    ``area`` is filled with width * height and ``iscrowd`` with 0 where they are missing.
+
+    Args:
+        path: JSON with ``images``, ``annotations`` and ``categories``.
+
+    Returns:
+        The content of the file; numbers, ids and references in it are sound. Boxes are finite
+        but may be empty or lie outside their image.
+
+    Raises:
+        DatasetError: names the file, the offending ids and the remedy.
+    """
+    content: dict[str, list[Entry]] = _parse_json(path)
+    _check_sections(path, content)
+    for section, keys in _REQUIRED_KEYS.items():
+        _check_entries(path, section, content[section], keys)
+    _check_categories(path, content["categories"])
+    _check_images(path, content["images"])
+    _check_annotations(path, content)
+    return content
+
+
+def require_image_files(image_dir: Path, file_names: Sequence[str]) -> None:
+    """Check that all images exist, by listing each folder once.
+
+    Raises:
+        DatasetError: counts the missing files and names the first.
+    """
+    paths = [image_dir / name for name in file_names]
+    present = {
+        folder: set(os.listdir(folder)) if folder.is_dir() else set()
+        for folder in {path.parent for path in paths}
+    }
+    missing = [
+        name
+        for name, path in zip(file_names, paths, strict=True)
+        if path.name not in present[path.parent]
+    ]
+    if missing:
+        raise DatasetError(
+            f"{image_dir}: {len(missing)} of {len(file_names)} image files are missing:"
+            f" {first_of(missing)}; complete the folder or remove them from the annotation file"
+        )
+
+
+def first_of(items: Iterable[object], shown: int = 5) -> str:
+    """The first few items as text, and how many more there are."""
+    texts = [str(item) for item in items]
+    rest = f" and {len(texts) - shown} more" if len(texts) > shown else ""
+    return ", ".join(texts[:shown]) + rest
+
+
+def _parse_json(path: Path) -> Any:
+    try:
+        # utf-8-sig: some editors begin a file with a byte order mark.
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DatasetError(
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg});"
+            " is the file complete?"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path}: not a JSON text in UTF-8 ({error})") from error
+
+
+def _check_sections(path: Path, content: Any) -> None:
+    if not isinstance(content, dict):
+        raise DatasetError(
+            f"{path}: COCO instances JSON is an object with {', '.join(_REQUIRED_KEYS)}, this file"
+            f" holds a {type(content).__name__}"
+        )
+    missing = [key for key in _REQUIRED_KEYS if not isinstance(content.get(key), list)]
+    if missing:
+        raise DatasetError(
+            f"{path}: no list under {first_of(missing)}; COCO instances JSON has"
+            f" {', '.join(_REQUIRED_KEYS)}, this file has {first_of(sorted(content)) or 'nothing'}"
+        )
+    for section in ("images", "categories"):
+        if not content[section]:
+            raise DatasetError(f"{path}: the list '{section}' is empty")
+
+
+def _check_entries(path: Path, section: str, entries: list[Any], keys: tuple[str, ...]) -> None:
+    incomplete = []
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            incomplete.append(f"entry {position} is no object")
+        elif lacking := [key for key in keys if key not in entry]:
+            incomplete.append(f"entry {position} (id {entry.get('id')}) lacks {first_of(lacking)}")
+    _refuse(path, f"incomplete '{section}'", incomplete, f"each needs {', '.join(keys)}")
+    not_integer = [repr(entry["id"]) for entry in entries if not _is_integer(entry["id"])]
+    _refuse(path, f"ids in '{section}' that are no integers", not_integer, "use integers")
+    times = Counter(entry["id"] for entry in entries)
+    duplicates = [id_ for id_, count in times.items() if count > 1]
+    _refuse(path, f"duplicate ids in '{section}'", duplicates, "give each entry an id of its own")
+
+
+def _check_categories(path: Path, categories: list[Entry]) -> None:
+    nameless = [c["id"] for c in categories if not (isinstance(c["name"], str) and c["name"])]
+    _refuse(path, "categories without a name", nameless, "class names are read from the file")
+    times = Counter(category["name"] for category in categories)
+    shared = [f"{c['id']} ({c['name']!r})" for c in categories if times[c["name"]] > 1]
+    _refuse(path, "categories that share a name", shared, "rename or merge them")
+
+
+def _check_images(path: Path, images: list[Entry]) -> None:
+    nameless = [i["id"] for i in images if not (isinstance(i["file_name"], str) and i["file_name"])]
+    _refuse(path, "images without a file_name", nameless, "give the path below the image folder")
+    sizeless = [
+        image["id"]
+        for image in images
+        if not all(_is_integer(image[side]) and image[side] > 0 for side in ("width", "height"))
+    ]
+    _refuse(path, "images whose width or height is no positive integer", sizeless, "in pixels")
+
+
+def _check_annotations(path: Path, content: dict[str, list[Entry]]) -> None:
+    annotations = content["annotations"]
+    for key, section in (("image_id", "images"), ("category_id", "categories")):
+        known = {entry["id"] for entry in content[section]}
+        unknown = [
+            f"{a['id']} ({key} {a[key]!r})"
+            for a in annotations
+            if not _is_integer(a[key]) or a[key] not in known
+        ]
+        remedy = f"every {key} must be the id of an entry of '{section}'"
+        _refuse(path, f"annotations with an unknown {key}", unknown, remedy)
+    broken = [f"{a['id']} ({a['bbox']!r})" for a in annotations if not _is_box(a["bbox"])]
+    remedy = "a box is [x, y, width, height], four finite numbers in pixels"
+    _refuse(path, "annotations whose bbox is not four finite numbers", broken, remedy)
+    _complete_annotations(path, annotations)
+
+
+def _complete_annotations(path: Path, annotations: list[Entry]) -> None:
+    for annotation in annotations:
+        if annotation.get("area") is None:
+            _, _, width, height = annotation["bbox"]
+            annotation["area"] = max(width, 0) * max(height, 0)
+        if annotation.get("iscrowd") is None:
+            annotation["iscrowd"] = 0
+    areas = [f"{a['id']} ({a['area']!r})" for a in annotations if not _is_area(a["area"])]
+    _refuse(path, "annotations whose area is no number >= 0", areas, "leave it out to have w * h")
+    crowds = [f"{a['id']} ({a['iscrowd']!r})" for a in annotations if a["iscrowd"] not in (0, 1)]
+    _refuse(path, "annotations whose iscrowd is not 0 or 1", crowds, "leave it out to have 0")
+
+
+def _refuse(path: Path, problem: str, offenders: Sequence[object], remedy: str) -> None:
+    if offenders:
+        raise DatasetError(
+            f"{path}: {len(offenders)} {problem}: {first_of(offenders)}. Remedy: {remedy}"
+        )
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any, limit: float = _LARGEST_COORDINATE) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) < limit  # NaN compares as False
+
+
+def _is_box(bbox: Any) -> bool:
+    return isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_finite, bbox))
+
+
+def _is_area(area: Any) -> bool:
+    return _is_finite(area, _LARGEST_COORDINATE**2) and area >= 0

@@ -1,0 +1,7 @@
+"""The error of this room."""
+
+from __future__ import annotations
+
+
+class DatasetError(ValueError):
+    """A data set, annotation file or image that cannot be used: which file, why, what helps."""

@@ -1,0 +1,100 @@
+"""Reading one image file into 8-bit RGB, with the pixels turned as the annotations expect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .errors import DatasetError
+
+_ORIENTATION_TAG = 0x0112
+# EXIF orientation -> what makes the image upright. 1 and unknown values mean: as stored.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_image(path: str | Path, expected_size: tuple[int, int] | None = None) -> Image.Image:
+    """Read an image file as 8-bit RGB.
+
+    Grayscale becomes three equal channels, CMYK and palettes are converted, an alpha channel is
+    dropped (the stored colours stay, as in detectron2), 16-bit grayscale is scaled to 8 bit. Of
+    an animation the first frame is read.
+
+    The EXIF orientation is applied, unless only the stored pixels have the size that the
+    annotations speak of: then the boxes were drawn on those and they are kept as they are.
+
+    Args:
+        path: image file in any format that Pillow reads.
+        expected_size: (height, width) in pixels that the annotation file claims, None = any.
+
+    Returns:
+        Image in mode RGB, of ``expected_size`` if that is given.
+
+    Raises:
+        DatasetError: the file is missing, empty, truncated or no image, its pixels have no 8-bit
+            meaning, or its size contradicts ``expected_size`` in either orientation.
+    """
+    stored, orientation = _decode(Path(path))
+    upright = stored.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else stored
+    if expected_size is None:
+        return upright
+    for image in (upright, stored):
+        if (image.height, image.width) == tuple(expected_size):
+            return image
+    raise DatasetError(
+        f"{path}: the image is {stored.width}x{stored.height} (width x height), the annotation"
+        f" file says {expected_size[1]}x{expected_size[0]}; correct 'width' and 'height' (and"
+        " the boxes, if the image was resized) or restore the original file"
+    )
+
+
+def _decode(path: Path) -> tuple[Image.Image, int]:
+    """RGB pixels as they are stored, and the EXIF orientation."""
+    if not path.is_file():
+        raise DatasetError(f"{path}: image file is missing")
+    if path.stat().st_size == 0:
+        raise DatasetError(f"{path}: image file is empty (zero bytes); fetch it again")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _to_rgb(image), _orientation(image)
+    except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
+        raise DatasetError(
+            f"{path}: cannot be read as an 8-bit RGB image ({type(error).__name__}: {error});"
+            " it is truncated, damaged or of an unusual kind: fetch it again, convert it, or"
+            " remove it from the annotation file"
+        ) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # damaged EXIF data of an image whose pixels are fine
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = _from_16_bit(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """Scale 0..65535 to 0..255; Pillow's own conversion clips everything above 255 to white."""
+    pixels = np.asarray(image).astype(np.int64)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError("32-bit pixels outside 0..65535")
+    return Image.fromarray(np.rint(pixels / 257).astype(np.uint8))

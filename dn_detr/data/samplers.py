@@ -1,0 +1,105 @@
+"""Which images make up which batch: endless, resumable, and the same for every world size."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import torch.distributed
+from torch.utils.data import Sampler
+
+from .seeding import stable_seed
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) outside torch.distributed."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+class EndlessBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Yields, without end, this rank's share of each global batch as (epoch, index) keys.
+
+    The global batches of an epoch depend on ``seed`` and the epoch only. What is left over at
+    the end of an epoch is dropped, as in the published recipe; another epoch leaves out others.
+
+    With ``groups``, images of one group share a batch; the remainders of the groups are joined
+    to mixed batches at the end of the epoch, so that an epoch has equally many batches always.
+
+    Args:
+        num_images: size of the data set.
+        total_batch_size: images per step over all ranks.
+        seed: of the order.
+        rank: this process, in [0, world_size).
+        world_size: number of processes; rank r gets images r, r + world_size, ... of a batch.
+        start_iteration: number of global batches to skip, over all epochs; for resuming.
+        groups: one hashable value per image, None = no grouping.
+
+    Raises:
+        ValueError: the batch cannot be split over the ranks, or an epoch would have no batch.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        total_batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start_iteration: int = 0,
+        groups: Sequence[int] | None = None,
+    ) -> None:
+        if total_batch_size < 1 or total_batch_size % world_size:
+            raise ValueError(
+                f"total_batch_size={total_batch_size} cannot be split evenly over {world_size}"
+                f" process(es); set dataloader.train.total_batch_size to a multiple of {world_size}"
+            )
+        if num_images < total_batch_size:
+            raise ValueError(
+                f"the training set has {num_images} image(s), fewer than one batch of"
+                f" {total_batch_size}; set dataloader.train.total_batch_size={num_images} or lower"
+            )
+        self.num_images = num_images
+        self.total_batch_size = total_batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.start_iteration = start_iteration
+        self.groups = groups
+
+    @property
+    def iterations_per_epoch(self) -> int:
+        """Global batches per epoch."""
+        return self.num_images // self.total_batch_size
+
+    def epoch_batches(self, epoch: int) -> list[list[int]]:
+        """All global batches of an epoch, as image indices."""
+        order = list(range(self.num_images))
+        random.Random(stable_seed(self.seed, epoch)).shuffle(order)
+        if self.groups is None:
+            return self._full_batches(order)
+        return self._grouped_batches(order, self.groups)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, skipped = divmod(self.start_iteration, self.iterations_per_epoch)
+        while True:
+            for batch in self.epoch_batches(epoch)[skipped:]:
+                yield [(epoch, index) for index in batch[self.rank :: self.world_size]]
+            epoch, skipped = epoch + 1, 0
+
+    def _full_batches(self, order: Sequence[int]) -> list[list[int]]:
+        size = self.total_batch_size
+        return [list(order[i : i + size]) for i in range(0, len(order) - size + 1, size)]
+
+    def _grouped_batches(self, order: Sequence[int], groups: Sequence[int]) -> list[list[int]]:
+        waiting: dict[int, list[int]] = {}
+        batches = []
+        for index in order:
+            group = waiting.setdefault(groups[index], [])
+            group.append(index)
+            if len(group) == self.total_batch_size:
+                batches.append(waiting.pop(groups[index]))
+        remainders = [index for group in waiting.values() for index in group]
+        return batches + self._full_batches(remainders)

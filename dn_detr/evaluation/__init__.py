@@ -1,0 +1,8 @@
+"""COCO metrics of a detector."""
+
+from __future__ import annotations
+
+from .coco import CocoEvaluator, format_results
+from .inference import inference_on_dataset
+
+__all__ = ["CocoEvaluator", "format_results", "inference_on_dataset"]

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dn_detr.data import (
+    CocoDetection,
+    DatasetError,
+    build_test_loader,
+    build_train_loader,
+    train_transforms,
+)
+
+
+@pytest.fixture
+def dataset(folder: Any) -> CocoDetection:
+    """Seven images, three of them tall."""
+    for id_ in range(30, 35):
+        width, height = (20, 30) if id_ < 32 else (30, 20)
+        folder.images.append(
+            {"id": id_, "file_name": f"{id_}.png", "width": width, "height": height}
+        )
+        Image.new("RGB", (width, height), (id_, 0, 0)).save(folder.images_dir / f"{id_}.png")
+    return folder.open(transforms=train_transforms(0.1), seed=3)
+
+
+def summary(batches: Any) -> list[list[tuple[Any, ...]]]:
+    return [
+        [
+            (s["image_id"], s["seed"], s["image"].float().mean().item(), tuple(s["image"].shape),
+             s["instances"].gt_boxes.tensor.tolist())
+            for s in batch
+        ]
+        for batch in batches
+    ]  # fmt: skip
+
+
+def test_workers_change_nothing(dataset: CocoDetection) -> None:
+    runs = [
+        summary(islice(build_train_loader(dataset, 2, num_workers=workers, seed=1), 7))
+        for workers in (0, 2)
+    ]
+    assert runs[0] == runs[1]
+
+
+def test_resuming_changes_nothing(dataset: CocoDetection) -> None:
+    whole = summary(islice(build_train_loader(dataset, 2, num_workers=0), 8))
+    resumed = build_train_loader(dataset, 2, num_workers=0, start_iteration=5)
+    assert summary(islice(resumed, 3)) == whole[5:]
+
+
+@pytest.mark.parametrize("build", [build_test_loader, lambda d, **k: build_train_loader(d, 2, **k)])
+def test_loading_leaves_global_random_states_alone(
+    dataset: CocoDetection, build: Callable[..., Any]
+) -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    next(iter(build(dataset, num_workers=0)))
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_epoch_length_is_known(dataset: CocoDetection) -> None:
+    assert build_train_loader(dataset, 2).batch_sampler.iterations_per_epoch == 3
+
+
+def test_limit_keeps_the_first_images(dataset: CocoDetection) -> None:
+    train = build_train_loader(dataset, 2, num_workers=0, limit=2)
+    seen = {s["image_id"] for batch in islice(train, 5) for s in batch}
+    assert seen == {10, 20}
+    test = build_test_loader(dataset, num_workers=0, limit=3)
+    assert [s["image_id"] for batch in test for s in batch] == [10, 20, 30]
+
+
+def test_limit_of_nothing_is_refused(dataset: CocoDetection) -> None:
+    with pytest.raises(ValueError, match="limit=0"):
+        build_test_loader(dataset, limit=0)
+
+
+def test_aspect_ratio_grouping_keeps_wide_and_tall_apart(dataset: CocoDetection) -> None:
+    loader = build_train_loader(dataset, 2, num_workers=0, aspect_ratio_grouping=True)
+    for batch in islice(loader, 30):
+        assert len({s["width"] > s["height"] for s in batch}) == 1
+
+
+def test_test_loader_visits_every_image_once_in_order(dataset: CocoDetection) -> None:
+    loader = build_test_loader(dataset, 3, num_workers=2)
+    for _ in range(2):
+        batches = [[s["image_id"] for s in batch] for batch in loader]
+        assert batches == [[10, 20, 30], [31, 32, 33], [34]]
+
+
+def test_unreadable_image_in_a_worker_names_its_file(folder: Any) -> None:
+    dataset = folder.open()
+    path = folder.images_dir / "wide.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DatasetError, match=r"wide\.png: cannot be read"):
+        list(build_test_loader(dataset, num_workers=1))
