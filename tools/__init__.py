@@ -1,0 +1,1 @@
+"""Commands of the repository; installed as `dn_detr.tools`."""
