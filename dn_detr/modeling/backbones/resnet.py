@@ -9,6 +9,7 @@ padding is kept at zero.
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -146,6 +147,8 @@ def _build_torchvision_resnet(name: str, batch_norm: str, dilation: bool) -> nn.
     known = torchvision.models.list_models(include=["resnet*", "resnext*", "wide_resnet*"])
     if name not in known:
         raise ValueError(f"{name!r} is not a torchvision ResNet: choose from {known}")
+    if dilation and name in ("resnet18", "resnet34"):
+        raise ValueError(f"{name} has basic blocks, for which torchvision knows no dilation")
     return torchvision.models.get_model(
         name,
         weights=None,
@@ -163,7 +166,7 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor] | None:
                 f"backbone weights {weights!r}: no such file, and not one of torchvision's "
                 f"{sorted(known.__members__)} for {name}"
             )
-        return torch.load(weights, map_location="cpu", weights_only=True)
+        return _read_file(weights)
     try:
         return known[weights].get_state_dict(progress=False, check_hash=True)
     except OSError as error:  # no network, or a cache that cannot be written
@@ -178,6 +181,19 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor] | None:
             cache,
         )
         return None
+
+
+def _read_file(path: str) -> dict[str, Tensor]:
+    """A state_dict; nothing in the file is executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"backbone weights {path!r}: not a file of tensors that torch can read safely"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"backbone weights {path!r}: not a state_dict of torchvision's layout")
+    return state
 
 
 def _load_fitting(body: nn.Module, state: dict[str, Tensor], what: str) -> None:

@@ -1,0 +1,136 @@
+"""The ResNet backbone against torchvision's, and how it takes pretrained weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+
+from dn_detr.modeling import ResNet
+from dn_detr.structures import pad_images
+
+
+@pytest.fixture(scope="module")
+def published() -> torch.nn.Module:
+    """A torchvision ResNet-18 with statistics that are not the default ones."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture
+def weights_file(published, tmp_path) -> Path:
+    path = tmp_path / "resnet18.pth"
+    torch.save(published.state_dict(), path)
+    return path
+
+
+def _no_padding(images: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool)
+
+
+def test_features_are_torchvisions(published, weights_file):
+    backbone = ResNet("resnet18", weights=str(weights_file))
+    assert backbone.load_pretrained()
+    images = torch.randn(2, 3, 70, 90)
+    x = published.maxpool(published.relu(published.bn1(published.conv1(images))))
+    expected = []
+    for stage in (published.layer1, published.layer2, published.layer3, published.layer4):
+        x = stage(x)
+        expected.append(x)
+    for ours, theirs in zip(backbone(images, _no_padding(images)), expected[1:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "dilation"), [("resnet18", False), ("resnet50", False), ("resnet50", True)]
+)
+def test_channels_and_strides_are_those_of_the_maps(name, dilation):
+    backbone = ResNet(name, out_features=["layer1", "layer4"], dilation=dilation).eval()
+    images = torch.randn(1, 3, 64, 96)
+    for features, channels, stride in zip(
+        backbone(images, _no_padding(images)),
+        backbone.out_channels,
+        backbone.out_strides,
+        strict=True,
+    ):
+        assert features.shape[1:] == (channels, 64 // stride, 96 // stride)
+
+
+def test_padding_does_not_reach_the_features(weights_file):
+    backbone = ResNet("resnet18", weights=str(weights_file))
+    backbone.load_pretrained()
+    small, large = torch.randn(3, 45, 61), torch.randn(3, 99, 130)
+    alone = backbone(small[None], _no_padding(small[None]))
+    batch = backbone(*pad_images([small, large]))
+    for a, b in zip(alone, batch, strict=True):
+        height, width = a.shape[-2:]
+        torch.testing.assert_close(b[:1, :, :height, :width], a, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "first_trained"),
+    [(0, "body.conv1"), (1, "body.layer1"), (2, "body.layer2"), (5, None)],
+)
+def test_frozen_stages_do_not_train(frozen, first_trained):
+    backbone = ResNet("resnet18", frozen_stages=frozen)
+    trained = [name for name, p in backbone.named_parameters() if p.requires_grad]
+    assert trained[0].startswith(first_trained) if first_trained else not trained
+
+
+def test_weights_of_another_architecture_are_refused(weights_file):
+    backbone = ResNet("resnet34", weights=str(weights_file))
+    with pytest.raises(ValueError, match=r"resnet18\.pth.*tensors are missing.*layer1\.2"):
+        backbone.load_pretrained()
+
+
+def test_missing_file_names_the_choices():
+    with pytest.raises(ValueError, match=r"nowhere\.pth.*no such file.*IMAGENET1K_V1"):
+        ResNet("resnet18", weights="nowhere.pth").load_pretrained()
+
+
+def test_file_that_is_no_checkpoint_is_named(tmp_path):
+    path = tmp_path / "broken.pth"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"broken\.pth"):
+        ResNet("resnet18", weights=str(path)).load_pretrained()
+
+
+def test_weights_out_of_reach_are_a_loud_warning(monkeypatch, caplog):
+    def no_network(self, *args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", no_network)
+    assert not ResNet("resnet18", weights="IMAGENET1K_V1").load_pretrained()
+    assert "RANDOM WEIGHTS" in caplog.text and "resnet18-f37072fd.pth" in caplog.text
+
+
+def test_weights_in_the_download_cache_are_used(published, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    cache = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
+    cache.parent.mkdir()
+    torch.save(published.state_dict(), cache)
+    backbone = ResNet("resnet18", weights="IMAGENET1K_V1")
+    assert backbone.load_pretrained()
+    torch.testing.assert_close(backbone.body.conv1.weight, published.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"name": "resnet19"}, "resnet19"),
+        ({"out_features": ["layer5"]}, "layer5"),
+        ({"batch_norm": "sync"}, "sync"),
+        ({"dilation": True}, "dilation"),
+    ],
+)
+def test_unknown_settings_are_refused(options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        ResNet(**{"name": "resnet18", **options})
