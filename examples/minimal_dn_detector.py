@@ -68,8 +68,8 @@ def draw_batch(size: int = 16) -> tuple[Tensor, list[dict[str, Tensor]]]:
         count = int(torch.randint(1, 4, ()))
         labels = torch.randint(CLASSES, (count,))
         corners, sides = torch.randint(0, 40, (count, 2)), torch.randint(10, 24, (count, 1))
-        for label, (x, y), side in zip(labels, corners.tolist(), sides[:, 0].tolist()):
-            image[label, y : y + side, x : x + side] = 1.0
+        for label, (x, y), side in zip(labels, corners.tolist(), sides[:, 0], strict=True):
+            image[label, y : y + int(side), x : x + int(side)] = 1.0
         boxes = torch.cat([corners + sides / 2, sides.expand(-1, 2)], dim=-1) / 64
         targets.append({"labels": labels, "boxes": boxes})
     return images, targets

@@ -41,7 +41,9 @@ model = L(Detector)(
     ),
     position_embedding=L(PositionEmbeddingSine)(num_pos_feats=128, temperature=10000, offset=-0.5),
     queries=L(AnchorQueries)(
-        num_queries="${model.num_queries}", embed_dim="${model.transformer.embed_dim}", indicator=True
+        num_queries="${model.num_queries}",
+        embed_dim="${model.transformer.embed_dim}",
+        indicator=True,
     ),
     transformer=L(DeformableTransformer)(
         embed_dim=256,

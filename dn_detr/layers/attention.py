@@ -40,7 +40,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         biases = self.in_proj_bias.chunk(3)
         q, k, v = (
             F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for x, w, b in zip((query, key, value), weights, biases)
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
         allowed = None if mask is None else ~mask
         if allowed is not None and allowed.ndim == 3:

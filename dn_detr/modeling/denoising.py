@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..structures import inverse_sigmoid
@@ -139,7 +140,9 @@ class QueryDenoising(nn.Module):
                 "train without denoising with model.denoising=null"
             )
         if not 0 <= label_noise <= 1 or box_noise < 0:
-            raise ValueError(f"label_noise {label_noise} not in [0, 1] or box_noise {box_noise} < 0")
+            raise ValueError(
+                f"label_noise {label_noise} must lie in [0, 1] and box_noise {box_noise} be >= 0"
+            )
         self.num_classes = num_classes
         self.num_groups = num_groups
         self.label_noise = label_noise
@@ -245,7 +248,7 @@ class QueryDenoising(nn.Module):
         """Give each noised box of each image a slot; everything stays on the CPU."""
         parts: list[tuple[Tensor, ...]] = []
         offset = 0
-        for image, (count, seed) in enumerate(zip(counts, seeds)):
+        for image, (count, seed) in enumerate(zip(counts, seeds, strict=True)):
             generator = torch.Generator().manual_seed(seed)
             noise = self.draw_noise(count, generator)
             # Empty slots that are seen are the published layout: every image has the same stride.
@@ -261,7 +264,9 @@ class QueryDenoising(nn.Module):
             draws = (x[:groups, chosen].flatten(0, 1) for x in (noise.flip, noise.label, noise.box))
             parts.append((*(field.flatten() for field in fields), *draws))
             offset += count
-        image_M, slot_M, group_M, source_M, flip, label, box = map(torch.cat, zip(*parts))
+        image_M, slot_M, group_M, source_M, flip, label, box = map(
+            torch.cat, zip(*parts, strict=True)
+        )
         return _Placement(image_M, slot_M, group_M, source_M, Noise(flip, label, box))
 
     def _add_noise(self, labels: Tensor, boxes: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
@@ -275,7 +280,7 @@ class QueryDenoising(nn.Module):
     def _embed(self, labels: Tensor) -> Tensor:
         """(M,) labels -> (M, C) content."""
         content = self.label_embed(labels)
-        return torch.cat([content, torch.ones_like(content[:, :1])], -1) if self.indicator else content
+        return F.pad(content, (0, 1), value=1.0) if self.indicator else content
 
 
 def _attention_mask(group_BD: Tensor, num_matching: int) -> Tensor:

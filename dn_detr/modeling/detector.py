@@ -1,8 +1,8 @@
 """The detector: parts composed by a config, called with detectron2's protocol.
 
-    images -> backbone -> neck -> transformer -> heads -> criterion or post-processing
-                                     ^
-              queries + noised ground truth (training)
+images -> backbone -> neck -> transformer -> heads -> criterion or post-processing
+                                 ^
+          queries + noised ground truth (training)
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ class Detector(nn.Module):
         for sample in samples:
             image = sample["image"]
             if image.ndim != 3 or image.shape[0] != 3:
-                raise ValueError(f"{_name(sample)}: image must be (3, H, W), is {tuple(image.shape)}")
+                shape = tuple(image.shape)
+                raise ValueError(f"{_name(sample)}: image must be (3, H, W), is {shape}")
             image = image.to(self.pixel_mean.device, self.pixel_mean.dtype)
             images.append((image - self.pixel_mean) / self.pixel_std)
         return pad_images(images)
@@ -188,11 +189,9 @@ class Detector(nn.Module):
             return self.criterion(logits, boxes, targets)
         noised: NoisedQueries = self.denoising(targets, content, anchors, seeds)
         outputs = self._decode(images, mask, noised.content, noised.anchors, noised.attention_mask)
-        denoising, matching = noised.split(*outputs)
-        return {
-            **self.criterion(*matching, targets),
-            **self.denoising.loss(*denoising, noised),
-        }
+        (dn_logits, dn_boxes), (logits, boxes) = noised.split(*outputs)
+        losses: dict[str, Tensor] = self.criterion(logits, boxes, targets)
+        return losses | self.denoising.loss(dn_logits, dn_boxes, noised)
 
     def forward_tensors(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Predictions of the last decoder layer, tensors in and tensors out.

@@ -28,12 +28,12 @@ class DetectionHeads(nn.Module):
         class_embed = nn.Linear(embed_dim, num_classes)
         nn.init.constant_(class_embed.bias, -math.log((1 - _PRIOR) / _PRIOR))
         bbox_embed = MLP(embed_dim, embed_dim, 4, 3)
-        nn.init.zeros_(bbox_embed.layers[-1].weight)
-        nn.init.zeros_(bbox_embed.layers[-1].bias)
+        nn.init.zeros_(_last_linear(bbox_embed).weight)
+        nn.init.zeros_(_last_linear(bbox_embed).bias)
         self.class_embed = nn.ModuleList(copy.deepcopy(class_embed) for _ in range(num_layers))
         self.bbox_embed = nn.ModuleList(copy.deepcopy(bbox_embed) for _ in range(num_layers))
         # Published: the first layer starts from smaller boxes than its anchors.
-        nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
+        nn.init.constant_(_last_linear(self.bbox_embed[0]).bias[2:], -2.0)
 
     def predict_boxes(self, layer: int, states: Tensor, references: Tensor) -> Tensor:
         """Move the references as layer ``layer`` wants them moved.
@@ -60,6 +60,12 @@ class DetectionHeads(nn.Module):
             logits (N, B, Q, K) and boxes (N, B, Q, 4) as (cx, cy, w, h) in [0, 1];
             float32 or wider.
         """
-        logits = [at_least_float32(head(x)) for head, x in zip(self.class_embed, states)]
-        boxes = [self.predict_boxes(i, x, r) for i, (x, r) in enumerate(zip(states, references))]
+        heads = zip(self.class_embed, states, strict=True)
+        logits = [at_least_float32(head(x)) for head, x in heads]
+        layers = zip(states, references, strict=True)
+        boxes = [self.predict_boxes(i, x, r) for i, (x, r) in enumerate(layers)]
         return torch.stack(logits), torch.stack(boxes)
+
+
+def _last_linear(mlp: nn.Module) -> nn.Linear:
+    return [module for module in mlp.modules() if isinstance(module, nn.Linear)][-1]

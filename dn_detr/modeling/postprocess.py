@@ -44,5 +44,5 @@ class PostProcess(nn.Module):
         pixels = box_cxcywh_to_xyxy(boxes).gather(1, query) * scale
         return [
             Instances(size, pred_boxes=Boxes(b), scores=s, pred_classes=c)
-            for size, b, s, c in zip(image_sizes, pixels, scores, chosen % num_classes)
+            for size, b, s, c in zip(image_sizes, pixels, scores, chosen % num_classes, strict=True)
         ]

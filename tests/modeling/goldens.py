@@ -119,4 +119,4 @@ def recorded_noise(
     label = torch.zeros(len(flip), dtype=torch.long)
     label[flip < 0.2] = chosen_labels
     grouped = [x.unflatten(0, (groups, -1)).split(counts, dim=1) for x in (flip, label, box)]
-    return [Noise(*fields) for fields in zip(*grouped)]
+    return [Noise(*fields) for fields in zip(*grouped, strict=True)]

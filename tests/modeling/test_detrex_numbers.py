@@ -42,7 +42,7 @@ def model(rules) -> Detector:
 
 def _samples(rules: ModuleType, counts: tuple[int, int]) -> list[dict[str, Any]]:
     samples = []
-    for sample, target in zip(rules.images(), rules.targets(counts)):
+    for sample, target in zip(rules.images(), rules.targets(counts), strict=True):
         image = torch.from_numpy(sample["image"])
         ground_truth = Instances(
             tuple(image.shape[1:]),

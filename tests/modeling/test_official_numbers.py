@@ -128,7 +128,8 @@ def test_matching_is_the_official_one(model, golden, batch, rules):
 
 
 def test_training_gives_every_official_loss(trained, meta):
-    official = {k: v * meta["weights"][k] for k, v in meta["losses"].items() if k in meta["weights"]}
+    weights = meta["weights"]
+    official = {k: v * weights[k] for k, v in meta["losses"].items() if k in weights}
     renamed = {}
     for name, value in official.items():
         term, layer = name.removeprefix("tgt_"), ""

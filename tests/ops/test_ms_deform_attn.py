@@ -14,7 +14,9 @@ from dn_detr.ops import ms_deform_attn
 SHAPES = [(5, 7), (3, 4), (1, 2)]
 
 
-def _inputs(dtype: torch.dtype = torch.float64, *, batch: int = 2, queries: int = 3) -> list[Tensor]:
+def _inputs(
+    dtype: torch.dtype = torch.float64, *, batch: int = 2, queries: int = 3
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     heads, dim, points = 2, 4, 3
     shapes = torch.tensor(SHAPES)
@@ -37,7 +39,8 @@ def _direct(value, shapes, starts, locations, weights) -> Tensor:
     """One sample at a time, straight from the definition."""
     batch, queries, heads, levels, points, _ = locations.shape
     out = torch.zeros(batch, queries, heads, value.shape[-1], dtype=value.dtype)
-    for b, q, h, level, p in itertools.product(*map(range, (batch, queries, heads, levels, points))):
+    indices = itertools.product(*map(range, (batch, queries, heads, levels, points)))
+    for b, q, h, level, p in indices:
         height, width = shapes[level].tolist()
         x = locations[b, q, h, level, p, 0].item() * width - 0.5
         y = locations[b, q, h, level, p, 1].item() * height - 0.5

@@ -70,7 +70,7 @@ class ResNet(nn.Module):
         self.weights = weights
         self.mask_padding = mask_padding
         self._freeze(frozen_stages)
-        self._keep: dict[tuple[int, int], Tensor] = {}  # what the hooks below see of the mask
+        self._keep: dict[tuple[int, ...], Tensor] = {}  # what the hooks below see of the mask
         for module in self.body.modules():
             if isinstance(module, nn.MaxPool2d) or (
                 isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
@@ -92,7 +92,7 @@ class ResNet(nn.Module):
             for stride in (1, 2, 4, 8, 16, 32):
                 keep = (~downsample_mask(mask, stride))[:, None].to(images.dtype)
                 # Two strides share a key only for 1x1 maps, where every cell is valid.
-                self._keep[tuple(keep.shape[-2:])] = keep
+                self._keep[keep.shape[-2:]] = keep
         try:
             return list(self.body(images).values())
         finally:
@@ -123,7 +123,7 @@ class ResNet(nn.Module):
     def _zero_padding(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         """Zero what a spatial filter is about to read from the padding."""
         (x,) = inputs
-        keep = self._keep.get(tuple(x.shape[-2:]))
+        keep = self._keep.get(x.shape[-2:])
         return None if keep is None else (x * keep.to(x.dtype),)
 
     def _freeze(self, frozen_stages: int) -> None:

@@ -56,11 +56,15 @@ class ChannelMapper(nn.Module):
         )
         self.out_strides = [*in_strides, *(in_strides[-1] * 2 ** (i + 1) for i in range(extra))]
         self.mask_padding = mask_padding
-        for conv in self.convs:
-            nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
+        for name, parameter in self.convs.named_parameters():
+            if name.endswith("weight"):
+                nn.init.xavier_uniform_(parameter)
+            else:
+                nn.init.zeros_(parameter)
 
-    def forward(self, features: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(
+        self, features: Sequence[Tensor], mask: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Project.
 
         Args:
@@ -72,7 +76,7 @@ class ChannelMapper(nn.Module):
         """
         maps: list[Tensor] = []
         masks = [downsample_mask(mask, stride) for stride in self.out_strides]
-        for level, (conv, norm) in enumerate(zip(self.convs, self.norms)):
+        for level, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             if level < len(features):
                 source, source_mask = features[level], masks[level]
             elif level == len(features):

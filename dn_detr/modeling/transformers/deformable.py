@@ -275,7 +275,11 @@ class DeformableTransformer(nn.Module):
         levels = Levels.from_masks(masks)
         cells = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
         pos = torch.cat(
-            [p.flatten(2).transpose(1, 2) + e for p, e in zip(positions, self.level_embed)], dim=1
+            [
+                p.flatten(2).transpose(1, 2) + e
+                for p, e in zip(positions, self.level_embed, strict=True)
+            ],
+            dim=1,
         )
         memory = self.encoder(cells, pos, levels)
         return self.decoder(queries, anchors, memory, levels, heads, attention_mask)

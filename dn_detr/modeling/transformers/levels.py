@@ -35,7 +35,7 @@ class Levels:
         padded_wh = [(mask.shape[-1], mask.shape[-2]) for mask in masks]
         ratios = [
             valid_sizes(mask) / torch.tensor(wh, device=mask.device, dtype=torch.float32)
-            for mask, wh in zip(masks, padded_wh)
+            for mask, wh in zip(masks, padded_wh, strict=True)
         ]
         return cls(
             spatial_shapes=shapes,
