@@ -27,10 +27,10 @@ model.neck.num_levels = 3
 
 model.position_embedding.num_pos_feats = 64
 model.transformer.embed_dim = 128
-for half, num_layers in ((model.transformer.encoder, 2), (model.transformer.decoder, 3)):
-    half.num_layers = num_layers
-    half.num_heads = 4
-    half.feedforward_dim = 512
+for _half, _num_layers in ((model.transformer.encoder, 2), (model.transformer.decoder, 3)):
+    _half.num_layers = _num_layers
+    _half.num_heads = 4
+    _half.feedforward_dim = 512
 
 dataloader.root = "datasets/digits"
 # Mirrored digits are no digits, and the scenes are small already.

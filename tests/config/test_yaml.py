@@ -1,0 +1,197 @@
+"""YAML: what is saved reads back as the same config."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dn_detr.config import ConfigError, LazyConfig, instantiate
+from dn_detr.config import LazyCall as L
+from dn_detr.config.nodes import plain, to_node
+
+TRICKY = ["1e-4", "1", "0x1f", "1:30", "yes", "null", "~", "2020-01-01", "", " ", "!tuple", "inf"]
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.text().filter(lambda text: "${" not in text and text != "???"),
+    st.sampled_from([*TRICKY, "é", "漢字 🙂", "a: b", "# c", "line\nbreak\r\n", "\x85\u2028", "-"]),
+)
+KEYS = st.one_of(st.text(min_size=1, max_size=5).filter(lambda key: "${" not in key), st.integers())
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(KEYS, inner, max_size=3),
+    ),
+    max_leaves=12,
+)
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equality that tells 1 from True and 1.0, list from tuple, and the order of keys."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+def reload(cfg: Any, path: Path, *, resolve: bool = False) -> Any:
+    LazyConfig.save(cfg, path, resolve=resolve)
+    return LazyConfig.load(path)
+
+
+@settings(max_examples=120, deadline=None)
+@given(data=st.dictionaries(KEYS, VALUES, max_size=4))
+@pytest.mark.parametrize("resolve", [False, True])
+def test_any_plain_data_survives_the_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, data: dict[Any, Any], resolve: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
+    assert same(plain(reload(to_node(data), path, resolve=resolve)), data)
+
+
+def test_nan_survives(tmp_path: Path) -> None:
+    cfg = reload(to_node({"a": float("nan"), "b": -math.inf}), tmp_path / "c.yaml")
+    assert math.isnan(cfg.a) and cfg.b == -math.inf
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(alphabet="\\$b{}a", max_size=8))
+def test_resolved_text_is_not_interpolated_again(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    escaped = text.replace("\\", "").replace("${", "\\${")
+    cfg = to_node({"a": escaped, "reference": "${a}", "joined": "<${a}>"})
+    expected = plain(cfg)
+    path = tmp_path_factory.getbasetemp() / "escaped.yaml"
+    assert plain(reload(cfg, path, resolve=True)) == expected
+
+
+def test_interpolation_is_kept_or_resolved_on_request(tmp_path: Path) -> None:
+    cfg = to_node({"a": 1, "b": "${a}", "c": ("${a}", "x${a}"), "d": "${e}", "e": {"f": "${a}"}})
+    kept = reload(cfg, tmp_path / "kept.yaml")
+    kept.a = 5
+    assert plain(kept) == {"a": 5, "b": 5, "c": (5, "x5"), "d": {"f": 5}, "e": {"f": 5}}
+    resolved = reload(cfg, tmp_path / "resolved.yaml", resolve=True)
+    resolved.a = 5
+    assert plain(resolved) == {"a": 5, "b": 1, "c": (1, "x1"), "d": {"f": 1}, "e": {"f": 1}}
+
+
+def test_mandatory_value_stays_mandatory(tmp_path: Path) -> None:
+    cfg = reload(to_node({"a": {"b": "???"}}), tmp_path / "c.yaml", resolve=True)
+    with pytest.raises(ConfigError, match=r"a\.b: is mandatory"):
+        instantiate(cfg)
+
+
+def test_model_runs_again_from_its_yaml(tmp_path: Path) -> None:
+    cfg = to_node(
+        {"width": 3, "model": L(nn.Linear)(in_features="${..width}", out_features="${width}")}
+    )
+    for resolve in (False, True):
+        again = instantiate(reload(cfg, tmp_path / "c.yaml", resolve=resolve).model)
+        assert (again.in_features, again.out_features) == (3, 3)
+
+
+def test_class_as_a_value_is_saved_by_name(tmp_path: Path) -> None:
+    cfg = to_node({"norm": nn.BatchNorm2d, "call": {"_target_": nn.ReLU}})
+    again = instantiate(reload(cfg, tmp_path / "c.yaml"))
+    assert again["norm"] is nn.BatchNorm2d
+    assert isinstance(again["call"], nn.ReLU)
+
+
+def local_function() -> None:
+    """A function of a module that other processes may not import under this name."""
+
+
+@pytest.mark.parametrize("value", [lambda: 1, functools.partial(int, "3")])
+def test_callable_without_a_name_cannot_be_saved(tmp_path: Path, value: Any) -> None:
+    cfg = to_node({"optimizer": {"rules": [value]}})
+    with pytest.raises(ConfigError, match=r"optimizer\.rules\.0: .*named function"):
+        LazyConfig.save(cfg, tmp_path / "c.yaml")
+    assert not (tmp_path / "c.yaml").exists()
+
+
+@pytest.mark.parametrize("value", [object(), Path("x"), 1j, b"x"])
+def test_object_without_a_yaml_form_cannot_be_saved(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"model\.thing: .*cannot be written to YAML"):
+        LazyConfig.to_yaml(to_node({"model": {"thing": value}}))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"a": "${nope}"}, r"a: cannot resolve '\$\{nope\}'"),
+        ({"a": {"b": "${c}"}, "c": {"d": "${a}"}}, r"refers to a node that contains it"),
+        ({"a": "${b}", "b": "${a}"}, r"a: cannot resolve"),
+    ],
+)
+def test_broken_interpolation_is_named_when_resolving(cfg: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LazyConfig.to_yaml(to_node(cfg), resolve=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\n", "c.yaml"),
+        ("a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+        ("a: 1\nb: 2\na: 3\n", "'a' is written twice"),
+        ("- 1\n", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("a: &x [*x]\n", "recursive"),
+        ("a: '${'\n", "not a valid YAML config"),
+        ("null: 1\n", "not a valid YAML config"),
+        ("? [1]\n: 2\n", "not a valid YAML config"),
+        ("a: !tuple 3\n", "not a valid YAML config"),
+        ("\x00", "not a valid YAML config"),
+    ],
+)
+def test_bad_yaml_is_an_error_with_its_file(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml") as caught:
+        LazyConfig.load(path)
+    assert message in str(caught.value)
+
+
+def test_hand_written_yaml_reads_as_expected(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "base: &base {a: 1, b: 1e-4}\nover: {<<: *base, b: 2}\nday: 2020-01-01\n"
+        "shape: !tuple [1, [2, !tuple []]]\n"
+    )
+    assert plain(LazyConfig.load(path)) == {
+        "base": {"a": 1, "b": 1e-4},
+        "over": {"a": 1, "b": 2},
+        "day": "2020-01-01",
+        "shape": (1, [2, ()]),
+    }
+
+
+def test_reference_to_a_shared_node_survives_resolving(tmp_path: Path) -> None:
+    cfg = to_node(
+        {
+            "parts": [{"matcher": L(nn.ReLU)(_shared_=True)}],
+            "outer": {"inner": {"matcher": "${...parts.0.matcher}", "other": "${n}"}},
+            "copy": "${outer}",
+            "n": 1,
+        }
+    )
+    again = reload(cfg, tmp_path / "c.yaml", resolve=True)
+    built = instantiate(again)
+    assert built["parts"][0]["matcher"] is built["outer"]["inner"]["matcher"]
+    assert built["copy"]["inner"]["matcher"] is built["parts"][0]["matcher"]
+    assert LazyConfig.to_yaml(again.outer, resolve=True).count("${") == 0

@@ -1,0 +1,31 @@
+"""From raw predictions to detections."""
+
+from __future__ import annotations
+
+import torch
+
+from dn_detr.modeling import PostProcess
+
+
+def _raw() -> tuple[torch.Tensor, torch.Tensor]:
+    logits = torch.tensor([[[0.0, 3.0], [2.0, -1.0], [-5.0, 1.0]]])
+    boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0], [0.25, 0.5, 0.5, 0.2], [0.9, 0.9, 0.4, 0.4]]])
+    return logits, boxes
+
+
+def test_best_pairs_of_query_and_class_are_kept_in_order():
+    (found,) = PostProcess(3)(*_raw(), [(100, 200)])
+    assert found.pred_classes.tolist() == [1, 0, 1]
+    torch.testing.assert_close(found.scores, torch.tensor([3.0, 2.0, 1.0]).sigmoid())
+    expected = [[0, 0, 200, 100], [0, 40, 100, 60], [140, 70, 220, 110]]  # not clipped
+    torch.testing.assert_close(found.pred_boxes.tensor, torch.tensor(expected).float())
+
+
+def test_a_query_may_appear_with_two_classes():
+    (found,) = PostProcess(4)(*_raw(), [(100, 200)])
+    torch.testing.assert_close(found.pred_boxes.tensor[0], found.pred_boxes.tensor[3])
+
+
+def test_fewer_pairs_than_wanted_are_all_kept():
+    (found,) = PostProcess(100)(*_raw(), [(10, 10)])
+    assert len(found) == 6
