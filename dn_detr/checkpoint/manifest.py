@@ -1,0 +1,127 @@
+"""The manifest of a checkpoint: what the folder holds and how to tell that it is undamaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import safetensors
+import torch
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "dn_detr.checkpoint"
+FORMAT_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or belongs to something else."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What one checkpoint folder holds.
+
+    Attributes:
+        iteration: optimizer steps done when it was written, >= 0.
+        epoch: the same in epochs, fractional.
+        files: file name in the folder -> SHA-256 in hexadecimal.
+        config: the resolved config as YAML text.
+        class_names: class names of the training data; index = contiguous class id.
+        metrics: results of the evaluation at this iteration; None if there was none.
+        versions: versions of the libraries that wrote it.
+    """
+
+    iteration: int
+    epoch: float
+    files: Mapping[str, str]
+    config: str = ""
+    class_names: list[str] = field(default_factory=list)
+    metrics: dict[str, Any] | None = None
+    versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
+
+    def write(self, folder: Path) -> None:
+        """Write `folder/manifest.json` in one atomic replacement."""
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        content["sha256"] = _digest_of_content(content)
+        partial = folder / f".{MANIFEST_NAME}.partial"
+        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        flush_to_disk(partial)
+        os.replace(partial, folder / MANIFEST_NAME)
+        flush_to_disk(folder)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read and verify `folder/manifest.json`.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or of a newer format.
+        """
+        path = folder / MANIFEST_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            digest = content.pop("sha256")
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder}: no {MANIFEST_NAME}, so not a checkpoint") from None
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged, it cannot be read: {error!r}") from error
+        if digest != _digest_of_content(content):
+            raise CheckpointError(f"{path}: damaged, its content does not match its own digest")
+        if content.pop("format") != FORMAT or content.pop("format_version") > FORMAT_VERSION:
+            raise CheckpointError(f"{path}: written by a newer dn_detr; update the package")
+        return cls(**content)
+
+    def verify(self, folder: Path, name: str) -> Path:
+        """Return the path of file `name` after comparing it with its digest.
+
+        Raises:
+            CheckpointError: the file is missing from the manifest or the folder, or damaged.
+        """
+        path = folder / name
+        if name not in self.files:
+            raise CheckpointError(f"{folder / MANIFEST_NAME}: lists no file {name}")
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing, though the manifest lists it")
+        if file_digest(path) != self.files[name]:
+            raise CheckpointError(
+                f"{path}: damaged, its SHA-256 differs from the manifest's; use another checkpoint"
+            )
+        return path
+
+
+def library_versions() -> dict[str, str]:
+    """Return versions of Python and of the libraries that a checkpoint depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Make a file's content, or a folder's list of names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest_of_content(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,80 @@
+"""Evaluating a model: as a command, and inside training."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import nn
+
+from dn_detr.checkpoint import last_checkpoint, load_model_weights
+from dn_detr.config import instantiate
+from dn_detr.data import check_num_classes
+from dn_detr.evaluation import inference_on_dataset
+
+from .distributed import barrier, choose_device, is_main, rank
+from .progress import describe_results
+from .random_state import preserved_random_state, seed_everything
+from .settings import TrainSettings
+from .setup import LOGGER_NAME, logging_to, make_folder, record_run
+
+logger = logging.getLogger(f"{LOGGER_NAME}.engine")
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Evaluate the weights of `train.init_checkpoint`, else the last ones of `train.output_dir`.
+
+    Args:
+        cfg: a whole config. The results and the config go to `train.output_dir/eval`.
+
+    Returns:
+        The evaluator's metrics, in [0, 1]; an empty dict on other processes than the first.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is damaged or of another model.
+    """
+    settings = TrainSettings.from_config(cfg)
+    device = choose_device(settings.device)
+    seed_everything(settings.seed + rank())
+    checkpoint = _weights_to_evaluate(settings)
+    folder = make_folder(settings.output_dir)
+    with logging_to(folder):
+        if is_main():
+            record_run(cfg, make_folder(folder / "eval"), device)
+        logger.info("evaluating %s", checkpoint)
+        model = instantiate(cfg.model).to(device)
+        load_model_weights(model, checkpoint)
+        loader = instantiate(cfg.dataloader.test)
+        check_num_classes(loader.dataset, model.num_classes)
+        return evaluate_model(model, loader, instantiate(cfg.dataloader.evaluator))
+
+
+def evaluate_model(model: nn.Module, loader: Any, evaluator: Any) -> dict[str, Any]:
+    """Evaluate in full precision, log the results, and leave the random numbers as they were.
+
+    Args:
+        model: a detector, not wrapped by DistributedDataParallel.
+        loader: of this process's share of the test images.
+        evaluator: as `dn_detr.evaluation.CocoEvaluator`.
+
+    Returns:
+        The evaluator's metrics; an empty dict on other processes than the first.
+    """
+    with preserved_random_state():
+        results = inference_on_dataset(model, loader, evaluator)
+    if results is not None:
+        logger.info("evaluation: %s", describe_results(results))
+    barrier()
+    return results or {}
+
+
+def _weights_to_evaluate(settings: TrainSettings) -> str | Path:
+    checkpoint = settings.init_checkpoint or last_checkpoint(settings.output_dir)
+    if not checkpoint:
+        raise ValueError(
+            f"nothing to evaluate: train.init_checkpoint is empty and {settings.output_dir} holds "
+            "no checkpoints; set train.init_checkpoint=<checkpoint or output folder>"
+        )
+    return checkpoint

@@ -1,0 +1,130 @@
+"""What happens before the first iteration: device, seed, output folder, log, environment."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from dn_detr.config import LazyConfig
+
+from .distributed import is_main, rank, world_size
+
+LOGGER_NAME = "dn_detr"
+_PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "omegaconf", "safetensors", "scipy")
+# Rows of numbers that a progress bar shows anyway go to the file only.
+FILE_ONLY = {"file_only": True}
+
+
+class _TerminalHandler(logging.Handler):
+    """Prints above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not (getattr(record, "file_only", False) and sys.stdout.isatty()):
+            tqdm.write(self.format(record), file=sys.stdout)
+
+
+@contextmanager
+def logging_to(output_dir: Path) -> Iterator[logging.Logger]:
+    """Log to the terminal and to `output_dir/log.txt`; only warnings, to stderr, on other ranks."""
+    logger = logging.getLogger(LOGGER_NAME)
+    handlers: list[logging.Handler] = []
+    if is_main():
+        handlers = [_TerminalHandler(), logging.FileHandler(output_dir / "log.txt")]
+        layout = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    else:
+        handlers = [logging.StreamHandler()]
+        layout = logging.Formatter(f"[rank {rank()}] %(levelname)s %(message)s")
+    before = (logger.level, logger.propagate)
+    logger.setLevel(logging.INFO if is_main() else logging.WARNING)
+    logger.propagate = False
+    for handler in handlers:
+        handler.setFormatter(layout)
+        logger.addHandler(handler)
+    try:
+        yield logger
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+        logger.level, logger.propagate = before
+
+
+def make_folder(path: str | Path) -> Path:
+    """Create a folder and its parents.
+
+    Raises:
+        ValueError: it cannot be created or written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"train.output_dir={path}: cannot be created: {error}") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"train.output_dir={path}: no permission to write there")
+    return folder
+
+
+def record_run(cfg: DictConfig, folder: Path, device: torch.device) -> str:
+    """Write `config.yaml` (can be run again) and return its text; add to `environment.txt`.
+
+    A resumed run has one block of environment per start.
+    """
+    path = folder / "config.yaml"
+    LazyConfig.save(cfg, str(path))
+    with (folder / "environment.txt").open("a", encoding="utf-8") as file:
+        file.write(
+            describe_environment(device) + "\n"
+        )  # one block per start, also of a resumed run
+    return path.read_text(encoding="utf-8")
+
+
+def describe_environment(device: torch.device) -> str:
+    """Return what a reader needs to repeat a run: versions, hardware, commit, command line."""
+    entries = {
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": " ".join([sys.executable, *sys.argv]),
+        "git commit": _git_commit(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("dn_detr", *_PACKAGES)},
+        "platform": platform.platform(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none used",
+        "cuda": f"{torch.version.cuda}, cudnn {torch.backends.cudnn.version()}",
+        "processes": str(world_size()),
+        "cpu threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
+    }
+    return "".join(f"{name}: {value}\n" for name, value in entries.items())
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git_commit() -> str:
+    """Return the commit of the checkout that holds this file, "-dirty" appended if changed."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
+        return "not a checkout"
+    # exclude: the commit itself, not its distance from a tag
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run([*command, "--abbrev=40"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"unknown: {getattr(error, 'stderr', error)}".strip()
+    return done.stdout.strip()

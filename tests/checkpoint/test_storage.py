@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dn_detr.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    last_checkpoint,
+    load_training_state,
+    read_manifest,
+    read_weights,
+    record_metrics,
+    save_checkpoint,
+)
+
+STATE = {"moments": torch.arange(4.0), "step": 3, "names": ["a", "b"], "random": (3, (1, 2), None)}
+
+
+def save(folder: Path, iteration: int = 1, **options) -> Path:
+    weights = {"layer.weight": torch.full((2, 3), float(iteration))}
+    return save_checkpoint(folder, weights, STATE, iteration=iteration, epoch=0.5, **options)
+
+
+def saved_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    checkpoint = save(tmp_path, config="a: 1\n", class_names=["cat", "dog"])
+    assert torch.equal(read_weights(checkpoint)["layer.weight"], torch.ones(2, 3))
+    state = load_training_state(checkpoint)
+    assert torch.equal(state.pop("moments"), STATE["moments"])
+    assert state == {name: value for name, value in STATE.items() if name != "moments"}
+    manifest = read_manifest(checkpoint)
+    assert (manifest.iteration, manifest.epoch, manifest.config) == (1, 0.5, "a: 1\n")
+    assert manifest.class_names == ["cat", "dog"]
+    assert manifest.versions["torch"] == torch.__version__
+
+
+def test_aliases_and_views_of_one_tensor_are_saved(tmp_path):
+    weight = torch.rand(4, 4)
+    weights = {"a": weight, "alias": weight, "row": weight[1], "transposed": weight.T}
+    checkpoint = save_checkpoint(tmp_path, weights, {}, iteration=1, epoch=0.0)
+    for name, value in read_weights(checkpoint).items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_last_is_a_relative_link_to_the_newest(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 20)
+    assert os.readlink(tmp_path / "checkpoints" / "last") == "0000020"
+    tmp_path.rename(tmp_path.with_name("moved"))
+    assert last_checkpoint(tmp_path.with_name("moved")).name == "0000020"
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for iteration in (5, 10, 15, 20):
+        save(tmp_path, iteration, keep=2)
+    assert saved_names(tmp_path) == ["0000015", "0000020", "last"]
+
+
+def test_order_follows_iterations_beyond_seven_digits(tmp_path):
+    for iteration in (9_999_999, 10_000_000):
+        save(tmp_path, iteration, keep=1)
+    assert saved_names(tmp_path) == ["10000000", "last"]
+
+
+def test_leftovers_of_a_killed_save_are_invisible_and_then_removed(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / ".0000002.partial").mkdir()
+    (tmp_path / "checkpoints" / ".last.partial").symlink_to("0000002")
+    assert last_checkpoint(tmp_path).name == "0000001"
+    save(tmp_path, 2)
+    assert saved_names(tmp_path) == ["0000001", "0000002", "last"]
+
+
+def test_saving_an_iteration_again_replaces_it(tmp_path):
+    save(tmp_path, 1, config="old")
+    save(tmp_path, 1, config="new")
+    assert read_manifest(tmp_path / "checkpoints" / "last").config == "new"
+    assert saved_names(tmp_path) == ["0000001", "last"]
+
+
+def test_a_folder_without_checkpoints_has_no_last_one(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_checkpoints_without_last_are_an_error_that_says_how_to_repair_it(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / "last").unlink()
+    with pytest.raises(CheckpointError, match=r"ln -sfn 0000001"):
+        last_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["", "checkpoints", "checkpoints/last", "checkpoints/0000001"])
+def test_a_checkpoint_is_found_by_every_name_it_has(tmp_path, path):
+    checkpoint = save(tmp_path, 1)
+    assert find_checkpoint(tmp_path / path) == checkpoint.resolve()
+
+
+def test_a_path_that_leads_to_no_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        find_checkpoint(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="neither a checkpoint folder"):
+        find_checkpoint(tmp_path)
+
+
+def test_metrics_can_be_added_later(tmp_path):
+    checkpoint = save(tmp_path)
+    assert read_manifest(checkpoint).metrics is None
+    record_metrics(checkpoint, {"AP": 0.5, "per_class": {"cat": 0.25}})
+    assert read_manifest(checkpoint).metrics == {"AP": 0.5, "per_class": {"cat": 0.25}}
+    assert load_training_state(checkpoint)["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
+def test_damage_is_detected_and_names_the_file(tmp_path, name, damage):
+    checkpoint = save(tmp_path, config="a: 1\n")
+    path = checkpoint / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "remove":
+        path.unlink()
+    else:
+        cut = {"flip": bytes(content), "truncate": bytes(content[:-7]), "empty": b""}[damage]
+        path.write_bytes(cut)
+    with pytest.raises(CheckpointError, match=name):
+        read_weights(checkpoint)
+        load_training_state(checkpoint)
+
+
+def test_a_newer_format_is_an_error(tmp_path):
+    from dn_detr.checkpoint import manifest
+
+    checkpoint = save(tmp_path)
+    content = json.loads((checkpoint / "manifest.json").read_text())
+    content["format_version"] = 99
+    del content["sha256"]
+    content["sha256"] = manifest._digest_of_content(content)
+    (checkpoint / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="newer dn_detr"):
+        read_manifest(checkpoint)
+
+
+def test_a_training_state_that_would_run_code_is_refused(tmp_path):
+    class Exploit:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    checkpoint = save_checkpoint(tmp_path, {}, {"x": Exploit()}, iteration=1, epoch=0.0)
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        load_training_state(checkpoint)
+    assert not (tmp_path / "ran").exists()

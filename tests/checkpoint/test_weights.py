@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dn_detr.checkpoint import CheckpointError, load_model_weights, save_checkpoint
+
+
+def make_model(classes: int = 2) -> nn.Module:
+    return nn.ModuleDict({"backbone": nn.Linear(3, 4), "head": nn.Linear(4, classes)})
+
+
+def save(folder, model):
+    return save_checkpoint(folder, model.state_dict(), {}, iteration=1, epoch=0.0)
+
+
+def test_weights_load_from_every_path(tmp_path):
+    source = make_model()
+    checkpoint = save(tmp_path, source)
+    save_file(source.state_dict(), tmp_path / "bare.safetensors")
+    paths = [
+        tmp_path,
+        checkpoint,
+        tmp_path / "checkpoints" / "last",
+        checkpoint / "model.safetensors",
+        tmp_path / "bare.safetensors",
+    ]
+    for path in paths:
+        model = make_model()
+        load_model_weights(model, path)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, source.state_dict()[name]), path
+
+
+def test_one_error_lists_all_that_differs_and_what_the_file_looks_like(tmp_path):
+    source = nn.ModuleDict({"backbone": nn.Linear(3, 4), "head": nn.Linear(4, 9)})
+    source["neck"] = nn.Linear(1, 1)
+    target = make_model()
+    target["query"] = nn.Embedding(2, 2)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(CheckpointError) as error:
+        load_model_weights(target, save(tmp_path, source))
+    message = str(error.value)
+    assert "The file holds 6 tensors: backbone (2), head (2), neck (2)." in message
+    assert "1 missing from the file:\n  query.weight" in message
+    assert "2 unexpected in the file:\n  neck.bias\n  neck.weight" in message
+    assert "2 of another shape:\n  head.weight (file (9, 4), model (2, 4))" in message
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_long_lists_are_cut_and_counted(tmp_path):
+    target = nn.ModuleDict({f"layer{i}": nn.Linear(1, 1) for i in range(8)})
+    with pytest.raises(CheckpointError, match=r"16 missing from the file:[\s\S]*and 6 more"):
+        load_model_weights(target, save(tmp_path, make_model()))
+
+
+def test_a_file_that_is_no_checkpoint_is_an_error_that_says_what_is(tmp_path):
+    (tmp_path / "other.pth").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"other.pth: not a checkpoint of dn_detr"):
+        load_model_weights(make_model(), tmp_path / "other.pth")
+    (tmp_path / "broken.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"broken.safetensors: damaged or not"):
+        load_model_weights(make_model(), tmp_path / "broken.safetensors")

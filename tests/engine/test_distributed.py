@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dn_detr.engine import LaunchError, ProcessFailure, distributed, launch
+from dn_detr.engine.distributed import all_gather, barrier, choose_device, rank, world_size
+
+
+def write_identity(folder: str) -> None:
+    everyone = all_gather((rank(), world_size()))
+    Path(folder, f"{rank()}.txt").write_text(f"{everyone}")
+    barrier()
+
+
+def fail_on_one_process(kind: str) -> None:
+    if rank() == 1:
+        if kind == "user":
+            raise_inside_package()
+        raise RuntimeError("from the depths")
+    barrier()  # would wait for rank 1 for ever
+    time.sleep(600)
+
+
+def raise_inside_package() -> None:
+    distributed.launch(print, 0)
+
+
+def test_without_a_group_there_is_one_process():
+    assert (rank(), world_size(), all_gather("x")) == (0, 1, ["x"])
+    barrier()
+
+
+def test_launch_of_one_process_runs_here(tmp_path):
+    launch(write_identity, None, str(tmp_path))
+    assert (tmp_path / "0.txt").read_text() == "[(0, 1)]"
+
+
+def test_launched_processes_know_each_other(tmp_path):
+    launch(write_identity, 2, str(tmp_path), device="cpu")
+    for number in (0, 1):
+        assert (tmp_path / f"{number}.txt").read_text() == "[(0, 2), (1, 2)]"
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("user", LaunchError, "^--num-gpus 0: expected at least 1$"),
+        ("bug", ProcessFailure, "^process 1:\nTraceback[\\s\\S]*RuntimeError: from the depths"),
+    ],
+)
+def test_one_failing_process_ends_all_and_its_error_is_told_once(kind, error, message):
+    started = time.monotonic()
+    with pytest.raises(error, match=message) as caught:
+        launch(fail_on_one_process, 2, kind, device="cpu")
+    assert time.monotonic() - started < 120
+    assert str(caught.value).count("Traceback") == (kind == "bug")
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_more_gpus_than_there_are_is_an_error(device):
+    count = torch.cuda.device_count() + 1
+    with pytest.raises(LaunchError, match=f"--num-gpus {count}: this machine has {count - 1} GPU"):
+        launch(print, count, device=device)
+
+
+def test_torchrun_and_another_number_of_processes_is_an_error(monkeypatch):
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in {**variables, **address}.items():
+        monkeypatch.setitem(os.environ, name, value)
+    with pytest.raises(LaunchError, match="--num-gpus 4 under torchrun with 2 processes"):
+        launch(print, 4, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "tpu", "mps", ""])
+def test_unknown_device_is_an_error(name):
+    with pytest.raises(ValueError, match="expected auto, cpu, cuda"):
+        choose_device(name)
+
+
+def test_auto_takes_the_gpu_where_there_is_one():
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+
+from dn_detr.engine.progress import Progress, describe_results
+from dn_detr.engine.schedule import Timetable
+from dn_detr.engine.setup import logging_to
+
+ROW = {
+    "iteration": 4, "epoch": 0.5, "loss": 1.25, "grad_norm": 2.0, "lr/default": 1e-4,
+    "lr/backbone": 1e-5, "data_time": 0.125, "iter_time": 2.0, "images_per_s": 8.0,
+    "memory_mib": 100.0,
+}  # fmt: skip
+
+
+def show(folder, capsys) -> tuple[str, str]:
+    """Show one row; returns what the terminal and the log file got."""
+    with (
+        logging_to(folder),
+        Progress(Timetable(8, 10), 3, logging.getLogger("dn_detr.engine")) as progress,
+    ):
+        progress.advance()
+        progress.show(ROW)
+    return capsys.readouterr().out, (folder / "log.txt").read_text()
+
+
+def test_without_a_terminal_the_same_plain_line_goes_to_output_and_log(tmp_path, capsys):
+    output, log = show(tmp_path, capsys)
+    assert output == log
+    assert "iteration 4/10  epoch 0.50  loss 1.2500  grad norm 2  lr 1.0e-04" in log
+    assert log.endswith("eta 0:00:12\n")
+
+
+def test_in_a_terminal_a_bar_replaces_the_line_which_still_goes_to_the_log(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    output, log = show(tmp_path, capsys)
+    assert "4/10" in output and "loss 1.2500, lr 1.0e-04, data 0.125 s" in output
+    assert "grad norm" not in output and "grad norm 2" in log
+
+
+@pytest.mark.parametrize("results", [{"AP": 0.5, "AP50": -1.0, "per_class": {"cat": 0.25}}])
+def test_results_are_described_by_their_plain_numbers(results):
+    assert describe_results(results) == "AP 0.5000  AP50 -1.0000"

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+
+from dn_detr.engine import TrainSettings
+
+
+def test_values_of_the_config_arrive_typed(tiny_config):
+    settings = TrainSettings.from_config(tiny_config("train.eval_period=5", "train.seed=7"))
+    assert (settings.eval_period, settings.seed, settings.epochs) == (5, 7, 3.0)
+    assert settings.clip_grad.max_norm == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+train.warmup=1", "train.warmup: Key 'warmup' not in 'TrainSettings'; the keys of train"),
+        ("train.epochs=0", "train.epochs=0.0: expected > 0"),
+        ("train.max_iter=-1", "train.max_iter=-1: expected > 0"),
+        ("train.log_period=0", "train.log_period=0: expected > 0"),
+        ("train.amp.dtype=float8", "expected float16 or bfloat16"),
+        ("train.checkpoint.keep=0", "train.checkpoint.keep=0: expected >= 1"),
+        ("train.clip_grad.max_norm=-1.0", "expected > 0 or null"),
+        ("train.eval_period=-4", "expected iterations"),
+        ("~lr_schedule", "the config has no lr_schedule"),
+    ],
+)
+def test_a_bad_setting_is_an_error_that_names_it(tiny_config, override, message):
+    with pytest.raises(ValueError) as error:
+        TrainSettings.from_config(tiny_config(override))
+    assert message in str(error.value)

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from dn_detr.checkpoint import read_manifest, read_weights
+from dn_detr.config import LazyConfig
+from dn_detr.engine import NonFiniteError, evaluate, train
+from dn_detr.engine.training import config_changes
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(row: dict) -> dict:
+    timings = {"data_time", "iter_time", "images_per_s", "memory_mib"}
+    return {name: value for name, value in row.items() if name not in timings}
+
+
+def assert_equal_weights(first: Path, second: Path) -> None:
+    expected, found = read_weights(first), read_weights(second)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+
+
+@pytest.fixture
+def run(tiny_config, tmp_path):
+    """Train the tiny config; returns the metrics. The output folder is `tmp_path/NAME`."""
+
+    def start(name: str, *overrides: str, resume: bool = False) -> dict:
+        return train(tiny_config(f"train.output_dir={tmp_path}/{name}", *overrides), resume=resume)
+
+    return start
+
+
+def test_a_run_leaves_config_environment_log_metrics_events_and_checkpoints(run, tmp_path):
+    run("a")
+    folder = tmp_path / "a"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "checkpoints", "config.yaml", "environment.txt", "log.txt", "metrics.jsonl", "tensorboard",
+    }  # fmt: skip
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "0000003", "0000006", "0000009", "last",
+    ]  # fmt: skip
+    environment = (folder / "environment.txt").read_text()
+    assert f"torch: {torch.__version__.split('+')[0]}" in environment
+    assert "git commit: " in environment and "iteration 8/9" in (folder / "log.txt").read_text()
+
+
+def test_rows_come_every_log_period_and_evaluations_every_eval_period(run, tmp_path):
+    metrics = run("a")
+    found = rows(tmp_path / "a")
+    assert [row["iteration"] for row in found if "loss" in row] == [2, 4, 6, 8, 9]
+    assert [row["iteration"] for row in found if "eval/AP" in row] == [3, 6, 9]
+    assert found[-1]["eval/AP"] == metrics["AP"]
+    assert found[-1]["eval/per_class/class1"] == metrics["per_class"]["class1"]
+    first = found[0]
+    assert first["loss"] == pytest.approx(first["loss/loss_class"] + first["loss/loss_bbox"])
+    assert first["epoch"] == pytest.approx(2 / 3)
+
+
+def test_learning_rate_drops_after_the_milestone_epoch(run, tmp_path):
+    run("a", "train.log_period=1")
+    rates = [row["lr/default"] for row in rows(tmp_path / "a") if "loss" in row]
+    assert rates == pytest.approx([1e-2] * 6 + [1e-3] * 3)
+
+
+def test_training_lowers_the_loss(run, tmp_path):
+    run("a", "train.epochs=20", "lr_schedule.milestones=[]", "train.clip_grad.max_norm=null")
+    losses = [row["loss"] for row in rows(tmp_path / "a") if "loss" in row]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_equal_seeds_give_equal_weights_and_others_do_not(run, tmp_path):
+    run("a")
+    run("b")
+    run("c", "train.seed=1")
+    assert_equal_weights(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(AssertionError):
+        assert_equal_weights(tmp_path / "a", tmp_path / "c")
+
+
+def test_evaluating_more_often_does_not_change_the_training(run, tmp_path):
+    run("a", "train.eval_period=1")
+    run("b", "train.eval_period=0")
+    assert_equal_weights(tmp_path / "a", tmp_path / "b")
+    assert [row["iteration"] for row in rows(tmp_path / "b") if "eval/AP" in row] == [9]
+
+
+@pytest.mark.parametrize("amp", ["false", "true"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(run, tmp_path, amp, workers):
+    overrides = (
+        f"train.amp.enabled={amp}",
+        "train.amp.dtype=float16",
+        f"dataloader.train.num_workers={workers}",
+        "train.checkpoint.period=5",  # between two rows of metrics, inside an epoch
+    )
+    whole = run("whole", *overrides)
+    with pytest.raises(NonFiniteError):
+        run("parts", *overrides, "model.nan_at=7")
+    resumed = run("parts", *overrides, resume=True)
+    assert resumed == whole
+    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+    expected = [untimed(row) for row in rows(tmp_path / "whole")]
+    assert [untimed(row) for row in rows(tmp_path / "parts")] == expected
+
+
+def test_resuming_needs_the_saved_random_numbers(run, tmp_path, monkeypatch):
+    """The negative control: without them, dropout differs and so do the weights."""
+    run("whole", "train.checkpoint.period=5")
+    with pytest.raises(NonFiniteError):
+        run("parts", "train.checkpoint.period=5", "model.nan_at=7")
+    monkeypatch.setattr("dn_detr.engine.trainer.restore_random_state", lambda state: None)
+    run("parts", "train.checkpoint.period=5", resume=True)
+    with pytest.raises(AssertionError):
+        assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resuming_a_finished_run_returns_its_metrics_and_changes_nothing(run, tmp_path):
+    metrics = run("a")
+    before = (tmp_path / "a" / "metrics.jsonl").read_text()
+    assert run("a", resume=True) == metrics
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() == before
+
+
+def test_resuming_after_an_interrupted_evaluation_evaluates_once(run, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("dn_detr.engine.training.evaluate_model", interrupt)
+        run("a", "train.eval_period=0")
+    metrics = run("a", "train.eval_period=0", resume=True)
+    found = rows(tmp_path / "a")
+    assert [row["eval/AP"] for row in found if "eval/AP" in row] == [metrics["AP"]]
+    assert read_manifest(tmp_path / "a" / "checkpoints" / "last").metrics == metrics
+
+
+def test_a_resumed_run_can_be_prolonged_and_says_what_changed(run, tmp_path):
+    run("a", "train.epochs=1")
+    run("a", "train.epochs=2", "optimizer.lr=0.02", resume=True)
+    found = [row for row in rows(tmp_path / "a") if "loss" in row]
+    assert found[-1]["iteration"] == 6
+    assert found[-1]["lr/default"] == pytest.approx(0.02)
+    log = (tmp_path / "a" / "log.txt").read_text()
+    assert "changed since that checkpoint: optimizer.lr: 0.01 -> 0.02" in log
+
+
+def test_nothing_to_resume_starts_a_new_run_and_says_so(run, tmp_path):
+    run("a", "train.max_iter=1", resume=True)
+    assert "nothing to resume" in (tmp_path / "a" / "log.txt").read_text()
+    assert rows(tmp_path / "a")[-1]["iteration"] == 1
+
+
+def test_a_new_run_never_mixes_with_the_checkpoints_of_another(run, tmp_path):
+    run("a", "train.max_iter=1")
+    before = (tmp_path / "a" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="holds a run with 1 iterations: add --resume"):
+        run("a", "train.max_iter=1")
+    assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == before
+
+
+def test_evaluate_gives_the_numbers_of_the_evaluation_inside_training(run, tiny_config, tmp_path):
+    metrics = run("a")
+    checkpoint = f"train.init_checkpoint={tmp_path}/a/checkpoints/last"
+    assert evaluate(tiny_config(checkpoint, f"train.output_dir={tmp_path}/b")) == metrics
+    assert evaluate(tiny_config(f"train.output_dir={tmp_path}/a")) == metrics
+
+
+def test_evaluate_without_a_checkpoint_is_an_error(tiny_config):
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        evaluate(tiny_config())
+
+
+def test_evaluate_leaves_the_files_of_the_training_alone(run, tiny_config, tmp_path):
+    run("a")
+    files = [tmp_path / "a" / name for name in ("config.yaml", "metrics.jsonl", "environment.txt")]
+    before = [path.read_bytes() for path in files]
+    evaluate(tiny_config(f"train.output_dir={tmp_path}/a", "dataloader.test.batch_size=1"))
+    assert [path.read_bytes() for path in files] == before
+    assert "batch_size: 1" in (tmp_path / "a" / "eval" / "config.yaml").read_text()
+
+
+def test_fine_tuning_starts_from_the_weights_at_iteration_zero(run, tmp_path):
+    run("a")
+    run(
+        "b", f"train.init_checkpoint={tmp_path}/a", "train.max_iter=1", "optimizer.lr=1e-20",
+        "optimizer.weight_decay=0.0",
+    )  # fmt: skip
+    assert_equal_weights(tmp_path / "a", tmp_path / "b")
+    assert read_manifest(tmp_path / "b" / "checkpoints" / "last").iteration == 1
+
+
+def test_the_saved_config_repeats_the_run(run, tmp_path):
+    run("a")
+    cfg = LazyConfig.load(tmp_path / "a" / "config.yaml", allow=("tests",))
+    train(LazyConfig.apply_overrides(cfg, [f"train.output_dir={tmp_path}/b"]))
+    assert_equal_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_more_classes_in_the_data_than_in_the_model_stop_before_training(run):
+    with pytest.raises(ValueError, match=r"set model.num_classes=2"):
+        run("a", "model.num_classes=1")
+
+
+def test_a_manifest_names_the_classes_and_holds_the_config(run, tmp_path):
+    run("a")
+    manifest = read_manifest(tmp_path / "a" / "checkpoints" / "last")
+    assert manifest.class_names == ["class0", "class1"]
+    assert manifest.config == (tmp_path / "a" / "config.yaml").read_text()
+    assert manifest.epoch == 3.0
+
+
+def test_another_optimizer_is_no_place_to_resume_into(run):
+    run("a", "train.max_iter=1")
+    with pytest.raises(ValueError, match="optimizer has the groups"):
+        run("a", "train.max_iter=2", "~optimizer.params.lr_factors.backbone", resume=True)
+
+
+def test_a_failing_step_logs_its_images(run, tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("tests.engine.dummy.TinyDetector._losses", fail)
+    with pytest.raises(MemoryError):
+        run("a")
+    assert "iteration 1 failed on images/" in (tmp_path / "a" / "log.txt").read_text()
+
+
+def test_logging_ends_with_the_run(run):
+    run("a", "train.max_iter=1")
+    assert logging.getLogger("dn_detr").handlers == []
+
+
+def test_config_changes_name_the_leaves_that_differ():
+    before, after = "a: {b: 1, c: [1, 2]}\nd: x\n", "a: {b: 2, c: [1]}\nd: x\n"
+    assert config_changes(before, after) == ["a.b: 1 -> 2", "a.c.1: 2 -> absent"]

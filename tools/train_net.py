@@ -1,0 +1,93 @@
+"""Train, evaluate or resume what a config describes.
+
+    python tools/train_net.py --config-file configs/dn_deformable_detr_r50_50ep.py \\
+        train.output_dir=output/run1 dataloader.train.total_batch_size=8
+
+Ten iterations on a CPU, with small images:
+
+    python tools/train_net.py --config-file dn_deformable_detr_r50_50ep.py train.device=cpu \\
+        train.max_iter=10 dataloader.train.total_batch_size=2 dataloader.image_scale=0.4
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from dn_detr.config import LazyConfig, resolve_config_file
+from dn_detr.engine import (
+    ProcessFailure,
+    TrainSettings,
+    evaluate,
+    is_user_error,
+    launch,
+    train,
+    user_message,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code, 0 only when all went well."""
+    arguments = _parser().parse_intermixed_args(argv)
+    try:
+        _run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except ProcessFailure as failure:
+        return _report(str(failure))
+    except Exception as error:
+        if not is_user_error(error):
+            raise
+        return _report(user_message(error))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    cfg = LazyConfig.load(resolve_config_file(arguments.config_file))
+    cfg = LazyConfig.apply_overrides(cfg, arguments.overrides)
+    if arguments.print_config:
+        print(LazyConfig.to_yaml(cfg), end="")
+        return
+    command = evaluate if arguments.eval_only else partial(train, resume=arguments.resume)
+    launch(command, arguments.num_gpus, cfg, device=TrainSettings.from_config(cfg).device)
+
+
+def _report(message: str) -> int:
+    where = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+    print(f"error{where}: {message}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train, evaluate or resume what a config describes.",
+        epilog="Overrides: key=value changes a key, +key=value adds one, ~key removes one.",
+    )
+    parser.add_argument(
+        "--config-file", required=True, metavar="F", help="path of a config, or a name of the zoo"
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate train.init_checkpoint (default: the last checkpoint of train.output_dir)",
+    )
+    mode.add_argument("--resume", action="store_true", help="continue the run in train.output_dir")
+    mode.add_argument(
+        "--print-config", action="store_true", help="print the config after overrides and exit"
+    )
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        metavar="N",
+        help="processes to start, one GPU each (CPU processes with train.device=cpu)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
