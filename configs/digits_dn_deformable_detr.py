@@ -45,11 +45,11 @@ dataloader.test.dataset.transforms.max_size = 128
 dataloader.test.batch_size = 8
 dataloader.test.num_workers = 1
 
-optimizer.lr = 5e-4
+optimizer.lr = 8e-4
 optimizer.params.lr_factors = {}
 lr_schedule = L(cosine)(final_factor=0.02, warmup_epochs=0.2)
-train.epochs = 6
-train.eval_period = "2ep"
-train.checkpoint.period = "2ep"
+train.epochs = 5
+train.eval_period = "1ep"
+train.checkpoint.period = "1ep"
 train.clip_grad.max_norm = 1.0
 train.output_dir = "output/digits_dn_deformable_detr"

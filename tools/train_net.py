@@ -49,7 +49,7 @@ def _run(arguments: argparse.Namespace) -> None:
     cfg = LazyConfig.load(resolve_config_file(arguments.config_file))
     cfg = LazyConfig.apply_overrides(cfg, arguments.overrides)
     if arguments.print_config:
-        print(LazyConfig.to_yaml(cfg), end="")
+        print(LazyConfig.to_yaml(cfg, resolve=True), end="")
         return
     command = evaluate if arguments.eval_only else partial(train, resume=arguments.resume)
     launch(command, arguments.num_gpus, cfg, device=TrainSettings.from_config(cfg).device)

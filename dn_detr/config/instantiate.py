@@ -16,8 +16,8 @@ from typing import Any
 
 from omegaconf import AnyNode, Container, DictConfig, ListConfig, Node, flag_override
 
-from dn_detr.config.errors import ConfigError, did_you_mean
-from dn_detr.config.nodes import (
+from .errors import ConfigError, did_you_mean
+from .nodes import (
     child,
     children,
     follow,
@@ -27,7 +27,7 @@ from dn_detr.config.nodes import (
     key_path,
     to_node,
 )
-from dn_detr.config.targets import (
+from .targets import (
     binding_error,
     is_data,
     locate,

@@ -7,8 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dn_detr.config.nodes import to_node
-from dn_detr.config.targets import dotted_name
+from .nodes import to_node
+from .targets import dotted_name
 
 
 class LazyCall:

@@ -10,14 +10,14 @@ from typing import Any
 from omegaconf import Container, DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from dn_detr.config.errors import ConfigError, did_you_mean
-from dn_detr.config.nodes import has_key, to_node
-from dn_detr.config.overrides import apply_overrides
-from dn_detr.config.python_file import read_python
-from dn_detr.config.serialize import to_plain
-from dn_detr.config.targets import mark_data
-from dn_detr.config.yaml_file import read_yaml, write_yaml
-from dn_detr.config.zoo import near_files, zoo_path
+from .errors import ConfigError, did_you_mean
+from .nodes import has_key, to_node
+from .overrides import apply_overrides
+from .python_file import read_python
+from .serialize import to_plain
+from .targets import mark_data
+from .yaml_file import read_yaml, write_yaml
+from .zoo import near_files, zoo_path
 
 
 class LazyConfig:

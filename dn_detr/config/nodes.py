@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import AnyNode, Container, DictConfig, ListConfig, Node
 from omegaconf.errors import OmegaConfBaseException
 
-from dn_detr.config.errors import ConfigError
+from .errors import ConfigError
 
 _TUPLE_FLAG = "tuple"
 _SCALARS = (str, int, float, bool, bytes, Path, Enum, type(None))

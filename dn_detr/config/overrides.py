@@ -16,8 +16,8 @@ from hydra.core.override_parser.types import Override, OverrideType, QuotedStrin
 from hydra.errors import HydraException
 from omegaconf import Container, DictConfig, ListConfig, Node
 
-from dn_detr.config.errors import ConfigError, did_you_mean_key
-from dn_detr.config.nodes import (
+from .errors import ConfigError, did_you_mean_key
+from .nodes import (
     child,
     children,
     follow,
@@ -29,7 +29,7 @@ from dn_detr.config.nodes import (
     plain,
     to_node,
 )
-from dn_detr.config.value_types import fit_value
+from .value_types import fit_value
 
 
 class _Action(Enum):
@@ -209,6 +209,13 @@ def _assign(container: Container, key: Any, value: Any, command: _Command) -> No
         raise ConfigError(f"{key_path(node)} exists; change it with key=value, without the +")
     if isinstance(value, dict) and isinstance(_current_value(node), dict):
         mapping = _enter(node)
+        if not value and len(mapping):
+            path = key_path(node)
+            first = next(str(name) for name, _ in children(mapping))
+            raise ConfigError(
+                f"{path}={{}} would change nothing: a dict sets the keys that it names; delete a "
+                f"key with ~{path}.{first}"
+            )
         for name, item in value.items():
             _assign(mapping, name, item, command)
     else:

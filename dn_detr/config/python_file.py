@@ -18,8 +18,8 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
-from dn_detr.config.errors import ConfigError, did_you_mean
-from dn_detr.config.nodes import to_node
+from .errors import ConfigError, did_you_mean
+from .nodes import to_node
 
 _PLAIN_DATA = (dict, list, tuple, str, int, float, bool, type(None))
 

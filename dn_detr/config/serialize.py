@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import Container, DictConfig, ListConfig, Node
 
-from dn_detr.config.errors import ConfigError
-from dn_detr.config.nodes import children, follow, is_tuple, key_path
-from dn_detr.config.targets import dotted_name
+from .errors import ConfigError
+from .nodes import children, follow, is_tuple, key_path
+from .targets import dotted_name
 
 
 def to_plain(cfg: Container, *, resolve: bool) -> Any:

@@ -17,8 +17,8 @@ from typing import Any
 
 from omegaconf import Container, Node
 
-from dn_detr.config.errors import ConfigError
-from dn_detr.config.nodes import children
+from .errors import ConfigError
+from .nodes import children
 
 # Not here: what takes a config, overrides or a path to code and acts on it, since data would then
 # be run as code after all (dn_detr.config, the training loop, torch.hub).

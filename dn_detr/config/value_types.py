@@ -6,7 +6,7 @@ import re
 import reprlib
 from typing import Any
 
-from dn_detr.config.errors import ConfigError
+from .errors import ConfigError
 
 _EPOCHS = re.compile(r"\d+(\.\d+)?ep")
 

@@ -14,8 +14,8 @@ import yaml
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from dn_detr.config.errors import ConfigError
-from dn_detr.config.nodes import to_node
+from .errors import ConfigError
+from .nodes import to_node
 
 _TUPLE_TAG = "!tuple"
 _FLOAT_TAG = "tag:yaml.org,2002:float"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dn_detr.config.errors import ConfigError, did_you_mean
+from .errors import ConfigError, did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 

@@ -18,7 +18,8 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..structures import Boxes, Instances
+from dn_detr.structures import Boxes, Instances
+
 from .annotations import Entry, first_of, read_annotation_file, require_image_files, require_paths
 from .errors import DatasetError
 from .image import read_image

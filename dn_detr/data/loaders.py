@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def build_train_loader(
     Args:
         dataset: training set.
         total_batch_size: images per step over all ranks.
-        num_workers: worker processes of this rank, 0 = load in this process.
+        num_workers: worker processes of this rank, at most one per core; 0 = load in this process.
         limit: keep the first N images, None = all.
         aspect_ratio_grouping: batch wide images with wide ones and tall with tall ones: less
             padding, less mixing. The published recipe does not.
@@ -68,13 +69,20 @@ def build_test_loader(
     Args:
         dataset: test set.
         batch_size: images per step of this rank.
-        num_workers: worker processes of this rank, 0 = load in this process.
+        num_workers: worker processes of this rank, at most one per core; 0 = load in this process.
         limit: keep the first N images, None = all.
     """
     dataset = dataset if limit is None else dataset.subset(limit)
     rank, world_size = rank_and_world_size()
     share = range(rank, len(dataset), world_size)
     return DataLoader(dataset, batch_size, sampler=share, **_common_settings(num_workers))
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _as_list(samples: list[Sample]) -> list[Sample]:
@@ -85,6 +93,7 @@ def _common_settings(num_workers: int) -> dict[str, Any]:
     # DataLoader draws a seed for its workers from torch's global generator unless it gets one of
     # its own; samples have their own seeds, so the value does not matter, but the draw would.
     # DataLoader itself limits its workers to one thread each.
+    num_workers = min(num_workers, available_cores())
     return {
         "num_workers": num_workers,
         "collate_fn": _as_list,

@@ -15,7 +15,6 @@ from dn_detr.data import check_num_classes
 from dn_detr.evaluation import inference_on_dataset
 
 from .distributed import barrier, choose_device, is_main, rank
-from .progress import describe_results
 from .random_state import preserved_random_state, seed_everything
 from .settings import TrainSettings
 from .setup import LOGGER_NAME, logging_to, make_folder, record_run
@@ -52,7 +51,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 
 def evaluate_model(model: nn.Module, loader: Any, evaluator: Any) -> dict[str, Any]:
-    """Evaluate in full precision, log the results, and leave the random numbers as they were.
+    """Evaluate in full precision and leave the random numbers as they were.
 
     Args:
         model: a detector, not wrapped by DistributedDataParallel.
@@ -64,8 +63,6 @@ def evaluate_model(model: nn.Module, loader: Any, evaluator: Any) -> dict[str, A
     """
     with preserved_random_state():
         results = inference_on_dataset(model, loader, evaluator)
-    if results is not None:
-        logger.info("evaluation: %s", describe_results(results))
     barrier()
     return results or {}
 

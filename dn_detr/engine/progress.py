@@ -5,9 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import sys
-from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
 
 from tqdm import tqdm
 
@@ -69,15 +67,6 @@ class Progress:
             datetime.timedelta(seconds=round(left)),
             extra=FILE_ONLY,
         )  # fmt: skip
-
-
-def describe_results(results: Mapping[str, Any]) -> str:
-    """Return the plain numbers of an evaluator's results in one line."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in results.items() if _is_number(value))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float))
 
 
 def _number(row: Row, name: str) -> float:

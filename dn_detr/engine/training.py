@@ -113,7 +113,20 @@ def _build_model(
     if settings.init_checkpoint and is_new:
         load_model_weights(model, settings.init_checkpoint)
         logger.info("weights from %s", settings.init_checkpoint)
+    elif is_new and is_main():  # the other processes get the first one's weights
+        load_pretrained_parts(model)
     return model
+
+
+def load_pretrained_parts(model: nn.Module) -> None:
+    """Let every part that has pretrained weights (a backbone) load them.
+
+    A part offers this with a method `load_pretrained() -> bool`. Building a model alone loads
+    nothing, so that a checkpoint can be put into it without a network.
+    """
+    for name, part in model.named_modules():
+        if hasattr(part, "load_pretrained") and part.load_pretrained():
+            logger.info("%s starts from %s", name, part.weights)
 
 
 def _build_step(

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from ..structures import Instances
+from dn_detr.structures import Instances
 
 CORRECT, WRONG, MISSED, FOUND = "#2fd35d", "#ff3b30", "#ff9f0a", "#ffffff"
 MATCH_IOU = 0.5

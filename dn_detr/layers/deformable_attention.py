@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops import ms_deform_attn
+from dn_detr.ops import ms_deform_attn
 
 
 class MSDeformAttn(nn.Module):

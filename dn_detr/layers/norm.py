@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..structures import at_least_float32
+from dn_detr.structures import at_least_float32
 
 
 class MaskedGroupNorm(nn.GroupNorm):

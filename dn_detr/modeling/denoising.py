@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..structures import inverse_sigmoid
+from dn_detr.structures import inverse_sigmoid
+
 from .losses import DEFAULT_WEIGHTS, box_losses, count_per_rank, focal_loss, weigh_and_name
 from .matcher import Targets
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..structures import Instances, box_xyxy_to_cxcywh, pad_images
+from dn_detr.structures import Instances, box_xyxy_to_cxcywh, pad_images
+
 from .criterion import DetectionCriterion
 from .denoising import NoisedQueries, QueryDenoising
 from .heads import DetectionHeads

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..layers import MLP
-from ..structures import at_least_float32, inverse_sigmoid
+from dn_detr.layers import MLP
+from dn_detr.structures import at_least_float32, inverse_sigmoid
 
 _PRIOR = 0.01  # expected foreground share at the start, Lin et al., "Focal Loss", section 3.3
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from ..structures import box_cxcywh_to_xyxy, generalized_box_iou
+from dn_detr.structures import box_cxcywh_to_xyxy, generalized_box_iou
 
 # Carion et al. 2020 and Zhu et al. 2021: weights of the classification, L1 and GIoU losses.
 DEFAULT_WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}

@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..structures import box_cxcywh_to_xyxy, pairwise_generalized_box_iou
+from dn_detr.structures import box_cxcywh_to_xyxy, pairwise_generalized_box_iou
 
 Targets = list[dict[str, Tensor]]
 """Per image ``labels`` (n,) int64 and ``boxes`` (n, 4) float32 as (cx, cy, w, h) in [0, 1]."""

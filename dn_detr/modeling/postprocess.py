@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..structures import Boxes, Instances, box_cxcywh_to_xyxy
+from dn_detr.structures import Boxes, Instances, box_cxcywh_to_xyxy
 
 
 class PostProcess(nn.Module):

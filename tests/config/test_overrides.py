@@ -201,6 +201,11 @@ def test_forced_value_of_another_type_is_an_error(key: str) -> None:
         apply(f"++{key}={WRONG_TYPES[key][0]}")
 
 
+def test_empty_dict_for_one_with_keys_is_refused_because_it_would_change_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"~a\.x"):
+        LazyConfig.apply_overrides(DictConfig({"a": {"x": 1}}), ["a={}"])
+
+
 def test_unset_value_inside_a_dict_does_not_hide_its_type() -> None:
     with pytest.raises(ConfigError, match="train takes a dict"):
         LazyConfig.apply_overrides(example(), ["train=3"])

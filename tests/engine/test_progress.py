@@ -3,9 +3,7 @@ from __future__ import annotations
 import logging
 import sys
 
-import pytest
-
-from dn_detr.engine.progress import Progress, describe_results
+from dn_detr.engine.progress import Progress
 from dn_detr.engine.schedule import Timetable
 from dn_detr.engine.setup import logging_to
 
@@ -41,8 +39,3 @@ def test_in_a_terminal_a_bar_replaces_the_line_which_still_goes_to_the_log(
     output, log = show(tmp_path, capsys)
     assert "4/10" in output and "loss 1.2500, lr 1.0e-04, data 0.125 s" in output
     assert "grad norm" not in output and "grad norm 2" in log
-
-
-@pytest.mark.parametrize("results", [{"AP": 0.5, "AP50": -1.0, "per_class": {"cat": 0.25}}])
-def test_results_are_described_by_their_plain_numbers(results):
-    assert describe_results(results) == "AP 0.5000  AP50 -1.0000"

@@ -12,6 +12,8 @@ from dn_detr.config import LazyConfig
 from dn_detr.engine import NonFiniteError, evaluate, train
 from dn_detr.engine.training import config_changes
 
+from .dummy import TinyDetector
+
 
 def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -243,3 +245,16 @@ def test_logging_ends_with_the_run(run):
 def test_config_changes_name_the_leaves_that_differ():
     before, after = "a: {b: 1, c: [1, 2]}\nd: x\n", "a: {b: 2, c: [1]}\nd: x\n"
     assert config_changes(before, after) == ["a.b: 1 -> 2", "a.c.1: 2 -> absent"]
+
+
+def test_pretrained_parts_load_in_a_new_run_only(run, tiny_config, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        TinyDetector, "load_pretrained", lambda self: bool(calls.append("called")), raising=False
+    )
+    run("a", "train.max_iter=3")
+    assert len(calls) == 1
+    run("a", "train.max_iter=6", resume=True)
+    run("b", "train.max_iter=1", f"train.init_checkpoint={tmp_path}/a")
+    evaluate(tiny_config(f"train.output_dir={tmp_path}/a"))
+    assert len(calls) == 1

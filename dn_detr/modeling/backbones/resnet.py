@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
-from ...structures import downsample_mask
+from dn_detr.structures import downsample_mask
 
 _STAGE_STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
 _logger = logging.getLogger(__name__)

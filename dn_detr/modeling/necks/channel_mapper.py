@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ...layers import MaskedGroupNorm
-from ...structures import downsample_mask
+from dn_detr.layers import MaskedGroupNorm
+from dn_detr.structures import downsample_mask
 
 
 class ChannelMapper(nn.Module):

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...layers import MLP, FeedForward, MSDeformAttn, MultiheadAttention, sine_embed_boxes
+from dn_detr.layers import MLP, FeedForward, MSDeformAttn, MultiheadAttention, sine_embed_boxes
+
 from ..heads import DetectionHeads
 from .levels import Levels
 

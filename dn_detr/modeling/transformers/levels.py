@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...structures import valid_sizes
+from dn_detr.structures import valid_sizes
 
 
 @dataclass(frozen=True)
