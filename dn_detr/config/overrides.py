@@ -209,12 +209,12 @@ def _assign(container: Container, key: Any, value: Any, command: _Command) -> No
         raise ConfigError(f"{key_path(node)} exists; change it with key=value, without the +")
     if isinstance(value, dict) and isinstance(_current_value(node), dict):
         mapping = _enter(node)
-        if not value and len(mapping):
+        names = [str(name) for name, _ in children(mapping)]
+        if names and not value:
             path = key_path(node)
-            first = next(str(name) for name, _ in children(mapping))
             raise ConfigError(
                 f"{path}={{}} would change nothing: a dict sets the keys that it names; delete a "
-                f"key with ~{path}.{first}"
+                f"key with ~{path}.{names[0]}"
             )
         for name, item in value.items():
             _assign(mapping, name, item, command)
