@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ..data.annotations import first_of
-from ..data.coco import CocoDetection
-from ..data.samplers import rank_and_world_size
+from dn_detr.data.annotations import first_of
+from dn_detr.data.coco import CocoDetection
+from dn_detr.data.samplers import rank_and_world_size
 
 _logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.coco import CocoDetection, Sample
-from ..data.samplers import rank_and_world_size
+from dn_detr.data.coco import CocoDetection, Sample
+from dn_detr.data.samplers import rank_and_world_size
 from .coco import CocoEvaluator
 
 

@@ -1,0 +1,63 @@
+"""Every config of the zoo builds, prints, trains, evaluates, and runs again from its YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dn_detr.checkpoint import read_weights
+from dn_detr.config import LazyConfig, get_config, instantiate, list_configs
+from dn_detr.data.digits import write_digits_dataset
+from dn_detr.engine import train
+
+NUM_PARAMETERS = {"dn_deformable_detr_r50_50ep.py": 47_409_387}  # of the published model, 80 classes
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_digits_dataset(tmp_path_factory.mktemp("zoo") / "digits", num_train=4, num_val=2)
+
+
+def _two_steps(cfg: Any, data: Path, output: Path) -> Any:
+    overrides = [
+        f"dataloader.root={data}",
+        "dataloader.train.total_batch_size=2",
+        "dataloader.train.num_workers=0",
+        "dataloader.train.dataset.transforms.max_size=64",
+        "dataloader.test.num_workers=0",
+        "dataloader.test.dataset.transforms.max_size=64",
+        "model.backbone.weights=null",
+        "train.device=cpu",
+        "train.max_iter=2",
+        f"train.output_dir={output}",
+    ]
+    return LazyConfig.apply_overrides(cfg, overrides)
+
+
+def test_the_zoo_is_not_empty():
+    assert {"dn_deformable_detr_r50_50ep.py", "digits_dn_deformable_detr.py"} <= set(list_configs())
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_config_trains_evaluates_and_runs_again_from_its_yaml(name, data, tmp_path):
+    first = train(_two_steps(get_config(name), data, tmp_path / "first"))
+    saved = LazyConfig.load(tmp_path / "first" / "config.yaml")
+    again = train(_two_steps(saved, data, tmp_path / "again"))
+    assert first == again and first["AP"] >= 0
+    weights, repeated = (read_weights(tmp_path / run) for run in ("first", "again"))
+    assert all(torch.equal(weights[key], repeated[key]) for key in weights)
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_config_prints_without_interpolations_left(name):
+    text = LazyConfig.to_yaml(get_config(name), resolve=True)
+    assert "_target_: dn_detr.modeling.detector.Detector" in text and "${" not in text
+
+
+@pytest.mark.parametrize(("name", "count"), NUM_PARAMETERS.items())
+def test_number_of_parameters_is_the_published_one(name, count):
+    model = instantiate(get_config(name).model)
+    assert sum(p.numel() for p in model.parameters()) == count
