@@ -150,6 +150,7 @@ def _draw_pair(
     panel_size: int,
 ) -> Image.Image:
     """Ground truth on the left, predictions on the right."""
+    predictions = predictions[predictions.scores.argsort()]  # the best are drawn last, on top
     correct, found = match_predictions(predictions, truth)
     scale = panel_size / max(image.size)
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))

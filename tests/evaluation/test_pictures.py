@@ -89,6 +89,13 @@ def test_colours_tell_right_from_wrong(predictions: Instances, expected: set[str
         assert (ImageColor.getrgb(mark) in colours) == (mark in expected)
 
 
+def test_the_best_of_two_equal_boxes_is_drawn_on_top() -> None:
+    duplicates = detections((LEFT, 0, 0.9), (LEFT, 0, 0.5))
+    seen = draw(duplicates, objects((LEFT, 0)))
+    assert ImageColor.getrgb(pictures.CORRECT) in seen
+    assert ImageColor.getrgb(pictures.WRONG) not in seen
+
+
 def test_predictions_below_the_threshold_are_not_drawn() -> None:
     green = ImageColor.getrgb(pictures.CORRECT)
     predictions, truth = detections((LEFT, 0, 0.3)), objects((LEFT, 0))
