@@ -57,6 +57,26 @@ def test_config_prints_without_interpolations_left(name):
     assert "_target_: dn_detr.modeling.detector.Detector" in text and "${" not in text
 
 
+@pytest.mark.parametrize("name", list_configs())
+def test_predictions_of_an_image_are_the_same_alone_and_in_a_batch(name):
+    torch.manual_seed(0)
+    model = instantiate(get_config(name).model).eval()
+    with torch.no_grad():  # at initialisation boxes depend on nothing
+        for parameter in [*model.transformer.parameters(), *model.heads.parameters()]:
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        {"image": torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8)}
+        for size in ((75, 110), (128, 64), (33, 47))
+    ]
+    with torch.no_grad():
+        batch = model.forward_tensors(*model.preprocess(samples))
+        for row, sample in enumerate(samples):
+            alone = model.forward_tensors(*model.preprocess([sample]))
+            for key, value in alone.items():
+                torch.testing.assert_close(batch[key][row], value[0], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(("name", "count"), NUM_PARAMETERS.items())
 def test_number_of_parameters_is_the_published_one(name, count):
     model = instantiate(get_config(name).model)
