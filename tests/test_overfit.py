@@ -10,7 +10,6 @@ from dn_detr.engine import train
 OVERRIDES = [
     "model.num_classes=80",
     "model.num_queries=60",
-    "dataloader.image_scale=2.0",  # short side 256
     "dataloader.train.limit=4",
     "dataloader.train.total_batch_size=4",
     "dataloader.train.num_workers=0",
@@ -20,7 +19,7 @@ OVERRIDES = [
     "dataloader.test.num_workers=0",
     "dataloader.test.dataset.transforms.max_size=200",
     "train.device=cpu",
-    "train.max_iter=400",
+    "train.max_iter=250",
     "train.eval_period=0",
     "train.checkpoint.period=0",
 ]
