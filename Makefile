@@ -30,6 +30,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
+	@test ! -e $(DEMO_OUTPUT) || test -e $(DEMO_OUTPUT)/config.yaml || \
+		{ echo "$(DEMO_OUTPUT) is no run of the demo; remove it yourself"; exit 1; }
 	@rm -rf $(DEMO_OUTPUT)
 	@start=$$(date +%s) && \
 	$(BIN)/python tools/make_digits.py --root $(DEMO_DATA) $(DEMO_DIGITS) && \

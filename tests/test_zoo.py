@@ -13,7 +13,9 @@ from dn_detr.config import LazyConfig, get_config, instantiate, list_configs
 from dn_detr.data.digits import write_digits_dataset
 from dn_detr.engine import train
 
-NUM_PARAMETERS = {"dn_deformable_detr_r50_50ep.py": 47_409_387}  # of the published model, 80 classes
+NUM_PARAMETERS = {
+    "dn_deformable_detr_r50_50ep.py": 47_409_387
+}  # of the published model, 80 classes
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,27 @@ def test_config_trains_evaluates_and_runs_again_from_its_yaml(name, data, tmp_pa
     assert first == again and first["AP"] >= 0
     weights, repeated = (read_weights(tmp_path / run) for run in ("first", "again"))
     assert all(torch.equal(weights[key], repeated[key]) for key in weights)
+
+
+def test_the_published_recipe_is_in_the_config():
+    """AdamW 1e-4, backbone a tenth, decay 1e-4, clip 0.1, a tenth at epoch 40 of 50, batch 16."""
+    cfg = get_config("dn_deformable_detr_r50_50ep.py")
+    model = instantiate(cfg.model)
+    groups = instantiate(cfg.optimizer.params, model=model)
+    optimizer = instantiate(cfg.optimizer, params=groups)
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"default": 1e-4, "backbone": 1e-5})
+    assert all(group["weight_decay"] == 1e-4 for group in optimizer.param_groups)
+    assert cfg.train.clip_grad.max_norm == 0.1 and cfg.train.clip_grad.norm_type == 2.0
+    rule = instantiate(cfg.lr_schedule)
+    assert [rule(epoch, 50) for epoch in (0, 39.99, 40, 49)] == pytest.approx([1, 1, 0.1, 0.1])
+    assert cfg.train.epochs == 50 and cfg.dataloader.train.total_batch_size == 16
+    augmentation = cfg.dataloader.train.dataset.transforms
+    assert augmentation.flip_probability == augmentation.crop_probability == 0.5
+    assert list(augmentation.short_sides) == list(range(480, 801, 32))
+    assert cfg.dataloader.train.dataset.seed == cfg.dataloader.train.seed == cfg.train.seed
+    denoising = model.denoising
+    assert (denoising.num_groups, denoising.label_noise, denoising.box_noise) == (5, 0.2, 0.4)
 
 
 @pytest.mark.parametrize("name", list_configs())

@@ -84,13 +84,19 @@ model = L(Detector)(
         mask_empty_slots=True,
         weights="${model.criterion.weights}",
         alpha="${model.criterion.alpha}",
+        gamma="${model.criterion.gamma}",
     ),
     criterion=L(DetectionCriterion)(
         matcher=L(HungarianMatcher)(
-            cost_class=2.0, cost_bbox=5.0, cost_giou=2.0, alpha="${model.criterion.alpha}"
+            cost_class=2.0,
+            cost_bbox=5.0,
+            cost_giou=2.0,
+            alpha="${model.criterion.alpha}",
+            gamma="${model.criterion.gamma}",
         ),
         weights=dict(loss_ce=1.0, loss_bbox=5.0, loss_giou=2.0),
         alpha=0.25,
+        gamma=2.0,
     ),
     postprocess=L(PostProcess)(num_select=100),
     pixel_mean=[123.675, 116.28, 103.53],

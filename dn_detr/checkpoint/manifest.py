@@ -73,7 +73,9 @@ class Manifest:
             raise CheckpointError(f"{path}: damaged, it cannot be read: {error!r}") from error
         if digest != _digest_of_content(content):
             raise CheckpointError(f"{path}: damaged, its content does not match its own digest")
-        if content.pop("format") != FORMAT or content.pop("format_version") > FORMAT_VERSION:
+        if content.pop("format", None) != FORMAT:
+            raise CheckpointError(f"{path}: not the manifest of a dn_detr checkpoint")
+        if content.pop("format_version", None) != FORMAT_VERSION:
             raise CheckpointError(f"{path}: written by a newer dn_detr; update the package")
         return cls(**content)
 

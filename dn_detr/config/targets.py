@@ -20,8 +20,9 @@ from omegaconf import Container, Node
 from .errors import ConfigError
 from .nodes import children
 
-# Not here: what takes a config, overrides or a path to code and acts on it, since data would then
-# be run as code after all (dn_detr.config, the training loop, torch.hub).
+# Not here: what takes a config, overrides, or a path or address to load code from and acts on it,
+# since data would then be run as code after all: dn_detr.config, the training loop, torch.hub, and
+# torchvision.models, whose weights are fetched and unpickled.
 DATA_PACKAGES = (
     "dn_detr.data",
     "dn_detr.engine.optimizer",
@@ -34,7 +35,6 @@ DATA_PACKAGES = (
     "torch.nn",
     "torch.optim",
     "torch._C._nn",  # where functions of torch.nn.functional such as gelu are defined
-    "torchvision.models",
     "torchvision.ops",
     "torchvision.transforms",
 )
@@ -145,7 +145,7 @@ def locate_data(name: str, source: Node) -> Any:
     """
     library = name.partition(".")[0]
     is_known = any(package.partition(".")[0] == library for package in DATA_PACKAGES)
-    if not (is_known or _is_allowed(name, source)) or ".__" in name:
+    if not (is_known or _is_allowed(name, source)) or "._" in name:
         raise _forbidden(name, name)
     found = locate(name)
     if isinstance(found, types.MethodType):
@@ -154,6 +154,9 @@ def locate_data(name: str, source: Node) -> Any:
         home = found.__module__
     else:
         raise ConfigError(f"{name} is neither a class nor a function; YAML may not name it")
+    if isinstance(found, types.FunctionType) and found.__qualname__ != found.__name__:
+        # Called with a `self` of the file's choice it could do what no constructor does.
+        raise ConfigError(f"{name} is a method without its object; YAML may not name it")
     if not _is_allowed(str(home), source):
         raise _forbidden(name, str(home))
     return found

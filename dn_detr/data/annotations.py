@@ -112,6 +112,8 @@ def _parse_json(path: Path) -> Any:
         ) from error
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path}: not a JSON text in UTF-8 ({error})") from error
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists 1000 deep
+        raise DatasetError(f"{path}: JSON that nobody means ({error})") from error
 
 
 def _check_sections(path: Path, content: Any) -> None:

@@ -167,10 +167,15 @@ class CocoDetection(Dataset[Sample]):
         """This data set restricted to its first ``count`` images (all, if it has fewer).
 
         Raises:
-            ValueError: ``count`` is not positive.
+            ValueError: ``count`` is not positive, or leaves no box to train on.
         """
         if count < 1:
             raise ValueError(f"a data set needs at least one image, got limit={count}")
+        if self.train and self._boxes.first[min(count, len(self))] == 0:
+            raise DatasetError(
+                f"{self.annotation_file}: the first {count} images have no box to train on; "
+                "raise dataloader.train.limit"
+            )
         restricted = copy.copy(self)
         restricted.image_ids = self.image_ids[:count]
         return restricted

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch import multiprocessing, nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from .errors import is_user_error, user_message
@@ -75,6 +75,13 @@ def all_gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process the first one's buffers: statistics of trainable normalisation differ."""
+    if is_distributed():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def choose_device(name: str) -> torch.device:

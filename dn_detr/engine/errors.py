@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import traceback
+from pathlib import Path
+
+_PACKAGE_FOLDER = Path(__file__).parents[1]
 
 
 class NonFiniteError(ArithmeticError):
@@ -30,7 +34,7 @@ def _from_loader_worker(error: BaseException) -> bool:
     if not text.startswith("Caught ") or "in DataLoader worker process" not in text:
         return False
     locations = [line for line in text.splitlines() if line.lstrip().startswith('File "')]
-    return bool(locations) and f"{__name__.split('.')[0]}/" in locations[-1].replace("\\", "/")
+    return bool(locations) and locations[-1].lstrip().startswith(f'File "{_PACKAGE_FOLDER}{os.sep}')
 
 
 def user_message(error: BaseException) -> str:

@@ -102,7 +102,8 @@ class TrainingStep:
     def _went_wrong(self, total: Tensor, grad_norm: Tensor) -> bool:
         """Decide the same on all processes, with one small collective and one copy to the host."""
         wrong = ~torch.isfinite(total)
-        if not self.scaler.is_enabled():
+        # A float16 overflow that a smaller loss scale can mend shows in the gradient only.
+        if not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
             wrong |= ~torch.isfinite(grad_norm)
         count = wrong.float()
         if is_distributed():

@@ -85,7 +85,7 @@ class Trainer:
         self._settings = settings
         self._folder = Path(settings.output_dir)
         self._config = config
-        self._class_names = list(class_names)
+        self.class_names = list(class_names)
         self._interval = Interval()
         self._random_state: dict[str, Any] | None = None
         self._checkpoint: Path | None = None
@@ -198,7 +198,7 @@ class Trainer:
                 iteration=self.iteration,
                 epoch=self._timetable.epoch(self.iteration),
                 config=self._config,
-                class_names=self._class_names,
+                class_names=self.class_names,
                 keep=self._settings.checkpoint.keep,
             )
             logger.info("saved %s", self._checkpoint)

@@ -19,7 +19,7 @@ from dn_detr.config import instantiate
 from dn_detr.data import check_num_classes, check_same_categories
 
 from .distributed import barrier, choose_device, is_distributed, is_main, rank
-from .evaluation import evaluate_model
+from .evaluation import check_class_names, evaluate_model
 from .optimizer import describe_groups
 from .random_state import seed_everything
 from .schedule import Timetable
@@ -58,6 +58,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
         trainer = _build_trainer(cfg, settings, device, checkpoint, config)
         if checkpoint is not None:
             trainer.restore(checkpoint)
+            check_class_names(checkpoint, trainer.class_names)
             _log_resumption(checkpoint, config)
         elif resume:
             logger.info("nothing to resume in %s: starting a new run", folder)
@@ -149,6 +150,15 @@ def _build_step(
 def _distribute(model: nn.Module, device: torch.device) -> nn.Module:
     if not is_distributed():
         return model
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        if device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        else:
+            logger.warning(
+                "trainable batch normalisation over several CPU processes: each normalises with "
+                "its own images, so a step is not that of one process (torch synchronises it on "
+                "GPUs only)"
+            )
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 

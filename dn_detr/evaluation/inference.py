@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from dn_detr.data.coco import CocoDetection, Sample
 from dn_detr.data.samplers import rank_and_world_size
+
 from .coco import CocoEvaluator
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .losses import DEFAULT_WEIGHTS, box_losses, count_per_rank, focal_loss, weigh_and_name
+from .losses import box_losses, complete_weights, count_per_rank, focal_loss, weigh_and_name
 from .matcher import HungarianMatcher, Targets
 
 
@@ -35,7 +35,7 @@ class DetectionCriterion(nn.Module):
     ) -> None:
         super().__init__()
         self.matcher = matcher
-        self.weights = dict(weights or DEFAULT_WEIGHTS)
+        self.weights = complete_weights(weights)
         self.alpha = alpha
         self.gamma = gamma
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dn_detr.structures import inverse_sigmoid
 
-from .losses import DEFAULT_WEIGHTS, box_losses, count_per_rank, focal_loss, weigh_and_name
+from .losses import box_losses, complete_weights, count_per_rank, focal_loss, weigh_and_name
 from .matcher import Targets
 
 _EMPTY = -1  # group of a slot that holds no noised box
@@ -105,7 +105,8 @@ class QueryDenoising(nn.Module):
             box sizes.
         max_queries: bound of D. An image with n objects gets min(num_groups, max_queries // n)
             groups; with n > max_queries one group of a random choice of its objects. COCO's
-            fullest training image needs 465, so that training there is as published.
+            fullest training image needs 465, so that training there is as published. (Where
+            empty slots are visible, a group of the fullest image is never cut.)
         indicator: the last content channel is 1 instead of learned; matching queries have 0 there
             (section 4.3).
         mask_empty_slots: hide the slots that images with fewer objects leave empty. False is the
@@ -153,7 +154,7 @@ class QueryDenoising(nn.Module):
         self.mask_empty_slots = mask_empty_slots
         # The published tables have one row more than there are classes ("no object").
         self.label_embed = nn.Embedding(num_classes + 1, embed_dim - int(indicator))
-        self.weights = dict(weights or DEFAULT_WEIGHTS)
+        self.weights = complete_weights(weights)
         self.alpha = alpha
         self.gamma = gamma
 

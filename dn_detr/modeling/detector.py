@@ -42,7 +42,7 @@ class Detector(nn.Module):
         pixel_std: standard deviation of R, G, B.
 
     Raises:
-        ValueError: the queries are not ``num_queries``.
+        ValueError: the queries are not ``num_queries``, or a part has another ``num_classes``.
     """
 
     pixel_mean: Tensor
@@ -68,6 +68,11 @@ class Detector(nn.Module):
         super().__init__()
         if queries.num_queries != num_queries:
             raise ValueError(f"num_queries is {num_queries}, the queries are {queries.num_queries}")
+        for part in (heads, denoising):
+            if part is not None and part.num_classes != num_classes:
+                raise ValueError(
+                    f"num_classes is {num_classes}, {type(part).__name__} has {part.num_classes}"
+                )
         self.backbone = backbone
         self.neck = neck
         self.position_embedding = position_embedding
@@ -149,7 +154,8 @@ class Detector(nn.Module):
             Per image ``labels`` (n,) int64 and ``boxes`` (n, 4) as (cx, cy, w, h) in [0, 1].
 
         Raises:
-            ValueError: no ``instances``, or a class outside [0, num_classes).
+            ValueError: no ``instances``, a class outside [0, num_classes), a box that is not
+                finite or has its corners swapped, or not one class per box.
         """
         device = self.pixel_mean.device
         targets = []
@@ -159,15 +165,29 @@ class Detector(nn.Module):
             boxes = sample["instances"].gt_boxes
             boxes_xyxy = torch.as_tensor(getattr(boxes, "tensor", boxes)).reshape(-1, 4)
             labels = sample["instances"].gt_classes.long()
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-                raise ValueError(
-                    f"{_name(sample)}: classes {sorted(set(labels.tolist()))} do not lie in "
-                    f"[0, {self.num_classes}); set model.num_classes"
-                )
+            self._check_ground_truth(sample, boxes_xyxy, labels)
             height, width = sample["image"].shape[-2:]
             norm = box_xyxy_to_cxcywh(boxes_xyxy / boxes_xyxy.new_tensor([width, height] * 2))
             targets.append({"labels": labels.to(device), "boxes": norm.to(device)})
         return targets
+
+    def _check_ground_truth(
+        self, sample: dict[str, Any], boxes_xyxy: Tensor, labels: Tensor
+    ) -> None:
+        """Raise ValueError for what would give a wrong loss without a word."""
+        if len(boxes_xyxy) != len(labels):
+            raise ValueError(f"{_name(sample)}: {len(boxes_xyxy)} boxes, {len(labels)} classes")
+        sound = boxes_xyxy.isfinite().all(1) & (boxes_xyxy[:, 2:] >= boxes_xyxy[:, :2]).all(1)
+        if not sound.all():
+            raise ValueError(
+                f"{_name(sample)}: boxes must be finite corners x1 <= x2, y1 <= y2, not "
+                f"{boxes_xyxy[~sound].tolist()}"
+            )
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise ValueError(
+                f"{_name(sample)}: classes {sorted(set(labels.tolist()))} do not lie in "
+                f"[0, {self.num_classes}); set model.num_classes"
+            )
 
     def losses(
         self,

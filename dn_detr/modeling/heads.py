@@ -25,6 +25,7 @@ class DetectionHeads(nn.Module):
 
     def __init__(self, num_classes: int, embed_dim: int = 256, num_layers: int = 6) -> None:
         super().__init__()
+        self.num_classes = num_classes
         class_embed = nn.Linear(embed_dim, num_classes)
         nn.init.constant_(class_embed.bias, -math.log((1 - _PRIOR) / _PRIOR))
         bbox_embed = MLP(embed_dim, embed_dim, 4, 3)

@@ -19,6 +19,19 @@ from dn_detr.structures import box_cxcywh_to_xyxy, generalized_box_iou
 DEFAULT_WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
 
 
+def complete_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
+    """The factor of every loss term; None gives the published ones.
+
+    Raises:
+        ValueError: a term is missing, or unknown.
+    """
+    if weights is None:
+        return dict(DEFAULT_WEIGHTS)
+    if set(weights) != set(DEFAULT_WEIGHTS):
+        raise ValueError(f"loss weights {sorted(weights)}: give {sorted(DEFAULT_WEIGHTS)}")
+    return dict(weights)
+
+
 def focal_loss(logits: Tensor, one_hot: Tensor, *, alpha: float, gamma: float) -> Tensor:
     """Focal loss of each layer, summed over everything else.
 

@@ -97,6 +97,42 @@ def test_indirect_names_are_refused(tmp_path: Path, text: str) -> None:
         instantiate(cfg)
 
 
+def test_downloaded_weights_cannot_be_unpickled(tmp_path: Path) -> None:
+    """The way found by an attack: a method whose `self` the file chooses, and an address."""
+    mark = tmp_path / "executed"
+    (tmp_path / "evil.pth").write_bytes(f"cos\nsystem\n(S'touch {mark}'\ntR.".encode())
+    text = f"""
+        model:
+          _target_: torchvision.models._api.WeightsEnum.get_state_dict
+          self:
+            _target_: torchvision.models._api.Weights
+            url: file://{tmp_path}/evil.pth
+            transforms: null
+            meta: {{}}
+          progress: false
+          weights_only: false
+          model_dir: {tmp_path}/cache
+        """
+    with pytest.raises(ConfigError, match="may not"):
+        instantiate(load(tmp_path, text))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "dn_detr.modeling.backbones.resnet._read_file",
+        "torch.nn.Module.load_state_dict",
+        "torchvision.models.resnet50",
+    ],
+)
+def test_private_names_methods_and_downloading_models_are_refused(
+    tmp_path: Path, target: str
+) -> None:
+    with pytest.raises(ConfigError, match="may not"):
+        instantiate(load(tmp_path, f"model: {{_target_: {target}}}"))
+
+
 def test_forbidden_module_is_not_even_imported(tmp_path: Path) -> None:
     (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
     cfg = load(tmp_path, "x: {_target_: evil_module.f}")

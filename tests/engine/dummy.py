@@ -68,6 +68,7 @@ class TinyDetector(nn.Module):
 
     Args:
         num_classes: number of classes.
+        dropout: probability; with 0 nothing is random.
         nan_at: the training step at which the loss is NaN on process `nan_rank`.
         nan_rank: see `nan_at`.
         kill_at: the training step at which the process kills itself, if the environment variable
@@ -75,13 +76,18 @@ class TinyDetector(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int = 2, nan_at: int = -1, nan_rank: int = 0, kill_at: int = -1
+        self,
+        num_classes: int = 2,
+        dropout: float = 0.1,
+        nan_at: int = -1,
+        nan_rank: int = 0,
+        kill_at: int = -1,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten())
         self.norm = nn.LayerNorm(196)
-        self.dropout = nn.Dropout(0.1)
+        self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(196, 4 + num_classes)
         self.register_buffer("scale", torch.tensor(255.0))
         self.nan_at, self.nan_rank, self.kill_at = nan_at, nan_rank, kill_at

@@ -54,6 +54,18 @@ def test_float16_clips_the_unscaled_gradient():
     assert model.weight.item() == pytest.approx(2.0 - 0.1, abs=1e-5)
 
 
+def test_a_nan_gradient_under_float16_is_an_error_when_no_scale_can_mend_it():
+    class FiniteLossNanGradient(Quadratic):
+        def forward(self, batch):
+            return {"loss": (self.weight - 2.0).abs().sqrt() * 0}  # 0 times an infinite slope
+
+    step = make_step(FiniteLossNanGradient(), enabled=True, dtype="float16")
+    with pytest.raises(NonFiniteError, match="gradient"):
+        for iteration in range(1, 60):
+            step([{"file_name": "cat.jpg"}], iteration)
+    assert step.model.weight.item() == 2.0
+
+
 def test_an_overflow_of_float16_scaling_skips_the_step_and_lowers_the_scale():
     model = Quadratic()
     step = make_step(model, enabled=True, dtype="float16")

@@ -247,6 +247,32 @@ def test_config_changes_name_the_leaves_that_differ():
     assert config_changes(before, after) == ["a.b: 1 -> 2", "a.c.1: 2 -> absent"]
 
 
+def test_clipping_and_mixed_precision_settings_reach_the_step(run, tmp_path):
+    """Each of them, and nothing else, changes the weights after one step."""
+    weights = {}
+    for name, override in (
+        ("plain", "train.seed=42"),
+        ("clip", "train.clip_grad.max_norm=1e-8"),
+        ("amp", "train.amp.enabled=true"),
+    ):
+        run(name, "train.max_iter=1", override)
+        weights[name] = read_weights(tmp_path / name)
+    for name in ("clip", "amp"):
+        assert any(not torch.equal(weights[name][key], w) for key, w in weights["plain"].items())
+
+
+def test_evaluating_data_of_other_classes_is_refused(run, tiny_config, tmp_path):
+    run("a", "train.max_iter=1")
+    cfg = tiny_config(f"train.output_dir={tmp_path}/a", "+dataloader.test.dataset.num_classes=1")
+    with pytest.raises(ValueError, match=r"trained on 2 classes.*class 1 was 'class1'"):
+        evaluate(cfg)
+
+
+def test_training_checks_that_both_data_sets_have_the_same_classes(run):
+    with pytest.raises(ValueError, match="different categories"):
+        run("a", "+dataloader.test.dataset.num_classes=1")
+
+
 def test_pretrained_parts_load_in_a_new_run_only(run, tiny_config, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(

@@ -139,6 +139,37 @@ def test_loss_of_a_perfect_reconstruction_is_zero():
     )
 
 
+def test_weights_and_focal_parameters_reach_the_loss():
+    def losses(**options):
+        denoising = QueryDenoising(CLASSES, DIM, **options)
+        noised = denoising(_targets([3]), torch.zeros(1, 1, DIM), torch.zeros(1, 1, 4), [0])
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(1, 1, noised.num_slots, CLASSES, generator=generator)
+        return denoising.loss(logits, torch.full((1, 1, noised.num_slots, 4), 0.4), noised)
+
+    plain = losses()
+    heavy = losses(weights={"loss_ce": 3.0, "loss_bbox": 10.0, "loss_giou": 2.0})
+    torch.testing.assert_close(heavy["loss_ce_dn"], 3 * plain["loss_ce_dn"])
+    torch.testing.assert_close(heavy["loss_bbox_dn"], 2 * plain["loss_bbox_dn"])
+    torch.testing.assert_close(heavy["loss_giou_dn"], plain["loss_giou_dn"])
+    assert losses(alpha=0.5)["loss_ce_dn"] != plain["loss_ce_dn"]
+    assert losses(gamma=0.0)["loss_ce_dn"] > plain["loss_ce_dn"]
+
+
+@pytest.mark.parametrize("weights", [{}, {"loss_ce": 1.0}, {"loss_cls": 1.0}])
+def test_incomplete_weights_are_refused(weights):
+    with pytest.raises(ValueError, match="loss weights"):
+        QueryDenoising(CLASSES, DIM, weights=weights)
+
+
+def test_more_objects_than_queries_are_a_random_choice_of_them():
+    chosen = [
+        tuple(_noised([9], seeds=[seed], max_queries=4, num_groups=1).boxes[:, 0].tolist())
+        for seed in range(4)
+    ]
+    assert len(set(chosen)) > 1 and all(len(boxes) == 4 for boxes in chosen)
+
+
 def test_without_objects_losses_are_zero_and_the_label_table_gets_a_gradient():
     denoising = QueryDenoising(CLASSES, DIM)
     noised = denoising(_targets([0, 0]), torch.zeros(2, 1, DIM), torch.zeros(2, 1, 4))

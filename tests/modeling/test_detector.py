@@ -160,6 +160,39 @@ def test_class_outside_the_model_is_named_with_its_image(small):
         small([sample])
 
 
+def test_targets_are_centres_and_sizes_relative_to_the_image(small):
+    sample = make_sample(50, 200, 1, 0)  # height, width
+    sample["instances"].gt_boxes = Boxes([[20, 10, 60, 40]])
+    (target,) = small.prepare_targets([sample])
+    torch.testing.assert_close(target["boxes"], torch.tensor([[0.2, 0.5, 0.2, 0.6]]))
+
+
+@pytest.mark.parametrize(
+    ("box", "classes", "complaint"),
+    [
+        ([60, 10, 20, 40], [1], "x1 <= x2"),
+        ([20, 40, 60, 10], [1], "y1 <= y2"),
+        ([20, float("nan"), 60, 10], [1], "finite"),
+        ([20, 10, float("inf"), 40], [1], "finite"),
+        ([20, 10, 60, 40], [1, 2], "1 boxes, 2 classes"),
+    ],
+)
+def test_impossible_ground_truth_is_named_with_its_image(small, box, classes, complaint):
+    class TheirInstances:
+        gt_boxes, gt_classes = torch.tensor([box], dtype=torch.float32), torch.tensor(classes)
+
+    sample = make_sample(50, 200, 1, 0) | {"file_name": "cat.jpg", "instances": TheirInstances()}
+    with pytest.raises(ValueError, match=rf"cat\.jpg.*{complaint}"):
+        small([sample])
+
+
+@pytest.mark.parametrize("part", ["heads", "denoising"])
+def test_number_of_classes_of_every_part_must_agree(part, small_config):
+    small_config[part].num_classes = 3
+    with pytest.raises(ConfigError, match=r"num_classes is 10.*has 3"):
+        instantiate(small_config)
+
+
 def test_training_without_ground_truth_is_refused(small):
     sample = make_sample(64, 80, 1, 0)
     del sample["instances"]

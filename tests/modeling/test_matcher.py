@@ -56,6 +56,18 @@ def test_cost_is_the_published_one():
         torch.testing.assert_close(cost[1, image, :, :count], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_every_cost_counts_with_its_weight():
+    problem = _problem([4])
+    parts = [
+        HungarianMatcher(*weights).cost(*problem)
+        for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    ]
+    together = HungarianMatcher(3.0, 4.0, 5.0).cost(*problem)
+    torch.testing.assert_close(together, 3 * parts[0] + 4 * parts[1] + 5 * parts[2])
+    other = HungarianMatcher(1.0, 0.0, 0.0, alpha=0.5).cost(*problem)
+    assert not torch.allclose(other, parts[0])
+
+
 def test_more_objects_than_queries_keep_every_query():
     matching = HungarianMatcher()(*_problem([9], queries=7))
     assert matching.query[0].tolist() == list(range(7))

@@ -129,6 +129,8 @@ def test_weights_in_the_download_cache_are_used(published, monkeypatch, tmp_path
         ({"out_features": ["layer5"]}, "layer5"),
         ({"batch_norm": "sync"}, "sync"),
         ({"dilation": True}, "dilation"),
+        ({"frozen_stages": -1}, "frozen_stages -1"),
+        ({"frozen_stages": 6}, "frozen_stages 6"),
     ],
 )
 def test_unknown_settings_are_refused(options, complaint):

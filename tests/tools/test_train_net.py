@@ -67,6 +67,17 @@ def test_two_processes_train_evaluate_and_stop_together_on_nan(tmp_path):
     assert '"eval/AP"' in (tmp_path / "a" / "metrics.jsonl").read_text()  # after iteration 3
 
 
+def test_two_processes_give_the_weights_of_one(tmp_path):
+    # Adam would make whole steps out of rounding errors.
+    overrides = ("model.dropout=0.0", "optimizer._target_=torch.optim.SGD")
+    assert main([*COMMAND[1:], *overrides, f"train.output_dir={tmp_path}/one"]) == 0
+    two = run("--num-gpus", "2", *overrides, f"train.output_dir={tmp_path}/two")
+    assert two.returncode == 0, two.stderr
+    expected, found = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
 @pytest.mark.slow
 def test_torchrun_and_num_gpus_give_the_same_weights(tmp_path):
     spawned = run("--num-gpus", "2", f"train.output_dir={tmp_path}/a")

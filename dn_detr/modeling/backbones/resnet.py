@@ -22,6 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from dn_detr.structures import downsample_mask
 
 _STAGE_STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
+_PARTS = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
 _logger = logging.getLogger(__name__)
 
 
@@ -37,13 +38,14 @@ class ResNet(nn.Module):
         weights: what ``load_pretrained`` loads: a file of torchvision's layout, or the name of
             torchvision weights such as ``IMAGENET1K_V1``. None: nothing. Building the model
             alone reads no file and needs no network.
-        batch_norm: ``frozen``, or ``trainable`` for training from scratch.
+        batch_norm: ``frozen``, or ``trainable`` for training from scratch. A trainable one
+            normalises each process's images by themselves, unless they run on GPUs.
         mask_padding: keep padded cells at zero through all layers, so that an image has the same
             features alone and in any batch. False is the published behaviour: biases of the
             normalisation leak from the padding into the image's border.
 
     Raises:
-        ValueError: unknown name, stage or normalisation.
+        ValueError: unknown name, stage, number of frozen parts or normalisation.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class ResNet(nn.Module):
         mask_padding: bool = True,
     ) -> None:
         super().__init__()
+        if not 0 <= frozen_stages <= len(_PARTS):
+            raise ValueError(f"frozen_stages {frozen_stages}: choose from 0 to {len(_PARTS)}")
         unknown = [stage for stage in out_features if stage not in _STAGE_STRIDES]
         if unknown or not out_features:
             raise ValueError(f"out_features {list(out_features)}: choose from layer1 ... layer4")
@@ -127,8 +131,7 @@ class ResNet(nn.Module):
         return None if keep is None else (x * keep.to(x.dtype),)
 
     def _freeze(self, frozen_stages: int) -> None:
-        parts = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
-        for names in parts[:frozen_stages]:
+        for names in _PARTS[:frozen_stages]:
             for name in names:
                 if hasattr(self.body, name):
                     getattr(self.body, name).requires_grad_(False)
