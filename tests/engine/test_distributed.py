@@ -7,13 +7,42 @@ from pathlib import Path
 import pytest
 import torch
 
-from dn_detr.engine import LaunchError, ProcessFailure, distributed, launch
+from dn_detr.engine import (
+    LaunchError,
+    ProcessFailure,
+    distributed,
+    evaluate_model,
+    launch,
+)
 from dn_detr.engine.distributed import all_gather, barrier, choose_device, rank, world_size
 
 
 def write_identity(folder: str) -> None:
     everyone = all_gather((rank(), world_size()))
     Path(folder, f"{rank()}.txt").write_text(f"{everyone}")
+    barrier()
+
+
+class NoImages:
+    """Loader and evaluator in one, of a test set without images."""
+
+    dataset = None
+
+    def __iter__(self):
+        return iter(())
+
+    def reset(self, dataset) -> None:
+        pass
+
+    def evaluate(self) -> None:
+        return None
+
+
+def evaluate_with_other_statistics(folder: str) -> None:
+    model = torch.nn.BatchNorm1d(1)
+    model.running_mean.fill_(rank() + 1.0)
+    evaluate_model(model, NoImages(), NoImages())
+    Path(folder, f"{rank()}.txt").write_text(f"{model.running_mean.item()}")
     barrier()
 
 
@@ -44,6 +73,12 @@ def test_launched_processes_know_each_other(tmp_path):
     launch(write_identity, 2, str(tmp_path), device="cpu")
     for number in (0, 1):
         assert (tmp_path / f"{number}.txt").read_text() == "[(0, 2), (1, 2)]"
+
+
+def test_all_processes_evaluate_with_the_statistics_of_the_first(tmp_path):
+    launch(evaluate_with_other_statistics, 2, str(tmp_path), device="cpu")
+    for number in (0, 1):
+        assert (tmp_path / f"{number}.txt").read_text() == "1.0"
 
 
 @pytest.mark.parametrize(
