@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,32 @@ def test_config_trains_evaluates_and_runs_again_from_its_yaml(name, data, tmp_pa
     assert first == again and first["AP"] >= 0
     weights, repeated = (read_weights(tmp_path / run) for run in ("first", "again"))
     assert all(torch.equal(weights[key], repeated[key]) for key in weights)
+
+
+def test_a_model_is_fine_tuned_to_fewer_classes(data, tmp_path):
+    """From ten classes to three: everything but the classification comes from the checkpoint."""
+    name = "digits_dn_deformable_detr.py"
+    train(_two_steps(get_config(name), data, tmp_path / "ten"))
+    three = tmp_path / "three"
+    root = write_digits_dataset(three / "digits", num_train=4, num_val=2)
+    for split in ("train", "val"):
+        path = root / f"annotations/instances_{split}2017.json"
+        content = json.loads(path.read_text())
+        content["categories"] = content["categories"][:3]
+        kept = [a for a in content["annotations"] if a["category_id"] <= 3]
+        content["annotations"] = kept or [content["annotations"][0] | {"category_id": 1}]
+        path.write_text(json.dumps(content))
+    cfg = LazyConfig.apply_overrides(
+        _two_steps(get_config(name), root, three / "run"),
+        ["model.num_classes=3", f"train.init_checkpoint={tmp_path / 'ten'}", "optimizer.lr=0.0"],
+    )
+    train(cfg)
+    before, after = read_weights(tmp_path / "ten"), read_weights(three / "run")
+    same = [key for key in before if torch.equal(before[key], after[key])]
+    other = {key for key in before if before[key].shape != after[key].shape}
+    assert "heads.class_embed.0.weight" in other and "denoising.label_embed.weight" in other
+    assert "transformer.encoder.layers.0.ffn.linear1.weight" in same
+    assert "another number of classes" in (three / "run" / "log.txt").read_text()
 
 
 def test_the_published_recipe_is_in_the_config():

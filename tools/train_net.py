@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(arguments)
     except KeyboardInterrupt:
+        print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
         return 130
     except ProcessFailure as failure:
         return _report(str(failure))

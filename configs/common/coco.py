@@ -1,5 +1,7 @@
 """COCO 2017, or your own data in its format and layout, below ``dataloader.root``."""
 
+import os
+
 from dn_detr.config import LazyCall as L
 from dn_detr.data import (
     CocoDetection,
@@ -11,7 +13,7 @@ from dn_detr.data import (
 from dn_detr.evaluation import CocoEvaluator
 
 dataloader = dict(
-    root="${oc.env:COCO_ROOT,datasets/coco}",
+    root=os.environ.get("COCO_ROOT", "datasets/coco"),
     image_scale=1.0,  # multiplies every size of the augmentation
     train=L(build_train_loader)(
         dataset=L(CocoDetection)(

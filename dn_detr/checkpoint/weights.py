@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -17,27 +17,38 @@ _LISTED = 10
 _SUFFIX = ".safetensors"
 
 
-def load_model_weights(model: nn.Module, path: str | Path) -> None:
+def load_model_weights(
+    model: nn.Module, path: str | Path, *, class_tensors: Collection[str] = ()
+) -> list[str]:
     """Load every weight of `model` from a checkpoint; names and shapes must agree exactly.
 
     Args:
         model: the module to fill, on any device, not wrapped by DistributedDataParallel.
         path: a checkpoint folder, `.../checkpoints/last`, a run's output folder, or a
             `.safetensors` file.
+        class_tensors: names of tensors with a row per class. If the checkpoint has another number
+            of classes, all of them stay as they are in `model`.
+
+    Returns:
+        Names of the tensors that were not loaded.
 
     Raises:
         CheckpointError: no such checkpoint, a damaged one, or one of another model; the message
             lists missing, unexpected and mis-shaped names.
     """
     weights = read_weights(path)
-    problems = _disagreements(model.state_dict(), weights)
+    expected = model.state_dict()
+    kept = _of_other_classes(expected, weights, class_tensors)
+    weights |= {name: expected[name] for name in kept}
+    problems = _disagreements(expected, weights)
     if problems:
         raise CheckpointError(
             f"{path}: the weights of another model. {_summary(weights)}\n"
             + "\n".join(problems)
-            + "\nUse the config that the checkpoint was trained with (config.yaml beside it)."
+            + "\nUse the config that the checkpoint was trained with (its manifest.json holds it)."
         )
     model.load_state_dict(weights)
+    return kept
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -68,6 +79,19 @@ def _weights_file(path: Path) -> Path:
     if path.name == MODEL_FILE and (path.parent / MANIFEST_NAME).is_file():
         return Manifest.read(path.parent).verify(path.parent, MODEL_FILE)
     return path
+
+
+def _of_other_classes(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], class_tensors: Collection[str]
+) -> list[str]:
+    """The class tensors, if the file has another number of rows in one of them; else none."""
+    comparable = [
+        name
+        for name in class_tensors
+        if name in found and found[name].shape[1:] == expected[name].shape[1:]
+    ]
+    differ = any(len(found[name]) != len(expected[name]) for name in comparable)
+    return comparable if differ else []
 
 
 def _disagreements(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:

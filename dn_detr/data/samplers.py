@@ -51,7 +51,9 @@ class EndlessBatchSampler(Sampler[list[tuple[int, int]]]):
         start_iteration: int = 0,
         groups: Sequence[int] | None = None,
     ) -> None:
-        if total_batch_size < 1 or total_batch_size % world_size:
+        if total_batch_size < 1:
+            raise ValueError(f"total_batch_size={total_batch_size} must be at least 1")
+        if total_batch_size % world_size:
             raise ValueError(
                 f"total_batch_size={total_batch_size} cannot be split evenly over {world_size}"
                 f" process(es); set dataloader.train.total_batch_size to a multiple of {world_size}"

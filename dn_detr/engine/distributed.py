@@ -207,15 +207,22 @@ def _process_group(device_type: str, init_method: str) -> Iterator[None]:
 
 def _spawn(function: Callable[..., object], count: int, args: tuple[Any, ...], device: str) -> None:
     with tempfile.TemporaryDirectory(prefix="dn_detr_launch_") as folder:
+        group = multiprocessing.start_processes(
+            _run_child,
+            args=(count, folder, device, function, args),
+            nprocs=count,
+            join=False,
+            start_method="spawn",
+        )
         try:
-            multiprocessing.start_processes(
-                _run_child,
-                args=(count, folder, device, function, args),
-                nprocs=count,
-                start_method="spawn",
-            )
+            while not group.join():
+                pass
         except (ProcessExitedException, ProcessRaisedException) as error:
             _raise_first_failure(Path(folder), error)
+        except BaseException:  # an interrupt that only this process got
+            for process in group.processes:
+                process.terminate()
+            raise
 
 
 def _run_child(

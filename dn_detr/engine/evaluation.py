@@ -17,7 +17,7 @@ from dn_detr.checkpoint import (
     load_model_weights,
     read_manifest,
 )
-from dn_detr.config import instantiate
+from dn_detr.config import LazyConfig, instantiate
 from dn_detr.data import check_num_classes
 from dn_detr.evaluation import inference_on_dataset
 
@@ -48,7 +48,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     folder = make_folder(settings.output_dir)
     with logging_to(folder):
         if is_main():
-            record_run(cfg, make_folder(folder / "eval"), device)
+            record_run(LazyConfig.to_yaml(cfg), make_folder(folder / "eval"), device)
         logger.info("evaluating %s", checkpoint)
         model = instantiate(cfg.model).to(device)
         load_model_weights(model, checkpoint)

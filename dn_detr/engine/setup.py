@@ -14,10 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 from tqdm import tqdm
-
-from dn_detr.config import LazyConfig
 
 from .distributed import is_main, rank, world_size
 
@@ -77,18 +74,19 @@ def make_folder(path: str | Path) -> Path:
     return folder
 
 
-def record_run(cfg: DictConfig, folder: Path, device: torch.device) -> str:
-    """Write `config.yaml` (can be run again) and return its text; add to `environment.txt`.
+def record_run(config: str, folder: Path, device: torch.device) -> None:
+    """Write `config.yaml` (can be run again) and add to `environment.txt`.
 
     A resumed run has one block of environment per start.
+
+    Args:
+        config: YAML of the config after overrides.
+        folder: of the run.
+        device: of the run.
     """
-    path = folder / "config.yaml"
-    LazyConfig.save(cfg, str(path))
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
     with (folder / "environment.txt").open("a", encoding="utf-8") as file:
-        file.write(
-            describe_environment(device) + "\n"
-        )  # one block per start, also of a resumed run
-    return path.read_text(encoding="utf-8")
+        file.write(describe_environment(device) + "\n")
 
 
 def describe_environment(device: torch.device) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dn_detr.checkpoint import last_checkpoint, load_model_weights, read_manifest
-from dn_detr.config import instantiate
+from dn_detr.config import LazyConfig, instantiate
 from dn_detr.data import check_num_classes, check_same_categories
 
 from .distributed import barrier, choose_device, is_distributed, is_main, rank
@@ -54,7 +54,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
     folder = make_folder(settings.output_dir)
     barrier()  # everybody has looked at the folder before anybody writes to it
     with logging_to(folder):
-        config = record_run(cfg, folder, device) if is_main() else ""
+        config = LazyConfig.to_yaml(cfg)
         trainer = _build_trainer(cfg, settings, device, checkpoint, config)
         if checkpoint is not None:
             trainer.restore(checkpoint)
@@ -62,6 +62,8 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
             _log_resumption(checkpoint, config)
         elif resume:
             logger.info("nothing to resume in %s: starting a new run", folder)
+        if is_main():  # only now: a refused start leaves the record of the run before as it was
+            record_run(config, folder, device)
         return trainer.run()
 
 
@@ -112,8 +114,17 @@ def _build_model(
 ) -> nn.Module:
     model: nn.Module = instantiate(cfg.model).to(device)
     if settings.init_checkpoint and is_new:
-        load_model_weights(model, settings.init_checkpoint)
+        class_tensors: list[str] = getattr(model, "class_tensors", list)()
+        fresh = load_model_weights(model, settings.init_checkpoint, class_tensors=class_tensors)
         logger.info("weights from %s", settings.init_checkpoint)
+        if fresh:
+            logger.warning(
+                "%s has another number of classes: the classification starts anew (%d tensors: "
+                "%s, ...), everything else is loaded",
+                settings.init_checkpoint,
+                len(fresh),
+                fresh[0],
+            )
     elif is_new and is_main():  # the other processes get the first one's weights
         load_pretrained_parts(model)
     return model

@@ -174,7 +174,12 @@ class QueryDenoising(nn.Module):
             anchors: (B, Q, 4) of the matching queries, before the sigmoid.
             seeds: one integer per image; its noise is a function of it. By default they are drawn
                 from torch's global generator.
+
+        Raises:
+            ValueError: not one target (and seed) per image of ``content``.
         """
+        if len(targets) != len(content):
+            raise ValueError(f"{len(targets)} targets for a batch of {len(content)} images")
         if seeds is None:
             seeds = torch.randint(2**62, (len(targets),)).tolist()
         device = content.device

@@ -228,6 +228,14 @@ class Detector(nn.Module):
         logits, boxes = self._decode(images, mask, *self.queries(len(images)))
         return {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
 
+    def class_tensors(self) -> list[str]:
+        """Names, in the state_dict, of the tensors that have a row per class.
+
+        They cannot come from a checkpoint of other classes.
+        """
+        prefixes = ("heads.class_embed.", "denoising.label_embed.")
+        return [name for name in self.state_dict() if name.startswith(prefixes)]
+
     def _decode(
         self,
         images: Tensor,

@@ -17,12 +17,17 @@ class AnchorQueries(nn.Module):
         embed_dim: channels C of the content.
         indicator: the last channel is not learned but 0, which tells matching queries from
             denoising queries, whose last channel is 1 (DN-DETR, section 4.3).
+
+    Raises:
+        ValueError: no query.
     """
 
     def __init__(
         self, num_queries: int = 300, embed_dim: int = 256, *, indicator: bool = True
     ) -> None:
         super().__init__()
+        if num_queries < 1:
+            raise ValueError(f"num_queries {num_queries} must be at least 1")
         self.num_queries = num_queries
         self.indicator = indicator
         self.content = nn.Embedding(num_queries, embed_dim - int(indicator))

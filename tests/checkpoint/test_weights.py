@@ -34,6 +34,24 @@ def test_weights_load_from_every_path(tmp_path):
             assert torch.equal(value, source.state_dict()[name]), path
 
 
+def test_a_head_of_other_classes_stays_as_it_is_where_that_is_asked_for(tmp_path):
+    save(tmp_path, make_model(classes=9))
+    model = make_model(classes=2)
+    head = model["head"].weight.clone()
+    names = ["head.weight", "head.bias"]
+    assert load_model_weights(model, tmp_path, class_tensors=names) == names
+    assert torch.equal(model["head"].weight, head)
+    with pytest.raises(CheckpointError, match=r"head\.weight"):
+        load_model_weights(model, tmp_path)
+
+
+def test_a_head_of_the_same_classes_is_loaded(tmp_path):
+    source, model = make_model(), make_model()
+    save(tmp_path, source)
+    assert load_model_weights(model, tmp_path, class_tensors=["head.weight"]) == []
+    assert torch.equal(model["head"].weight, source["head"].weight)
+
+
 def test_one_error_lists_all_that_differs_and_what_the_file_looks_like(tmp_path):
     source = nn.ModuleDict({"backbone": nn.Linear(3, 4), "head": nn.Linear(4, 9)})
     source["neck"] = nn.Linear(1, 1)

@@ -156,6 +156,11 @@ def test_weights_and_focal_parameters_reach_the_loss():
     assert losses(gamma=0.0)["loss_ce_dn"] > plain["loss_ce_dn"]
 
 
+def test_one_target_per_image_is_required():
+    with pytest.raises(ValueError, match="1 targets for a batch of 2"):
+        QueryDenoising(CLASSES, DIM)(_targets([3]), torch.zeros(2, 1, DIM), torch.zeros(2, 1, 4))
+
+
 @pytest.mark.parametrize("weights", [{}, {"loss_ce": 1.0}, {"loss_cls": 1.0}])
 def test_incomplete_weights_are_refused(weights):
     with pytest.raises(ValueError, match="loss weights"):

@@ -238,6 +238,21 @@ def test_tensor_entry_point_exports(small):
         torch.testing.assert_close(exported(images, mask), small.forward_tensors(images, mask))
 
 
+def test_class_tensors_are_those_whose_shape_follows_the_number_of_classes(small, small_config):
+    small_config.num_classes = 3
+    other = instantiate(small_config).state_dict()
+    differ = [
+        name for name, value in small.state_dict().items() if value.shape != other[name].shape
+    ]
+    assert sorted(small.class_tensors()) == sorted(differ) and differ
+
+
+def test_no_queries_are_refused(small_config):
+    small_config.num_queries = 0
+    with pytest.raises(ConfigError, match="num_queries 0 must be at least 1"):
+        instantiate(small_config)
+
+
 def test_empty_boxes_object_is_fine(small):
     sample = make_sample(64, 80, 0, 0)
     sample["instances"] = Instances(
