@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,24 @@ def test_two_processes_train_evaluate_and_stop_together_on_nan(tmp_path):
     assert "Traceback" not in done.stderr
     assert len(losses(tmp_path / "a")) == 2
     assert '"eval/AP"' in (tmp_path / "a" / "metrics.jsonl").read_text()  # after iteration 3
+
+
+def test_an_interrupt_of_the_parent_alone_ends_all_processes(tmp_path):
+    arguments = ("--num-gpus", "2", "train.epochs=100000", f"train.output_dir={tmp_path}/a")
+    parent = subprocess.Popen(
+        [sys.executable, *COMMAND, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics, deadline = tmp_path / "a" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    parent.send_signal(signal.SIGINT)
+    _, error = parent.communicate(timeout=60)
+    assert parent.returncode == 130 and "--resume continues" in error
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path):
