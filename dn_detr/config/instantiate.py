@@ -146,8 +146,10 @@ class _Builder:
         try:
             return target(**arguments)
         except Exception as error:
+            # What went wrong comes first; a ValueError's text says it without its type.
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ConfigError(
-                f"{_describe(node, target)} failed: {type(error).__name__}: {error}"
+                f"{_place(node)}: {kind}{error}\n(while building {_call_text(target)})"
             ) from error
 
     def _switch(self, node: DictConfig, key: str) -> bool:
@@ -192,9 +194,13 @@ def _check_arguments(
     unknown = [str(key) for key in arguments if known is not None and key not in known]
     if unknown:
         problem = f"it has no parameter {unknown[0]!r}{did_you_mean(unknown[0], known or ())}"
-    raise ConfigError(f"{_describe(node, target)}: {problem}")
+    raise ConfigError(f"{_place(node)}: {_call_text(target)}: {problem}")
 
 
-def _describe(node: DictConfig, target: Callable[..., Any]) -> str:
+def _place(node: DictConfig) -> str:
+    return key_path(node) or "(top)"
+
+
+def _call_text(target: Callable[..., Any]) -> str:
     name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', repr(target))}"
-    return f"{key_path(node) or '(top)'}: {name}{signature_text(target)}"
+    return f"{name}{signature_text(target)}"

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from dn_detr.engine import metrics
 from dn_detr.engine.metrics import Interval, MetricsWriter, evaluation_row
 
 CPU = torch.device("cpu")
@@ -26,6 +27,13 @@ def test_averages_are_means_over_the_iterations_of_the_interval():
     assert row["loss"] == pytest.approx(4.0)
     assert (row["loss/a"], row["loss/b"], row["grad_norm"]) == (3.0, 2.0, 1.5)
     assert (row["data_time"], row["iter_time"], row["images_per_s"]) == (0.25, 1.0, 4.0)
+
+
+def test_a_row_is_the_mean_over_processes_and_images_per_second_add_up(monkeypatch):
+    other = {"loss": 3.0, "images_per_s": 5.0, "loss/only_there": 2.0}
+    monkeypatch.setattr(metrics, "all_gather", lambda row: [row, other])
+    row = metrics.average_over_ranks({"loss": 1.0, "images_per_s": 4.0})
+    assert row == {"loss": 2.0, "images_per_s": 9.0, "loss/only_there": 2.0}
 
 
 def test_an_interval_survives_a_checkpoint(tmp_path):

@@ -46,6 +46,28 @@ def test_gradient_norm_is_reported_before_clipping_and_applied_after():
     assert model.weight.item() == pytest.approx(2.0 - 0.1, abs=1e-5)
 
 
+@pytest.mark.parametrize(("norm_type", "norm"), [(1.0, 7.0), (2.0, 5.0)])
+def test_the_norm_of_all_gradients_is_of_the_type_asked_for(norm_type, norm):
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+
+        def forward(self, batch):
+            return {"loss": 3 * self.a + 4 * self.b}
+
+    model = Linear()
+    step = TrainingStep(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        device=CPU,
+        amp=AmpSettings(),
+        clip_grad=ClipGradSettings(1.0, norm_type),
+    )
+    assert step([{}], 1).grad_norm.item() == pytest.approx(norm)
+    assert model.a.item() == pytest.approx(-3 / norm, rel=1e-4)
+
+
 def test_float16_clips_the_unscaled_gradient():
     model = Quadratic()
     step = make_step(model, max_norm=0.1, enabled=True, dtype="float16")
