@@ -81,16 +81,19 @@ class Noise:
 
 @dataclass(frozen=True)
 class _Placement:
-    """Where the M noised boxes of a batch go; the fields that ``NoisedQueries`` has mean the same.
+    """Where the M noised boxes of a batch go, on the CPU; ``image`` and ``slot`` as above.
 
-    ``source`` (M,) is the index into the objects of all images, concatenated.
+    Attributes:
+        source: (M,) int64, index into the objects of all images, concatenated.
+        noise: of each of them, without the group dimension.
+        group: (B, D) int64, the group that each slot belongs to.
     """
 
     image: Tensor
     slot: Tensor
-    group: Tensor
     source: Tensor
     noise: Noise
+    group: Tensor
 
 
 class QueryDenoising(nn.Module):
@@ -183,29 +186,20 @@ class QueryDenoising(nn.Module):
         if seeds is None:
             seeds = torch.randint(2**62, (len(targets),)).tolist()
         device = content.device
-        counts = [len(t["labels"]) for t in targets]
-        placed = self._place(counts, seeds)
-        image, slot, group, source = (
-            x.to(device) for x in (placed.image, placed.slot, placed.group, placed.source)
-        )
+        placed = self._place([len(t["labels"]) for t in targets], seeds)
+        image, slot, source = (x.to(device) for x in (placed.image, placed.slot, placed.source))
         labels = torch.cat([t["labels"] for t in targets])[source]
         boxes = torch.cat([t["boxes"] for t in targets])[source].to(anchors.dtype)
         noised_labels, noised_boxes = self._add_noise(labels, boxes, placed.noise)
-        num_slots = int(placed.slot.max()) + 1 if len(placed.slot) else 0
-        if not self.mask_empty_slots and counts:
-            num_slots = max(num_slots, max(counts) * self._groups(max(counts)))
+        num_slots = placed.group.shape[1]
         content_BDC = content.new_zeros(len(targets), num_slots, content.shape[-1])
         content_BDC[image, slot] = self._embed(noised_labels).to(content.dtype)
         anchors_BD4 = anchors.new_zeros(len(targets), num_slots, 4)
         anchors_BD4[image, slot] = inverse_sigmoid(noised_boxes)
-        group_BD = torch.full((len(targets), num_slots), _EMPTY, device=device)
-        group_BD[image, slot] = group
-        if not self.mask_empty_slots and num_slots:
-            group_BD = (torch.arange(num_slots, device=device) // max(counts)).expand_as(group_BD)
         return NoisedQueries(
             content=torch.cat([content_BDC, content], dim=1),
             anchors=torch.cat([anchors_BD4, anchors], dim=1),
-            attention_mask=_attention_mask(group_BD, content.shape[1]),
+            attention_mask=_attention_mask(placed.group.to(device), content.shape[1]),
             image=image,
             slot=slot,
             labels=labels,
@@ -254,27 +248,35 @@ class QueryDenoising(nn.Module):
     def _place(self, counts: Sequence[int], seeds: Sequence[int]) -> _Placement:
         """Give each noised box of each image a slot; everything stays on the CPU."""
         parts: list[tuple[Tensor, ...]] = []
+        strides = self._slots_per_group(counts)
         offset = 0
-        for image, (count, seed) in enumerate(zip(counts, seeds, strict=True)):
+        for image, (count, stride, seed) in enumerate(zip(counts, strides, seeds, strict=True)):
             generator = torch.Generator().manual_seed(seed)
             noise = self.draw_noise(count, generator)
-            # Empty slots that are seen are the published layout: every image has the same stride.
-            stride = count if self.mask_empty_slots else max(counts)
-            groups = self._groups(stride)
             chosen = torch.arange(count)
             if count > self.max_queries:
                 chosen = torch.randperm(count, generator=generator)[: self.max_queries]
-                stride = self.max_queries
+            groups = self._groups(stride)
             group = torch.arange(groups)[:, None].expand(-1, len(chosen))
             slot = group * stride + torch.arange(len(chosen))
             fields = (torch.full_like(slot, image), slot, group, (chosen + offset).expand_as(slot))
             draws = (x[:groups, chosen].flatten(0, 1) for x in (noise.flip, noise.label, noise.box))
             parts.append((*(field.flatten() for field in fields), *draws))
             offset += count
-        image_M, slot_M, group_M, source_M, flip, label, box = map(
-            torch.cat, zip(*parts, strict=True)
-        )
-        return _Placement(image_M, slot_M, group_M, source_M, Noise(flip, label, box))
+        image_M, slot_M, group_M, source_M, *draws_M = map(torch.cat, zip(*parts, strict=True))
+        num_slots = max(stride * self._groups(stride) for stride in strides)
+        if self.mask_empty_slots:
+            group_BD = torch.full((len(counts), num_slots), _EMPTY)
+            group_BD[image_M, slot_M] = group_M
+        else:
+            group_BD = (torch.arange(num_slots) // max(strides[0], 1)).expand(len(counts), -1)
+        return _Placement(image_M, slot_M, source_M, Noise(*draws_M), group_BD)
+
+    def _slots_per_group(self, counts: Sequence[int]) -> list[int]:
+        """Slots of one group of each image; as published all have those of the fullest."""
+        if self.mask_empty_slots:
+            return [min(count, self.max_queries) for count in counts]
+        return [max(counts)] * len(counts)
 
     def _add_noise(self, labels: Tensor, boxes: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
         """Noise (M,) labels and (M, 4) boxes; sides stay non-negative, values in [0, 1]."""
