@@ -107,9 +107,10 @@ class QueryDenoising(nn.Module):
         box_noise: largest shift of a centre in half box sizes, and largest change of a side in
             box sizes.
         max_queries: bound of D. An image with n objects gets min(num_groups, max_queries // n)
-            groups; with n > max_queries one group of a random choice of its objects. COCO's
-            fullest training image needs 465, so that training there is as published. (Where
-            empty slots are visible, a group of the fullest image is never cut.)
+            groups; with n > max_queries one group of a random choice of its objects. The default
+            leaves five groups to every image of up to 100 objects; DETR's paper (section 4)
+            counts at most 63 in COCO's training set, so that training there is as published.
+            (Where empty slots are visible, a group of the fullest image is never cut.)
         indicator: the last content channel is 1 instead of learned; matching queries have 0 there
             (section 4.3).
         mask_empty_slots: hide the slots that images with fewer objects leave empty. False is the
