@@ -138,7 +138,7 @@ def load_pretrained_parts(model: nn.Module) -> None:
     """
     for name, part in model.named_modules():
         if hasattr(part, "load_pretrained") and part.load_pretrained():
-            logger.info("%s starts from %s", name, part.weights)
+            logger.info("%s starts from pretrained weights", name)
 
 
 def _build_step(

@@ -69,7 +69,7 @@ def sine_embed_boxes(
     Returns:
         (..., 4 * num_feats), coordinates in the order (y, x, w, h).
 
-    Source: Liu et al., "DAB-DETR", 2022, equation 1 and section 4.1.
+    Source: Liu et al., "DAB-DETR", 2022, section 4.
     """
     x, y, w, h = (boxes_cxcywh_norm * (2 * math.pi)).unbind(-1)
     return torch.cat([_sine(c, num_feats, temperature) for c in (y, x, w, h)], dim=-1)

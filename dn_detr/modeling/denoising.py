@@ -81,12 +81,14 @@ class Noise:
 
 @dataclass(frozen=True)
 class _Placement:
-    """Where the M noised boxes of a batch go, on the CPU; ``image`` and ``slot`` as above.
+    """Where the M noised boxes of a batch go, all on the CPU.
+
+    ``image`` and ``slot`` are those of ``NoisedQueries``.
 
     Attributes:
         source: (M,) int64, index into the objects of all images, concatenated.
         noise: of each of them, without the group dimension.
-        group: (B, D) int64, the group that each slot belongs to.
+        group: (B, D) int64, the group that each slot belongs to; -1 for an empty, hidden one.
     """
 
     image: Tensor
@@ -108,11 +110,9 @@ class QueryDenoising(nn.Module):
             box sizes.
         max_queries: bound of D. An image with n objects gets min(num_groups, max_queries // n)
             groups; with n > max_queries one group of a random choice of its objects. The default
-            leaves five groups to every image of up to 100 objects; DETR's paper (section 4)
-            counts at most 63 in COCO's training set, so that training there is as published.
-            (Where empty slots are visible, a group of the fullest image is never cut.)
-        indicator: the last content channel is 1 instead of learned; matching queries have 0 there
-            (section 4.3).
+            leaves all five groups to every image of up to 100 objects, as published. (Where
+            empty slots are visible, a group of the fullest image is never cut.)
+        indicator: the last content channel is 1 instead of learned; matching queries have 0 there.
         mask_empty_slots: hide the slots that images with fewer objects leave empty. False is the
             published behaviour: a group has as many slots as the fullest image has objects, and
             its queries see the empty ones (all-zero content, a box of half the image).

@@ -16,7 +16,7 @@ class AnchorQueries(nn.Module):
         num_queries: Q.
         embed_dim: channels C of the content.
         indicator: the last channel is not learned but 0, which tells matching queries from
-            denoising queries, whose last channel is 1 (DN-DETR, section 4.3).
+            denoising queries, whose last channel is 1 (DN-DETR, section 4).
 
     Raises:
         ValueError: no query.

@@ -11,6 +11,7 @@ same name.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def ms_deform_attn(
 
 
 def _check_shapes(
-    value: Tensor, spatial_shapes: Tensor, locations: Tensor, weights: Tensor
+    value: Tensor, spatial_shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
 ) -> list[list[int]]:
     """The levels' [height, width] as integers, after checking that all inputs fit together."""
     batch, cells, heads, _ = value.shape
@@ -65,8 +66,14 @@ def _check_shapes(
             f"{tuple(locations.shape)} without its last dimension"
         )
     shapes = spatial_shapes.tolist()
-    if sum(h * w for h, w in shapes) != cells:
+    sizes = [h * w for h, w in shapes]
+    if sum(sizes) != cells:
         raise ValueError(f"spatial_shapes {shapes} do not add up to the {cells} cells of value")
+    if starts.tolist() != [0, *accumulate(sizes)][:-1]:
+        raise ValueError(
+            f"level_start_index {starts.tolist()} does not fit levels of {sizes} cells, one after "
+            "the other"
+        )
     return shapes
 
 
@@ -101,7 +108,9 @@ def _ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    shapes = _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
+    shapes = _check_shapes(
+        value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+    )
     batch, _, heads, dim = value.shape
     queries = sampling_locations.shape[1]
     out_NDQ = value.new_zeros(batch * heads, dim, queries, dtype=_working_type(value))
@@ -121,7 +130,9 @@ def _ms_deform_attn_backward(
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of value, locations and weights; samples are computed again rather than kept."""
-    shapes = _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
+    shapes = _check_shapes(
+        value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+    )
     batch, _, heads, dim = value.shape
     grad_NDQ1 = grad_out.to(_working_type(value)).transpose(1, 2)
     grad_NDQ1 = grad_NDQ1.reshape(batch * heads, dim, grad_out.shape[1], 1)

@@ -101,6 +101,7 @@ def test_empty_inputs_give_empty_outputs_and_zero_gradients(batch, queries):
     ("index", "change", "complaint"),
     [
         (1, lambda x: x + 1, "add up"),
+        (2, lambda x: x + 1, "level_start_index"),
         (3, lambda x: x[:, :, :1], "sampling_locations"),
         (4, lambda x: x[..., :1], "attention_weights"),
     ],

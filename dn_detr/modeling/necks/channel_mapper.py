@@ -1,6 +1,6 @@
 """The multi-level neck of Deformable DETR.
 
-Zhu et al., "Deformable DETR", 2021, appendix A.2 (https://arxiv.org/abs/2010.04159).
+Zhu et al., "Deformable DETR", 2021 (https://arxiv.org/abs/2010.04159).
 """
 
 from __future__ import annotations
