@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .attention import MultiheadAttention
+from .attention import MultiheadAttention, attend
 from .deformable_attention import MSDeformAttn
 from .mlp import MLP, FeedForward
 from .norm import MaskedGroupNorm
@@ -15,5 +15,6 @@ __all__ = [
     "MaskedGroupNorm",
     "MultiheadAttention",
     "PositionEmbeddingSine",
+    "attend",
     "sine_embed_boxes",
 ]

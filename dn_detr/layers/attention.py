@@ -6,6 +6,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    *,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Scaled dot-product attention of projected tensors whose channels are heads, one by one.
+
+    Args:
+        query: (B, Q, C).
+        key: (B, K, C).
+        value: (B, K, D).
+        num_heads: heads, a divisor of C and D.
+        mask: (Q, K) or (B, Q or 1, K) bool, True = blocked (the convention of
+            ``nn.MultiheadAttention``), or None. Every query must see some key.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        (B, Q, D).
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.
+    """
+    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    allowed = None if mask is None else ~mask
+    if allowed is not None and allowed.ndim == 3:
+        allowed = allowed[:, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+    return out.transpose(1, 2).flatten(2)
+
+
 class MultiheadAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` with a mask for each image.
 
@@ -30,8 +63,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             query: (B, Q, C).
             key: (B, K, C).
             value: (B, K, C).
-            mask: (Q, K) or (B, Q, K) bool, True = blocked (the convention of
-                ``nn.MultiheadAttention``), or None. Every query must see some key.
+            mask: see ``attend``.
 
         Returns:
             (B, Q, C).
@@ -39,12 +71,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         weights = self.in_proj_weight.chunk(3)
         biases = self.in_proj_bias.chunk(3)
         q, k, v = (
-            F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+            F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
-        allowed = None if mask is None else ~mask
-        if allowed is not None and allowed.ndim == 3:
-            allowed = allowed[:, None]
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return self.out_proj(attend(q, k, v, self.num_heads, mask=mask, dropout=dropout))

@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "prelu": nn.PReLU, "gelu": nn.GELU}
+
 
 class MLP(nn.Module):
     """``num_layers`` linear layers with ReLU between them.
@@ -37,12 +39,24 @@ class FeedForward(nn.Module):
         embed_dim: channels in and out.
         feedforward_dim: channels between the two linear layers.
         dropout: probability after each of them.
+        activation: ``relu``, ``prelu`` (one learned slope) or ``gelu``.
+
+    Raises:
+        ValueError: unknown activation.
     """
 
-    def __init__(self, embed_dim: int, feedforward_dim: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        feedforward_dim: int = 2048,
+        dropout: float = 0.0,
+        activation: str = "relu",
+    ) -> None:
         super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation {activation!r}: choose from {sorted(_ACTIVATIONS)}")
         self.linear1 = nn.Linear(embed_dim, feedforward_dim)
-        self.activation = nn.ReLU()
+        self.activation = _ACTIVATIONS[activation]()
         self.linear2 = nn.Linear(feedforward_dim, embed_dim)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(embed_dim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .backbones import ResNet
+from .backbones import ResNet, TimmBackbone
 from .criterion import DetectionCriterion
 from .denoising import NoisedQueries, QueryDenoising
 from .detector import Detector
@@ -10,22 +10,38 @@ from .heads import DetectionHeads
 from .matcher import HungarianMatcher, Matching
 from .necks import ChannelMapper
 from .postprocess import PostProcess
-from .queries import AnchorQueries
-from .transformers import DeformableDecoder, DeformableEncoder, DeformableTransformer
+from .queries import AnchorQueries, ProposalQueries, Proposals, Queries
+from .transformers import (
+    BoxDecoder,
+    DeformableDecoder,
+    DeformableEncoder,
+    DenseDecoder,
+    DenseEncoder,
+    Memory,
+    Transformer,
+)
 
 __all__ = [
     "AnchorQueries",
+    "BoxDecoder",
     "ChannelMapper",
     "DeformableDecoder",
     "DeformableEncoder",
-    "DeformableTransformer",
+    "DenseDecoder",
+    "DenseEncoder",
     "DetectionCriterion",
     "DetectionHeads",
     "Detector",
     "HungarianMatcher",
     "Matching",
+    "Memory",
     "NoisedQueries",
     "PostProcess",
+    "ProposalQueries",
+    "Proposals",
+    "Queries",
     "QueryDenoising",
     "ResNet",
+    "TimmBackbone",
+    "Transformer",
 ]

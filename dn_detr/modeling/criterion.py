@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .losses import box_losses, complete_weights, count_per_rank, focal_loss, weigh_and_name
 from .matcher import HungarianMatcher, Targets
 
+_CERTAINLY_NOTHING = -100.0  # a logit without loss or gradient
+
 
 class DetectionCriterion(nn.Module):
     """Match every decoder layer's predictions, then compare classes and boxes.
@@ -39,7 +41,15 @@ class DetectionCriterion(nn.Module):
         self.alpha = alpha
         self.gamma = gamma
 
-    def forward(self, logits: Tensor, boxes: Tensor, targets: Targets) -> dict[str, Tensor]:
+    def forward(
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        targets: Targets,
+        *,
+        suffix: str = "",
+        ignored: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Weighted losses of all layers.
 
         Every term is divided by the number of objects per rank (over all ranks, at least one).
@@ -49,12 +59,16 @@ class DetectionCriterion(nn.Module):
             logits: (N, B, Q, K) float32.
             boxes: (N, B, Q, 4) float32 as (cx, cy, w, h) in [0, 1].
             targets: of B images.
+            suffix: appended to the names of the losses.
+            ignored: (B, Q) bool, True = a query that is neither matched nor trained.
 
         Returns:
             Scalars ``loss_ce``, ``loss_bbox``, ``loss_giou`` of the last layer, and the same with
             suffix ``_i`` of each layer i before it.
         """
-        matching = self.matcher(logits, boxes, targets)
+        matching = self.matcher(logits, boxes, targets, ignored)
+        if ignored is not None:
+            logits = logits.masked_fill(ignored[..., None], _CERTAINLY_NOTHING)
         labels = torch.cat([t["labels"] for t in targets])
         target_boxes = torch.cat([t["boxes"] for t in targets])
         layer = torch.arange(len(logits), device=logits.device)[:, None]
@@ -65,4 +79,5 @@ class DetectionCriterion(nn.Module):
             "loss_ce": focal_loss(logits, one_hot, alpha=self.alpha, gamma=self.gamma),
             **box_losses(boxes[matched], target_boxes[matching.target]),
         }
-        return weigh_and_name(losses, self.weights, count_per_rank(len(labels), logits.device))
+        count = count_per_rank(len(labels), logits.device)
+        return weigh_and_name(losses, self.weights, count, suffix=suffix)

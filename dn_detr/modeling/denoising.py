@@ -113,6 +113,9 @@ class QueryDenoising(nn.Module):
             leaves all five groups to every image of up to 100 objects, as published. (Where
             empty slots are visible, a group of the fullest image is never cut.)
         indicator: the last content channel is 1 instead of learned; matching queries have 0 there.
+        no_object_label: the table of labels has one row more than there are classes, as the
+            published deformable models have it, which never use it. (The dense ones use it as
+            content of the matching queries; here those own it, see ``AnchorQueries``.)
         mask_empty_slots: hide the slots that images with fewer objects leave empty. False is the
             published behaviour: a group has as many slots as the fullest image has objects, and
             its queries see the empty ones (all-zero content, a box of half the image).
@@ -134,6 +137,7 @@ class QueryDenoising(nn.Module):
         box_noise: float = 0.4,
         max_queries: int = 500,
         indicator: bool = True,
+        no_object_label: bool = True,
         mask_empty_slots: bool = True,
         weights: Mapping[str, float] | None = None,
         alpha: float = 0.25,
@@ -156,8 +160,8 @@ class QueryDenoising(nn.Module):
         self.max_queries = max_queries
         self.indicator = indicator
         self.mask_empty_slots = mask_empty_slots
-        # The published tables have one row more than there are classes ("no object").
-        self.label_embed = nn.Embedding(num_classes + 1, embed_dim - int(indicator))
+        num_labels = num_classes + int(no_object_label)
+        self.label_embed = nn.Embedding(num_labels, embed_dim - int(indicator))
         self.weights = complete_weights(weights)
         self.alpha = alpha
         self.gamma = gamma

@@ -1,8 +1,8 @@
 """The detector: parts composed by a config, called with detectron2's protocol.
 
-images -> backbone -> neck -> transformer -> heads -> criterion or post-processing
-                                 ^
-          queries + noised ground truth (training)
+images -> backbone -> neck -> encoder -> memory -> decoder -> heads -> criterion or post-processing
+                                           |         ^
+                                        queries + noised ground truth (training)
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from .denoising import NoisedQueries, QueryDenoising
 from .heads import DetectionHeads
 from .matcher import Targets
 from .postprocess import PostProcess
-from .queries import AnchorQueries
+from .queries import AnchorQueries, ProposalQueries
+from .transformers import Memory, Transformer
 
 
 class Detector(nn.Module):
@@ -30,19 +31,21 @@ class Detector(nn.Module):
         backbone: (images, mask) -> feature maps.
         neck: (feature maps, mask) -> maps of one width, and their masks.
         position_embedding: mask of a map -> its position embedding.
-        queries: content and anchors of the matching queries.
-        transformer: maps and queries -> states and references of every decoder layer.
+        queries: memory -> content and anchors of the matching queries.
+        transformer: maps -> memory, and queries -> states and references of every decoder layer.
         heads: states and references -> logits and boxes.
         criterion: loss of the matching queries.
         postprocess: logits and boxes -> instances.
         denoising: noised queries and their loss, or None.
         num_classes: K; classes of the data are contiguous in [0, K).
-        num_queries: Q, as the queries have it.
+        num_queries: learned anchors or chosen proposals, as the queries have it.
+        num_patterns: learned patterns, as the queries have it; with P of them the decoder has
+            Q = num_queries * P matching queries.
         pixel_mean: mean of R, G, B in [0, 255].
         pixel_std: standard deviation of R, G, B.
 
     Raises:
-        ValueError: the queries are not ``num_queries``, or a part has another ``num_classes``.
+        ValueError: a part has another number of queries, patterns or classes.
     """
 
     pixel_mean: Tensor
@@ -53,8 +56,8 @@ class Detector(nn.Module):
         backbone: nn.Module,
         neck: nn.Module,
         position_embedding: nn.Module,
-        queries: AnchorQueries,
-        transformer: nn.Module,
+        queries: AnchorQueries | ProposalQueries,
+        transformer: Transformer,
         heads: DetectionHeads,
         criterion: DetectionCriterion,
         postprocess: PostProcess,
@@ -62,17 +65,14 @@ class Detector(nn.Module):
         *,
         num_classes: int,
         num_queries: int,
+        num_patterns: int = 0,
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
     ) -> None:
         super().__init__()
-        if queries.num_queries != num_queries:
-            raise ValueError(f"num_queries is {num_queries}, the queries are {queries.num_queries}")
-        for part in (heads, denoising):
-            if part is not None and part.num_classes != num_classes:
-                raise ValueError(
-                    f"num_classes is {num_classes}, {type(part).__name__} has {part.num_classes}"
-                )
+        _check_agreement("num_queries", num_queries, queries)
+        _check_agreement("num_patterns", num_patterns, queries)
+        _check_agreement("num_classes", num_classes, heads, denoising, queries)
         self.backbone = backbone
         self.neck = neck
         self.position_embedding = position_embedding
@@ -84,6 +84,7 @@ class Detector(nn.Module):
         self.denoising = denoising
         self.num_classes = num_classes
         self.num_queries = num_queries
+        self.num_patterns = num_patterns
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
@@ -204,15 +205,23 @@ class Detector(nn.Module):
             targets: see ``prepare_targets``.
             seeds: of the denoising noise, one per image.
         """
-        content, anchors = self.queries(len(images))
+        memory = self._encode(images, mask)
+        queries = self.queries(memory)
         if self.denoising is None:
-            logits, boxes = self._decode(images, mask, content, anchors)
-            return self.criterion(logits, boxes, targets)
-        noised: NoisedQueries = self.denoising(targets, content, anchors, seeds)
-        outputs = self._decode(images, mask, noised.content, noised.anchors, noised.attention_mask)
-        (dn_logits, dn_boxes), (logits, boxes) = noised.split(*outputs)
-        losses: dict[str, Tensor] = self.criterion(logits, boxes, targets)
-        return losses | self.denoising.loss(dn_logits, dn_boxes, noised)
+            outputs = self._decode(memory, queries.content, queries.anchors)
+            losses: dict[str, Tensor] = self.criterion(*outputs, targets)
+        else:
+            noised: NoisedQueries = self.denoising(targets, queries.content, queries.anchors, seeds)
+            outputs = self._decode(memory, noised.content, noised.anchors, noised.attention_mask)
+            (dn_logits, dn_boxes), matching = noised.split(*outputs)
+            losses = self.criterion(*matching, targets)
+            losses |= self.denoising.loss(dn_logits, dn_boxes, noised)
+        if (found := queries.proposals) is not None:
+            logits, boxes = found.logits[None], found.boxes[None]
+            losses = losses | self.criterion(
+                logits, boxes, targets, suffix="_enc", ignored=found.padding
+            )
+        return losses
 
     def forward_tensors(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Predictions of the last decoder layer, tensors in and tensors out.
@@ -225,7 +234,9 @@ class Detector(nn.Module):
             ``pred_logits`` (B, Q, K) and ``pred_boxes`` (B, Q, 4) as (cx, cy, w, h) in [0, 1] of
             each unpadded image.
         """
-        logits, boxes = self._decode(images, mask, *self.queries(len(images)))
+        memory = self._encode(images, mask)
+        queries = self.queries(memory)
+        logits, boxes = self._decode(memory, queries.content, queries.anchors)
         return {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
 
     def class_tensors(self) -> list[str]:
@@ -233,24 +244,32 @@ class Detector(nn.Module):
 
         They cannot come from a checkpoint of other classes.
         """
-        prefixes = ("heads.class_embed.", "denoising.label_embed.")
+        prefixes = ("heads.class_embed.", "queries.class_embed.", "denoising.label_embed.")
         return [name for name in self.state_dict() if name.startswith(prefixes)]
+
+    def _encode(self, images: Tensor, mask: Tensor) -> Memory:
+        maps, masks = self.neck(self.backbone(images, mask), mask)
+        positions = [self.position_embedding(level_mask) for level_mask in masks]
+        return self.transformer.encode(maps, masks, positions)
 
     def _decode(
         self,
-        images: Tensor,
-        mask: Tensor,
+        memory: Memory,
         content: Tensor,
         anchors: Tensor,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits (N, B, Q, K) and boxes (N, B, Q, 4) of all decoder layers."""
-        maps, masks = self.neck(self.backbone(images, mask), mask)
-        positions = [self.position_embedding(level_mask) for level_mask in masks]
-        states, references = self.transformer(
-            maps, masks, positions, content, anchors, self.heads, attention_mask
+        states, references = self.transformer.decoder(
+            content, anchors, memory, self.heads, attention_mask
         )
         return self.heads(states, references)
+
+
+def _check_agreement(name: str, value: int, *parts: nn.Module | None) -> None:
+    for part in parts:
+        if getattr(part, name, value) != value:
+            raise ValueError(f"{name} is {value}, {type(part).__name__} has {getattr(part, name)}")
 
 
 def _name(sample: dict[str, Any]) -> str:

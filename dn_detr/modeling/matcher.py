@@ -90,7 +90,9 @@ class HungarianMatcher(nn.Module):
             - self.cost_giou * giou
         )
 
-    def forward(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Matching:
+    def forward(
+        self, logits: Tensor, boxes: Tensor, targets: Targets, ignored: Tensor | None = None
+    ) -> Matching:
         """Match.
 
         An image with more objects than queries keeps Q pairs. Predictions that are not finite
@@ -100,9 +102,13 @@ class HungarianMatcher(nn.Module):
             logits: (N, B, Q, K).
             boxes: (N, B, Q, 4) as (cx, cy, w, h) in [0, 1].
             targets: of B images.
+            ignored: (B, Q) bool, True = a query that is matched only where no other is left.
         """
+        cost = self.cost(logits, boxes, targets)
+        if ignored is not None:
+            cost = cost.masked_fill(ignored[:, :, None], torch.inf)
         # One copy to the host for all layers and images; everything after it is on the CPU.
-        cost = self.cost(logits, boxes, targets).nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6).cpu()
+        cost = cost.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6).cpu()
         images: list[Tensor] = []
         queries: list[list[Tensor]] = [[] for _ in cost]
         matched: list[list[Tensor]] = [[] for _ in cost]

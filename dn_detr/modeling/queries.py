@@ -1,39 +1,199 @@
-"""Object queries as learned content and learned anchor boxes.
+"""Object queries: learned contents and anchor boxes, or proposals of the encoder (two-stage).
 
-Liu et al., "DAB-DETR", 2022, section 4 (https://arxiv.org/abs/2201.12329).
+Liu et al., "DAB-DETR", 2022, section 4 (https://arxiv.org/abs/2201.12329); two-stage: Zhu et al.,
+"Deformable DETR", 2021, section 4.2 and appendix A.4 (https://arxiv.org/abs/2010.04159).
+Legend: B batch, S cells of all levels, Q queries, P patterns, C channels, K classes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dn_detr.structures import at_least_float32
+
+from .heads import box_head, class_head
+from .transformers.levels import Memory
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What the encoder itself detects where it chose a query; the only cells that it trains.
+
+    Attributes:
+        logits: (B, Q, K) float32 or wider.
+        boxes: (B, Q, 4) as (cx, cy, w, h) in [0, 1].
+        padding: (B, Q) bool, True = no cell of the image, or None where padding takes part.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    padding: Tensor | None
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The matching queries of a batch.
+
+    Attributes:
+        content: (B, Q, C).
+        anchors: (B, Q, 4) boxes (cx, cy, w, h) before the sigmoid.
+        proposals: predictions that became the queries, to be trained too, or None.
+    """
+
+    content: Tensor
+    anchors: Tensor
+    proposals: Proposals | None = None
+
 
 class AnchorQueries(nn.Module):
-    """The matching queries: the same for every image.
+    """Learned queries, the same for every image.
+
+    Args:
+        num_queries: number of anchors A.
+        embed_dim: channels C of the content.
+        content: ``per_query`` learns one content for each anchor (deformable models), ``shared``
+            one for all of them (dense DN models), ``zero`` none (dense DAB models).
+        num_patterns: P learned patterns; each is added to the content of a copy of all queries
+            (Wang et al., "Anchor DETR", 2022, section 3.3). 0: none, and one copy.
+        indicator: the last channel is not learned but 0, which tells matching queries from
+            denoising queries, whose last channel is 1 (DN-DETR, section 4). Patterns have it.
+
+    Raises:
+        ValueError: no query, a negative number of patterns, or an unknown kind of content.
+    """
+
+    def __init__(
+        self,
+        num_queries: int = 300,
+        embed_dim: int = 256,
+        *,
+        content: str = "per_query",
+        num_patterns: int = 0,
+        indicator: bool = True,
+    ) -> None:
+        super().__init__()
+        rows = {"per_query": num_queries, "shared": 1, "zero": 0}
+        if num_queries < 1:
+            raise ValueError(f"num_queries {num_queries} must be at least 1")
+        if num_patterns < 0:
+            raise ValueError(f"num_patterns {num_patterns} must be at least 0")
+        if content not in rows:
+            raise ValueError(f"content {content!r}: choose from {sorted(rows)}")
+        self.num_queries = num_queries
+        self.num_patterns = num_patterns
+        self.indicator = indicator
+        width = embed_dim - int(indicator)
+        self.content = nn.Embedding(rows[content], width) if rows[content] else None
+        self.anchors = nn.Embedding(num_queries, 4)
+        self.patterns = nn.Embedding(num_patterns, embed_dim) if num_patterns else None
+        self.embed_dim = embed_dim
+
+    def forward(self, memory: Memory) -> Queries:
+        """The queries of a batch, A * max(P, 1) of them, pattern after pattern."""
+        anchors = self.anchors.weight
+        content = anchors.new_zeros(1, self.embed_dim)
+        if self.content is not None:
+            content = F.pad(self.content.weight, (0, int(self.indicator)))
+        content = content.expand(self.num_queries, -1)
+        if self.patterns is not None:
+            content = (self.patterns.weight[:, None] + content).flatten(0, 1)
+            anchors = anchors.repeat(self.num_patterns, 1)
+        batch = len(memory.cells)
+        return Queries(content.expand(batch, -1, -1), anchors.expand(batch, -1, -1))
+
+
+class ProposalQueries(nn.Module):
+    """The cells of the memory that look most like objects become the queries (two-stage).
 
     Args:
         num_queries: Q.
-        embed_dim: channels C of the content.
-        indicator: the last channel is not learned but 0, which tells matching queries from
-            denoising queries, whose last channel is 1 (DN-DETR, section 4).
+        num_classes: K.
+        embed_dim: C.
+        base_size: side of the box that a cell of the finest level proposes, as a share of the
+            image; it doubles with every level.
+        mask_padding: cells of the padding are neither chosen nor trained. False is the published
+            behaviour, where they compete.
 
     Raises:
         ValueError: no query.
     """
 
+    num_patterns = 0
+
     def __init__(
-        self, num_queries: int = 300, embed_dim: int = 256, *, indicator: bool = True
+        self,
+        num_queries: int,
+        num_classes: int,
+        embed_dim: int = 256,
+        *,
+        base_size: float = 0.05,
+        mask_padding: bool = True,
     ) -> None:
         super().__init__()
         if num_queries < 1:
             raise ValueError(f"num_queries {num_queries} must be at least 1")
         self.num_queries = num_queries
-        self.indicator = indicator
-        self.content = nn.Embedding(num_queries, embed_dim - int(indicator))
-        self.anchors = nn.Embedding(num_queries, 4)
+        self.num_classes = num_classes
+        self.base_size = base_size
+        self.mask_padding = mask_padding
+        self.output = nn.Linear(embed_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.class_embed = class_head(embed_dim, num_classes)
+        self.bbox_embed = box_head(embed_dim)
+        nn.init.xavier_uniform_(self.output.weight)
 
-    def forward(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Content (B, Q, C) and anchors (B, Q, 4) as (cx, cy, w, h) before the sigmoid."""
-        content = F.pad(self.content.weight, (0, int(self.indicator)))
-        return content.expand(batch_size, -1, -1), self.anchors.weight.expand(batch_size, -1, -1)
+    def forward(self, memory: Memory) -> Queries:
+        """The Q proposals of each image with the highest class logit, best first.
+
+        Content and anchors carry no gradient; the proposals are trained by their own loss.
+        """
+        cells, boxes, padding = self._grid(memory)
+        features = self.norm(self.output(cells))
+        logits = at_least_float32(self.class_embed(features))
+        moved = at_least_float32(self.bbox_embed(features)) + boxes
+        score = logits.detach().amax(-1)
+        if self.mask_padding:
+            score = score.masked_fill(padding, -torch.inf)
+        chosen = score.topk(self.num_queries, dim=1).indices
+        content, logits, moved = (
+            x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))
+            for x in (features, logits, moved)
+        )
+        unused = padding.gather(1, chosen) if self.mask_padding else None
+        return Queries(
+            content=content.detach(),
+            anchors=moved.detach(),
+            proposals=Proposals(logits, moved.sigmoid(), unused),
+        )
+
+    def _grid(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (B, S, C), boxes before the sigmoid (B, S, 4) and padding (B, S) of all cells.
+
+        Cells near the border, whose box would be cut off, propose the whole image from empty
+        features; so do the cells that are added to the padding where S < Q.
+        """
+        levels = memory.levels
+        centres = levels.cell_centres()
+        sizes = [
+            centres.new_full((count,), self.base_size * 2.0**level)
+            for level, count in enumerate(levels.sizes)
+        ]
+        side = torch.cat(sizes).expand(len(centres), -1)[..., None]
+        boxes = torch.cat([centres, side, side], dim=-1)
+        usable = ((boxes > _MARGIN) & (boxes < 1 - _MARGIN)).all(-1) & ~levels.padding_mask
+        cells = memory.cells.masked_fill(~usable[..., None], 0.0)
+        boxes = boxes.logit().masked_fill(~usable[..., None], _SATURATED)
+        extra = max(0, self.num_queries - cells.shape[1])
+        return (
+            F.pad(cells, (0, 0, 0, extra)),
+            F.pad(boxes, (0, 0, 0, extra), value=_SATURATED),
+            F.pad(levels.padding_mask, (0, extra), value=True),
+        )
+
+
+_MARGIN = 0.01  # of the image: where a proposal's centre or side is not used
+_SATURATED = 100.0  # its sigmoid is 1

@@ -10,6 +10,7 @@ from torch import nn
 
 from dn_detr.layers import (
     MLP,
+    FeedForward,
     MaskedGroupNorm,
     MSDeformAttn,
     MultiheadAttention,
@@ -29,6 +30,23 @@ def test_mlp_has_no_activation_after_its_last_layer():
     x = torch.randn(5, 4)
     expected = mlp.layers[1](mlp.layers[0](x).clamp(min=0))
     torch.testing.assert_close(mlp(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("activation", "negative_half", "parameters"), [("relu", 0.0, 0), ("prelu", 0.25, 1)]
+)
+def test_feed_forward_applies_its_activation(activation, negative_half, parameters):
+    ffn = FeedForward(4, 8, activation=activation)
+    x = torch.randn(5, 4)
+    hidden = ffn.linear1(x)
+    bent = torch.where(hidden > 0, hidden, negative_half * hidden)
+    torch.testing.assert_close(ffn(x), ffn.norm(x + ffn.linear2(bent)))
+    assert sum(p.numel() for p in ffn.activation.parameters()) == parameters
+
+
+def test_feed_forward_refuses_an_unknown_activation():
+    with pytest.raises(ValueError, match="'swish'"):
+        FeedForward(4, 8, activation="swish")
 
 
 @pytest.mark.parametrize("per_image", [False, True])

@@ -50,3 +50,55 @@ def small(small_config) -> Detector:
         for parameter in detector.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     return detector
+
+
+FAMILIES = [
+    "dab_detr_r50",
+    "dn_detr_r50",
+    "dab_deformable_detr_r50",
+    "dab_deformable_detr_r50_two_stage",
+    "dn_deformable_detr_r50",
+    "dn_deformable_detr_r50_two_stage",
+    "dn_deformable_encoder_only_r50",
+]
+
+
+def small_model_config(name: str) -> Any:
+    """A model of `configs/models` with a small backbone, fewer layers and narrower ones.
+
+    Denoising with two stages is nobody's published model; the parts fit together all the same.
+    """
+    is_new = name == "dn_deformable_detr_r50_two_stage"
+    cfg = get_config(f"models/{'dab_deformable_detr_r50_two_stage' if is_new else name}.py").model
+    if is_new:
+        cfg.denoising = get_config("models/parts.py").denoising
+        cfg.denoising.indicator = False
+    several_levels = cfg.neck.num_levels > 1
+    cfg.num_classes, cfg.num_queries = 10, 30
+    cfg.backbone.update(name="resnet18", weights=None)
+    cfg.backbone.out_features = ["layer2", "layer3"] if several_levels else ["layer3"]
+    cfg.neck.in_channels = [128, 256] if several_levels else [256]
+    cfg.neck.in_strides = [8, 16] if several_levels else [16]
+    cfg.neck.num_levels = 3 if several_levels else 1
+    cfg.position_embedding.num_pos_feats = 64
+    cfg.transformer.embed_dim = 128
+    for half, num_layers in ((cfg.transformer.encoder, 2), (cfg.transformer.decoder, 3)):
+        half.update(num_layers=num_layers, num_heads=4, feedforward_dim=256)
+    return cfg
+
+
+@pytest.fixture(params=FAMILIES)
+def family_config(request) -> Any:
+    """The model node of a small detector of every family."""
+    return small_model_config(request.param)
+
+
+@pytest.fixture
+def family(family_config) -> Detector:
+    """A small detector of every family, away from its initialisation."""
+    torch.manual_seed(0)
+    detector: Detector = instantiate(family_config)
+    with torch.no_grad():
+        for parameter in detector.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return detector

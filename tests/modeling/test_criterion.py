@@ -69,3 +69,33 @@ def test_without_objects_box_losses_are_zeros_in_the_graph():
     assert losses["loss_bbox"] == 0 and losses["loss_giou"] == 0 and losses["loss_ce"] > 0
     torch.stack(list(losses.values())).sum().backward()
     assert boxes.grad is not None and not boxes.grad.any()
+
+
+def test_ignored_queries_are_neither_matched_nor_trained():
+    criterion, (logits, boxes) = DetectionCriterion(HungarianMatcher()), _predictions(2)
+    ignored = torch.zeros(2, QUERIES, dtype=torch.bool)
+    ignored[0, :2] = ignored[1, 3] = True
+    targets = _targets([2, 1])
+    with torch.no_grad():  # the ignored ones would fit best
+        boxes[:, 0, :2] = targets[0]["boxes"]
+        boxes[:, 1, 3] = targets[1]["boxes"][0]
+    losses = criterion(logits, boxes, targets, ignored=ignored)
+    torch.stack(list(losses.values())).sum().backward()
+    for gradient in (logits.grad, boxes.grad):
+        assert not gradient[:, ignored].any() and gradient[:, ~ignored].any()
+
+
+def test_ignoring_queries_is_the_same_as_not_having_them():
+    criterion, (logits, boxes) = DetectionCriterion(HungarianMatcher()), _predictions(1)
+    ignored = torch.tensor([[False, True, False, False, True]])
+    keep = ~ignored[0]
+    targets = _targets([2])
+    expected = criterion(logits[:, :, keep], boxes[:, :, keep], targets)
+    found = criterion(logits, boxes, targets, ignored=ignored)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_suffix_names_the_losses():
+    losses = DetectionCriterion(HungarianMatcher())(*_predictions(1), _targets([1]), suffix="_enc")
+    assert {"loss_ce_enc", "loss_giou_enc_0"} <= set(losses)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -30,28 +29,6 @@ def _copy_content(source: Any, target: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("grouping", [[0, 1, 2], [2, 1]])
-def test_predictions_do_not_depend_on_the_batch(small, grouping):
-    samples = [make_sample(h, w, 2, seed) for seed, (h, w) in enumerate(SIZES)]
-    small.eval()
-    with torch.no_grad():
-        alone = [small([samples[i]])[0]["instances"] for i in grouping]
-        batch = [out["instances"] for out in small([samples[i] for i in grouping])]
-    for a, b in zip(alone, batch, strict=True):
-        torch.testing.assert_close(b.scores, a.scores, rtol=0, atol=1e-4)
-        torch.testing.assert_close(b.pred_boxes.tensor, a.pred_boxes.tensor, rtol=0, atol=2e-2)
-
-
-def test_raw_predictions_do_not_depend_on_the_amount_of_padding(small):
-    images, mask = small.preprocess([make_sample(75, 110, 0, 0)])
-    wider = torch.nn.functional.pad(images, (0, 53, 0, 97))
-    wider_mask = torch.nn.functional.pad(mask, (0, 53, 0, 97), value=True)
-    small.eval()
-    with torch.no_grad():
-        tight, loose = small.forward_tensors(images, mask), small.forward_tensors(wider, wider_mask)
-    torch.testing.assert_close(loose, tight, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("option", ["backbone", "neck", "decoder"])
 def test_the_published_treatment_of_padding_does_depend_on_it(option, small_config):
     """Each of the three published variants is really what makes the difference."""
@@ -69,26 +46,6 @@ def test_the_published_treatment_of_padding_does_depend_on_it(option, small_conf
     assert (tight["pred_logits"] - loose["pred_logits"]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("counts", [(2, 3), (0, 3), (0, 0)])
-def test_every_trainable_parameter_gets_a_gradient(counts, small):
-    losses = small([make_sample(64, 80, n, seed) for seed, n in enumerate(counts)])
-    _total(losses).backward()
-    missing = [n for n, p in small.named_parameters() if p.requires_grad and p.grad is None]
-    assert missing == []
-    assert all(p.grad.isfinite().all() for p in small.parameters() if p.grad is not None)
-
-
-def test_matching_losses_with_denoising_are_those_without(small):
-    samples = [make_sample(64, 80, n, n) for n in (2, 3)]
-    with_denoising = small(samples)
-    plain = copy.deepcopy(small)
-    plain.denoising = None
-    without = plain(samples)
-    assert {name for name in with_denoising if "_dn" not in name} == set(without)
-    for name, value in without.items():
-        torch.testing.assert_close(with_denoising[name], value, rtol=1e-5, atol=1e-6)
-
-
 def test_without_denoising_the_loss_is_that_of_dab_deformable_detr_to_the_bit(small, small_config):
     """DAB's queries have 256 learned channels; DN's have 255 and an indicator that is 0."""
     small_config.denoising = None
@@ -99,17 +56,6 @@ def test_without_denoising_the_loss_is_that_of_dab_deformable_detr_to_the_bit(sm
     samples = [make_sample(64, 80, n, n) for n in (2, 3)]
     ours, theirs = small(samples), dab(samples)
     assert {k: v.item() for k, v in ours.items()} == {k: v.item() for k, v in theirs.items()}
-
-
-def test_matching_queries_are_blind_to_denoising_queries(small):
-    """Other noise, same matching part: information leaks nowhere."""
-    samples = [make_sample(64, 80, 3, 0)]
-    first = small(samples)
-    samples[0]["seed"] = 1
-    second = small(samples)
-    assert first["loss_ce_dn"] != second["loss_ce_dn"]
-    for name in ("loss_ce", "loss_bbox", "loss_giou", "loss_ce_0"):
-        assert first[name].item() == pytest.approx(second[name].item(), rel=1e-5)
 
 
 def test_detections_lie_in_the_original_image_and_are_sorted(small):
@@ -208,43 +154,8 @@ def test_image_of_another_shape_is_refused(small, image):
 
 def test_number_of_queries_must_agree(small_config):
     small_config.queries.num_queries = 7
-    with pytest.raises(ConfigError, match="num_queries is 30, the queries are 7"):
+    with pytest.raises(ConfigError, match="num_queries is 30, AnchorQueries has 7"):
         instantiate(small_config)
-
-
-def test_bfloat16_autocast_trains(small):
-    samples = [make_sample(64, 80, 2, 0)]
-    reference = _total(small(samples))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = small(samples)
-    assert all(value.dtype == torch.float32 for value in losses.values())
-    assert _total(losses).item() == pytest.approx(reference.item(), rel=0.05)
-
-
-def test_tensor_entry_point_exports(small):
-    small.eval()
-    images, mask = small.preprocess([make_sample(64, 96, 0, 0), make_sample(96, 64, 0, 1)])
-
-    class Tensors(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.detector = small
-
-        def forward(self, images, mask):
-            return self.detector.forward_tensors(images, mask)
-
-    with torch.no_grad():
-        exported = torch.export.export(Tensors(), (images, mask)).module()
-        torch.testing.assert_close(exported(images, mask), small.forward_tensors(images, mask))
-
-
-def test_class_tensors_are_those_whose_shape_follows_the_number_of_classes(small, small_config):
-    small_config.num_classes = 3
-    other = instantiate(small_config).state_dict()
-    differ = [
-        name for name, value in small.state_dict().items() if value.shape != other[name].shape
-    ]
-    assert sorted(small.class_tensors()) == sorted(differ) and differ
 
 
 def test_no_queries_are_refused(small_config):

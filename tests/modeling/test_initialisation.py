@@ -77,3 +77,43 @@ def test_boxes_start_at_their_anchor_but_for_the_first_layers_sides(fresh):
 def test_heads_of_all_layers_start_equal(fresh):
     first, *others = (head.weight for head in fresh.heads.class_embed)
     assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.fixture(scope="module")
+def dense() -> Detector:
+    torch.manual_seed(0)
+    model: Detector = instantiate(get_config("dn_detr_r50_dc5_3pat_12ep.py").model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer.encoder.layers.5.self_attn.in_proj_weight",
+        "transformer.encoder.query_scale.layers.1.weight",
+        "transformer.decoder.layers.0.cross_attn.query_pos_proj.weight",
+        "transformer.decoder.layers.5.cross_attn.query_pos_sine_proj.weight",
+        "transformer.decoder.ref_anchor_head.layers.1.weight",
+    ],
+)
+def test_dense_weights_are_xavier_uniform(dense, name):
+    weight = dense.state_dict()[name]
+    assert weight.abs().max().item() == pytest.approx(_xavier_bound(weight), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["content", "anchors", "patterns"])
+def test_dense_queries_are_standard_normal(dense, name):
+    values = getattr(dense.queries, name).weight
+    assert values.std().item() == pytest.approx(1, abs=0.12)
+
+
+def test_dense_boxes_start_at_their_anchor_and_activations_at_a_quarter(dense):
+    (head,) = dense.heads.bbox_embed
+    assert not head.layers[-1].weight.any() and not head.layers[-1].bias.any()
+    slopes = [p for n, p in dense.named_parameters() if n.endswith("activation.weight")]
+    assert [slope.item() for slope in slopes] == [0.25] * 12
+
+
+def test_output_projections_of_conditional_attention_start_without_bias(dense):
+    for layer in dense.transformer.decoder.layers:
+        assert not layer.self_attn.out_proj.bias.any() and not layer.cross_attn.out_proj.bias.any()

@@ -18,14 +18,15 @@ class ChannelMapper(nn.Module):
 
     Level i < len(in_channels) is a 1x1 convolution of map i; the next level is a 3x3 convolution
     of stride 2 of the *last backbone map*, further ones of the level before. Each is followed by
-    group normalisation.
+    group normalisation, if any. With one map and no normalisation it is the input projection of
+    the dense models.
 
     Args:
         in_channels: channels of the backbone's maps, finest first.
         in_strides: their strides in pixels.
         out_channels: channels of every level.
         num_levels: number of levels, at least the number of maps.
-        num_groups: groups of the normalisation.
+        num_groups: groups of the normalisation; None for none.
         mask_padding: normalise over the image only and keep the padding at zero, so that an
             image has the same features alone and in any batch. False is the published behaviour.
 
@@ -40,7 +41,7 @@ class ChannelMapper(nn.Module):
         out_channels: int = 256,
         *,
         num_levels: int = 4,
-        num_groups: int = 32,
+        num_groups: int | None = 32,
         mask_padding: bool = True,
     ) -> None:
         super().__init__()
@@ -52,15 +53,15 @@ class ChannelMapper(nn.Module):
             channels = in_channels[-1] if index == 0 else out_channels
             self.convs.append(nn.Conv2d(channels, out_channels, 3, stride=2, padding=1))
         self.norms = nn.ModuleList(
-            MaskedGroupNorm(num_groups, out_channels) for _ in range(num_levels)
+            nn.Identity() if num_groups is None else MaskedGroupNorm(num_groups, out_channels)
+            for _ in range(num_levels)
         )
         self.out_strides = [*in_strides, *(in_strides[-1] * 2 ** (i + 1) for i in range(extra))]
         self.mask_padding = mask_padding
-        for name, parameter in self.convs.named_parameters():
-            if name.endswith("weight"):
-                nn.init.xavier_uniform_(parameter)
-            else:
-                nn.init.zeros_(parameter)
+        if num_groups is not None:  # published: torch's own initialisation where no norm follows
+            for name, parameter in self.convs.named_parameters():
+                init = nn.init.xavier_uniform_ if name.endswith("weight") else nn.init.zeros_
+                init(parameter)
 
     def forward(
         self, features: Sequence[Tensor], mask: Tensor
@@ -85,5 +86,8 @@ class ChannelMapper(nn.Module):
                 source, source_mask = maps[-1], masks[level - 1]
             if self.mask_padding:
                 source = source.masked_fill(source_mask[:, None], 0.0)
-            maps.append(norm(conv(source), masks[level] if self.mask_padding else None))
+            projected = conv(source)
+            if isinstance(norm, MaskedGroupNorm):
+                projected = norm(projected, masks[level] if self.mask_padding else None)
+            maps.append(projected)
         return maps, masks

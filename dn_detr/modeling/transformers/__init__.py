@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from .deformable import (
-    DeformableDecoder,
-    DeformableDecoderLayer,
-    DeformableEncoder,
-    DeformableEncoderLayer,
-    DeformableTransformer,
-)
-from .levels import Levels
+from .decoder import BoxDecoder
+from .deformable import DeformableDecoder, DeformableEncoder
+from .dense import DenseDecoder, DenseEncoder
+from .levels import Levels, Memory
+from .transformer import Transformer
 
 __all__ = [
+    "BoxDecoder",
     "DeformableDecoder",
-    "DeformableDecoderLayer",
     "DeformableEncoder",
-    "DeformableEncoderLayer",
-    "DeformableTransformer",
+    "DenseDecoder",
+    "DenseEncoder",
     "Levels",
+    "Memory",
+    "Transformer",
 ]

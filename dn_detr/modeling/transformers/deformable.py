@@ -1,24 +1,22 @@
-"""The deformable transformer with boxes as queries (DAB- and DN-Deformable-DETR).
+"""The deformable encoder and decoder with boxes as queries (DAB- and DN-Deformable-DETR).
 
 Zhu et al., "Deformable DETR", 2021 (https://arxiv.org/abs/2010.04159), with the dynamic anchor
 boxes of Liu et al., "DAB-DETR", 2022 (https://arxiv.org/abs/2201.12329), as published with Li et
 al., "DN-DETR", 2022 (https://arxiv.org/abs/2203.01305).
 
-Legend: B batch, S cells of all levels, Q queries (denoising queries first), L levels, C channels,
-N decoder layers.
+Legend: B batch, S cells of all levels, Q queries (denoising queries first), L levels, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dn_detr.layers import MLP, FeedForward, MSDeformAttn, MultiheadAttention, sine_embed_boxes
+from dn_detr.layers import FeedForward, MSDeformAttn, MultiheadAttention, sine_embed_boxes
 
-from ..heads import DetectionHeads
-from .levels import Levels
+from .decoder import BoxDecoder
+from .levels import Levels, Memory
 
 
 class DeformableEncoderLayer(nn.Module):
@@ -70,12 +68,9 @@ class DeformableEncoder(nn.Module):
         **layer: arguments of ``DeformableEncoderLayer``.
     """
 
-    def __init__(self, num_layers: int = 6, **layer: int | float) -> None:
+    def __init__(self, num_layers: int = 6, **layer: Any) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            DeformableEncoderLayer(**layer)  # type: ignore[arg-type]
-            for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(DeformableEncoderLayer(**layer) for _ in range(num_layers))
 
     def forward(self, x: Tensor, pos: Tensor, levels: Levels) -> Tensor:
         """(B, S, C) cells and (B, S, C) positions -> (B, S, C) memory."""
@@ -89,17 +84,14 @@ class DeformableDecoderLayer(nn.Module):
     """Self-attention among queries, deformable attention to the memory, feed-forward; post-norm.
 
     Args:
-        embed_dim: C.
-        num_heads: attention heads.
-        feedforward_dim: hidden channels of the feed-forward half.
-        num_levels: L.
-        num_points: sampling points per head and level.
+        embed_dim, num_heads, feedforward_dim, num_levels, num_points: of
+            ``DeformableEncoderLayer``.
         dropout: probability after and inside attention, and in the feed-forward half.
     """
 
     def __init__(
         self,
-        embed_dim: int = 256,
+        embed_dim: int,
         num_heads: int = 8,
         feedforward_dim: int = 2048,
         *,
@@ -120,9 +112,8 @@ class DeformableDecoderLayer(nn.Module):
         x: Tensor,
         query_pos: Tensor,
         references: Tensor,
-        memory: Tensor,
-        levels: Levels,
-        attention_mask: Tensor | None = None,
+        memory: Memory,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Update the queries.
 
@@ -130,20 +121,20 @@ class DeformableDecoderLayer(nn.Module):
             x: (B, Q, C) content.
             query_pos: (B, Q, C) position.
             references: (B, Q, L, 4) boxes relative to each padded map.
-            memory: (B, S, C).
-            levels: geometry of the memory.
-            attention_mask: (Q, Q) or (B, Q, Q) bool, True = blocked.
+            memory: the encoded feature maps.
+            mask: (Q, Q) or (B, Q, Q) bool, True = blocked.
 
         Returns:
             (B, Q, C).
         """
         positioned = x + query_pos
-        attended = self.self_attn(positioned, positioned, x, mask=attention_mask)
+        attended = self.self_attn(positioned, positioned, x, mask=mask)
         x = self.self_norm(x + self.dropout(attended))
+        levels = memory.levels
         sampled = self.cross_attn(
             x + query_pos,
             references,
-            memory,
+            memory.cells,
             levels.spatial_shapes,
             levels.level_start_index,
             levels.padding_mask,
@@ -151,11 +142,11 @@ class DeformableDecoderLayer(nn.Module):
         return self.ffn(self.cross_norm(x + self.dropout(sampled)))
 
 
-class DeformableDecoder(nn.Module):
-    """Layers that move the queries' boxes: each predicts from the box that the one before left.
+class DeformableDecoder(BoxDecoder):
+    """The decoder of DAB- and DN-Deformable-DETR.
 
     Args:
-        num_layers: N.
+        num_layers: depth.
         embed_dim: C.
         padded_query_pos: embed the boxes relative to the finest *padded* map, as published. By
             default they are embedded relative to the image, so that a query does not depend on
@@ -169,118 +160,19 @@ class DeformableDecoder(nn.Module):
         embed_dim: int = 256,
         *,
         padded_query_pos: bool = False,
-        **layer: int | float,
+        **layer: Any,
     ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            DeformableDecoderLayer(embed_dim, **layer)  # type: ignore[arg-type]
-            for _ in range(num_layers)
-        )
-        self.num_pos_feats = embed_dim // 2
+        layers = [DeformableDecoderLayer(embed_dim, **layer) for _ in range(num_layers)]
+        super().__init__(layers, embed_dim, final_norm=False, look_forward_twice=False)
         self.padded_query_pos = padded_query_pos
-        self.ref_point_head = MLP(2 * embed_dim, embed_dim, embed_dim, 2)
-        self.query_scale = MLP(embed_dim, embed_dim, embed_dim, 2)
 
-    def forward(
-        self,
-        queries: Tensor,
-        anchors: Tensor,
-        memory: Tensor,
-        levels: Levels,
-        heads: DetectionHeads,
-        attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Decode.
-
-        Args:
-            queries: (B, Q, C) content.
-            anchors: (B, Q, 4) boxes (cx, cy, w, h) before the sigmoid.
-            memory: (B, S, C).
-            levels: geometry of the memory.
-            heads: refine the boxes between the layers.
-            attention_mask: (Q, Q) or (B, Q, Q) bool, True = blocked.
-
-        Returns:
-            states (N, B, Q, C) of all layers; references (N, B, Q, 4) in [0, 1], the box that each
-            layer started from. Those of layers after the first carry no gradient.
-        """
-        x, reference = queries, anchors.sigmoid()
-        states, references = [], []
-        for index, layer in enumerate(self.layers):
-            padded = levels.to_padded(reference)  # (B, Q, L, 4)
-            embedded = padded[:, :, 0] if self.padded_query_pos else reference
-            query_pos = self.ref_point_head(sine_embed_boxes(embedded, self.num_pos_feats))
-            if index > 0:
-                query_pos = query_pos * self.query_scale(x)
-            x = layer(x, query_pos, padded, memory, levels, attention_mask)
-            states.append(x)
-            references.append(reference)
-            if index + 1 < len(self.layers):
-                reference = heads.predict_boxes(index, x, reference).detach()
-        return torch.stack(states), torch.stack(references)
-
-
-class DeformableTransformer(nn.Module):
-    """Encoder and decoder over multi-level features.
-
-    Args:
-        encoder: ``DeformableEncoder`` or anything called like it.
-        decoder: ``DeformableDecoder`` or anything called like it.
-        embed_dim: C.
-        num_levels: L.
-    """
-
-    def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, *, embed_dim: int = 256, num_levels: int = 4
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.level_embed = nn.Parameter(torch.empty(num_levels, embed_dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Xavier everywhere, then deformable attention's own initialisation."""
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
-        for module in self.modules():
-            if isinstance(module, MSDeformAttn):
-                module.reset_parameters()
-        nn.init.normal_(self.level_embed)
-
-    def forward(
-        self,
-        maps: Sequence[Tensor],
-        masks: Sequence[Tensor],
-        positions: Sequence[Tensor],
-        queries: Tensor,
-        anchors: Tensor,
-        heads: DetectionHeads,
-        attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Encode the maps and decode the queries.
-
-        Args:
-            maps: L maps (B, C, H_l, W_l).
-            masks: L masks (B, H_l, W_l) bool, True = padding.
-            positions: L position embeddings (B, C, H_l, W_l).
-            queries: (B, Q, C).
-            anchors: (B, Q, 4) boxes (cx, cy, w, h) before the sigmoid.
-            heads: refine the boxes between the layers.
-            attention_mask: (Q, Q) or (B, Q, Q) bool, True = blocked.
-
-        Returns:
-            states (N, B, Q, C) and references (N, B, Q, 4), see ``DeformableDecoder.forward``.
-        """
-        levels = Levels.from_masks(masks)
-        cells = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
-        pos = torch.cat(
-            [
-                p.flatten(2).transpose(1, 2) + e
-                for p, e in zip(positions, self.level_embed, strict=True)
-            ],
-            dim=1,
-        )
-        memory = self.encoder(cells, pos, levels)
-        return self.decoder(queries, anchors, memory, levels, heads, attention_mask)
+    def update(
+        self, index: int, x: Tensor, reference: Tensor, memory: Memory, mask: Tensor | None
+    ) -> Tensor:
+        """See ``BoxDecoder.update``."""
+        padded = memory.levels.to_padded(reference)  # (B, Q, L, 4)
+        embedded = padded[:, :, 0] if self.padded_query_pos else reference
+        query_pos = self.ref_point_head(sine_embed_boxes(embedded, self.num_pos_feats))
+        if index > 0:
+            query_pos = query_pos * self.query_scale(x)
+        return self.layers[index](x, query_pos, padded, memory, mask)

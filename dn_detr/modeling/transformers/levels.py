@@ -1,4 +1,4 @@
-"""The geometry of a multi-level feature memory, computed once per batch."""
+"""What the encoder hands to the decoder: cells of all levels, and where they lie."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ class Levels:
             valid_ratios=torch.stack(ratios, dim=1),
         )
 
+    @property
+    def sizes(self) -> list[int]:
+        """Number of cells of each level."""
+        return self.spatial_shapes.prod(1).tolist()
+
     def cell_centres(self) -> Tensor:
         """Centre of each cell, relative to the image; (B, S, 2) as (x, y).
 
@@ -69,3 +74,18 @@ class Levels:
         """
         ratios = self.valid_ratios.repeat(1, 1, references.shape[-1] // 2)
         return references[:, :, None] * ratios[:, None]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The encoded feature maps.
+
+    Attributes:
+        cells: (B, S, C) features of the cells of all levels.
+        pos: (B, S, C) their position embeddings, level embedding included.
+        levels: their geometry.
+    """
+
+    cells: Tensor
+    pos: Tensor
+    levels: Levels

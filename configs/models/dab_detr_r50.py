@@ -1,0 +1,68 @@
+"""DAB-DETR with ResNet-50: dense attention over one map, boxes as queries.
+
+Liu et al., "DAB-DETR: Dynamic Anchor Boxes are Better Queries for DETR", 2022
+(https://arxiv.org/abs/2201.12329). 43 668 690 parameters with 80 classes.
+"""
+
+from dn_detr.config import LazyCall as L
+from dn_detr.layers import PositionEmbeddingSine
+from dn_detr.modeling import (
+    AnchorQueries,
+    ChannelMapper,
+    DenseDecoder,
+    DenseEncoder,
+    DetectionHeads,
+    Detector,
+    PostProcess,
+    Transformer,
+)
+
+from .parts import backbone, criterion
+
+_layer = dict(
+    embed_dim="${model.transformer.embed_dim}",
+    num_heads=8,
+    feedforward_dim=2048,
+    dropout=0.0,
+    activation="prelu",
+)
+model = L(Detector)(
+    num_classes=80,
+    num_queries=300,
+    num_patterns=0,
+    backbone=backbone,
+    neck=L(ChannelMapper)(
+        in_channels=[2048],
+        in_strides=[32],
+        out_channels="${model.transformer.embed_dim}",
+        num_levels=1,
+        num_groups=None,
+        mask_padding=True,
+    ),
+    position_embedding=L(PositionEmbeddingSine)(num_pos_feats=128, temperature=20, offset=0.0),
+    queries=L(AnchorQueries)(
+        num_queries="${model.num_queries}",
+        num_patterns="${model.num_patterns}",
+        embed_dim="${model.transformer.embed_dim}",
+        content="zero",
+        indicator=False,
+    ),
+    transformer=L(Transformer)(
+        embed_dim=256,
+        num_levels="${model.neck.num_levels}",
+        encoder=L(DenseEncoder)(num_layers=6, **_layer),
+        decoder=L(DenseDecoder)(num_layers=6, num_levels="${model.neck.num_levels}", **_layer),
+    ),
+    heads=L(DetectionHeads)(
+        num_classes="${model.num_classes}",
+        embed_dim="${model.transformer.embed_dim}",
+        num_layers="${model.transformer.decoder.num_layers}",
+        shared=True,
+        size_bias=0.0,
+    ),
+    denoising=None,
+    criterion=criterion,
+    postprocess=L(PostProcess)(num_select=300),
+    pixel_mean=[123.675, 116.28, 103.53],
+    pixel_std=[58.395, 57.12, 57.375],
+)

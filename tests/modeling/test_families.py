@@ -1,0 +1,112 @@
+"""What holds for a detector of every family: padding, gradients, denoising, half types, export."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from dn_detr.config import instantiate
+
+from .conftest import FAMILIES, make_sample
+
+DENOISED = [name for name in FAMILIES if name.startswith("dn_")]
+SIZES = [(75, 110), (128, 64), (33, 47)]
+
+
+def _total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(losses.values())).sum()
+
+
+@pytest.mark.parametrize("grouping", [[0, 1, 2], [2, 1]])
+def test_predictions_do_not_depend_on_the_batch(family, grouping):
+    samples = [make_sample(h, w, 2, seed) for seed, (h, w) in enumerate(SIZES)]
+    family.eval()
+    with torch.no_grad():
+        batch = family.forward_tensors(*family.preprocess([samples[i] for i in grouping]))
+        for row, i in enumerate(grouping):
+            alone = family.forward_tensors(*family.preprocess([samples[i]]))
+            for key, value in alone.items():
+                torch.testing.assert_close(batch[key][row], value[0], rtol=0, atol=1e-4)
+
+
+def test_raw_predictions_do_not_depend_on_the_amount_of_padding(family):
+    images, mask = family.preprocess([make_sample(75, 110, 0, 0)])
+    wider = torch.nn.functional.pad(images, (0, 53, 0, 97))
+    wider_mask = torch.nn.functional.pad(mask, (0, 53, 0, 97), value=True)
+    family.eval()
+    with torch.no_grad():
+        tight, loose = (
+            family.forward_tensors(images, mask),
+            family.forward_tensors(wider, wider_mask),
+        )
+    torch.testing.assert_close(loose, tight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (0, 3), (0, 0)])
+def test_every_trainable_parameter_gets_a_gradient(counts, family):
+    losses = family([make_sample(64, 80, n, seed) for seed, n in enumerate(counts)])
+    _total(losses).backward()
+    missing = [n for n, p in family.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    assert all(p.grad.isfinite().all() for p in family.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("family_config", DENOISED, indirect=True)
+def test_matching_losses_with_denoising_are_those_without(family):
+    samples = [make_sample(64, 80, n, n) for n in (2, 3)]
+    with_denoising = family(samples)
+    plain = copy.deepcopy(family)
+    plain.denoising = None
+    without = plain(samples)
+    assert {name for name in with_denoising if "_dn" not in name} == set(without)
+    for name, value in without.items():
+        torch.testing.assert_close(with_denoising[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family_config", DENOISED, indirect=True)
+def test_matching_queries_are_blind_to_denoising_queries(family):
+    """Other noise, same matching part: information leaks nowhere."""
+    samples = [make_sample(64, 80, 3, 0)]
+    first = family(samples)
+    samples[0]["seed"] = 1
+    second = family(samples)
+    assert first["loss_ce_dn"] != second["loss_ce_dn"]
+    for name in (name for name in first if "_dn" not in name):
+        assert first[name].item() == pytest.approx(second[name].item(), rel=1e-5)
+
+
+def test_bfloat16_autocast_trains(family):
+    samples = [make_sample(64, 80, 2, 0)]
+    reference = _total(family(samples))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = family(samples)
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    assert _total(losses).item() == pytest.approx(reference.item(), rel=0.05)
+
+
+def test_tensor_entry_point_exports(family):
+    family.eval()
+    images, mask = family.preprocess([make_sample(64, 96, 0, 0), make_sample(96, 64, 0, 1)])
+
+    class Tensors(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.detector = family
+
+        def forward(self, images, mask):
+            return self.detector.forward_tensors(images, mask)
+
+    with torch.no_grad():
+        exported = torch.export.export(Tensors(), (images, mask)).module()
+        torch.testing.assert_close(exported(images, mask), family.forward_tensors(images, mask))
+
+
+def test_class_tensors_are_those_whose_shape_follows_the_number_of_classes(family, family_config):
+    family_config.num_classes = 3
+    other = instantiate(family_config).state_dict()
+    differ = [
+        name for name, value in family.state_dict().items() if value.shape != other[name].shape
+    ]
+    assert sorted(family.class_tensors()) == sorted(differ) and differ

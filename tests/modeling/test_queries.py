@@ -1,0 +1,129 @@
+"""Matching queries: learned ones with patterns, and proposals of the encoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dn_detr.modeling import AnchorQueries, Memory, ProposalQueries, Proposals
+from dn_detr.modeling.transformers import Levels
+
+CHANNELS = 8
+
+
+def _memory(*masks: torch.Tensor, seed: int = 0) -> Memory:
+    levels = Levels.from_masks(masks)
+    generator = torch.Generator().manual_seed(seed)
+    batch, cells = levels.padding_mask.shape
+    values = torch.randn(batch, cells, CHANNELS, generator=generator)
+    return Memory(values, torch.zeros_like(values), levels)
+
+
+def _unpadded(batch: int = 1, height: int = 6, width: int = 8) -> Memory:
+    return _memory(torch.zeros(batch, height, width, dtype=torch.bool))
+
+
+def test_patterns_are_added_to_copies_of_all_queries_pattern_after_pattern():
+    queries = AnchorQueries(5, CHANNELS, content="shared", num_patterns=3)
+    found = queries(_unpadded(batch=2))
+    assert found.content.shape == (2, 15, CHANNELS) and found.anchors.shape == (2, 15, 4)
+    content = torch.cat([queries.content.weight[0], torch.zeros(1)])
+    for pattern in range(3):
+        copy = slice(5 * pattern, 5 * pattern + 5)
+        expected = (queries.patterns.weight[pattern] + content).expand(5, -1)
+        torch.testing.assert_close(found.content[1, copy], expected)
+        torch.testing.assert_close(found.anchors[1, copy], queries.anchors.weight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("per_query", 5), ("shared", 1), ("zero", 0)], ids=lambda x: str(x)
+)
+def test_contents_are_learned_per_query_shared_or_absent(kind, rows):
+    queries = AnchorQueries(5, CHANNELS, content=kind, indicator=False)
+    assert (
+        sum(p.numel() for n, p in queries.named_parameters() if "content" in n) == rows * CHANNELS
+    )
+    content = queries(_unpadded()).content[0]
+    assert len(content.unique(dim=0)) == max(rows, 1)
+    assert (content == 0).all() == (kind == "zero")
+
+
+def test_indicator_channel_of_matching_queries_is_zero():
+    content = AnchorQueries(5, CHANNELS)(_unpadded()).content
+    assert (content[..., -1] == 0).all() and (content[..., :-1] != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_queries": 0}, "num_queries 0"),
+        ({"num_patterns": -1}, "num_patterns -1"),
+        ({"content": "mine"}, r"'mine'.*'per_query', 'shared', 'zero'"),
+    ],
+)
+def test_impossible_queries_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        AnchorQueries(**options)
+
+
+@pytest.fixture
+def proposing() -> ProposalQueries:
+    torch.manual_seed(0)
+    queries = ProposalQueries(10, num_classes=3, embed_dim=CHANNELS)
+    torch.nn.init.normal_(queries.bbox_embed.layers[-1].weight)
+    return queries
+
+
+def _ranked(proposing: ProposalQueries, memory: Memory) -> Proposals:
+    """Proposals of all cells, best first."""
+    proposing.num_queries = memory.cells.shape[1]
+    proposals = proposing(memory).proposals
+    assert proposals is not None
+    return proposals
+
+
+def test_queries_are_the_cells_with_the_highest_class_logit(proposing):
+    found = proposing(_unpadded())
+    ranked = _ranked(proposing, _unpadded())
+    assert (ranked.logits[0].amax(-1).diff() <= 0).all()
+    torch.testing.assert_close(found.anchors[0].sigmoid(), ranked.boxes[0, :10])
+    torch.testing.assert_close(found.proposals.logits[0], ranked.logits[0, :10])
+
+
+def test_proposals_start_from_squares_around_their_cell(proposing):
+    torch.nn.init.zeros_(proposing.bbox_embed.layers[-1].weight)
+    coarse, fine = torch.zeros(1, 4, 4, dtype=torch.bool), torch.zeros(1, 8, 8, dtype=torch.bool)
+    boxes = _ranked(proposing, _memory(fine, coarse)).boxes[0]
+    for square in ([2.5 / 8, 3.5 / 8, 0.05, 0.05], [3.5 / 4, 1.5 / 4, 0.1, 0.1]):
+        distance = (boxes - torch.tensor(square)).abs().amax(-1)
+        assert (distance < 1e-6).sum() == 1
+
+
+def test_cells_at_the_very_border_propose_the_whole_image(proposing):
+    boxes = _ranked(proposing, _unpadded(height=60, width=60)).boxes[0]
+    whole = (boxes == 1).all(-1)
+    assert whole.sum() == 60 * 60 - 58 * 58 and (boxes[~whole] < 1).all()
+
+
+def test_queries_carry_no_gradient_and_proposals_do(proposing):
+    found = proposing(_unpadded())
+    assert not found.content.requires_grad and not found.anchors.requires_grad
+    assert found.proposals.logits.requires_grad and found.proposals.boxes.requires_grad
+
+
+def test_padding_is_never_proposed_and_changes_nothing(proposing):
+    alone = _unpadded(height=6, width=8)
+    mask = torch.ones(1, 9, 12, dtype=torch.bool)
+    mask[:, :6, :8] = False
+    padded = _memory(mask, seed=1)
+    padded.cells[~mask.flatten(1)] = alone.cells[0]
+    expected, found = proposing(alone), proposing(padded)
+    torch.testing.assert_close(found.anchors, expected.anchors)
+    torch.testing.assert_close(found.content, expected.content)
+    assert not found.proposals.padding.any()
+
+
+def test_an_image_with_fewer_cells_than_queries_gets_empty_proposals(proposing):
+    found = proposing(_unpadded(height=2, width=3))
+    assert found.anchors.shape == (1, 10, 4) and found.proposals.padding.sum() == 4
+    assert (found.anchors[:, 6:].sigmoid() > 0.99).all()
