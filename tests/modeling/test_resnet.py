@@ -10,6 +10,7 @@ import torch
 import torchvision
 
 from dn_detr.modeling import ResNet
+from dn_detr.modeling.backbones.padding import current_padding
 from dn_detr.structures import pad_images
 
 
@@ -75,6 +76,42 @@ def test_padding_does_not_reach_the_features(weights_file):
         torch.testing.assert_close(b[:1, :, :height, :width], a, rtol=1e-4, atol=1e-4)
 
 
+def test_padding_is_seen_if_it_is_not_masked(published, weights_file):
+    backbone = ResNet("resnet18", weights=str(weights_file), mask_padding=False)
+    backbone.load_pretrained()
+    small, large = torch.randn(3, 45, 61), torch.randn(3, 99, 130)
+    alone = backbone(small[None], _no_padding(small[None]))[-1]
+    batch = backbone(*pad_images([small, large]))[-1][:1, :, : alone.shape[2], : alone.shape[3]]
+    assert (batch - alone).abs().max() > 0.01
+
+
+def test_padding_is_forgotten_after_an_error():
+    backbone = ResNet("resnet18")
+    images = torch.randn(1, 3, 64, 64)
+    with pytest.raises(RuntimeError):
+        backbone(images[:, :1], ~_no_padding(images))
+    assert current_padding() is None
+
+
+def test_exported_backbone_takes_other_sizes(weights_file):
+    backbone = ResNet("resnet18", weights=str(weights_file))
+    backbone.load_pretrained()
+    height, width = (torch.export.Dim(side, min=33, max=2000) for side in ("height", "width"))
+    images = torch.randn(2, 3, 75, 110)
+    shapes = ({2: height, 3: width}, {1: height, 2: width})
+    exported = torch.export.export(backbone, (images, _no_padding(images)), dynamic_shapes=shapes)
+    other = pad_images([torch.randn(3, 45, 131), torch.randn(3, 99, 61)])
+    for a, b in zip(exported.module()(*other), backbone(*other), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_compiler_finds_one_graph():
+    backbone = ResNet("resnet18")
+    images, mask = pad_images([torch.randn(3, 45, 61), torch.randn(3, 99, 130)])
+    compiled = torch.compile(backbone, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images, mask), backbone(images, mask))
+
+
 @pytest.mark.parametrize(
     ("frozen", "first_trained"),
     [(0, "body.conv1"), (1, "body.layer1"), (2, "body.layer2"), (5, None)],
@@ -89,6 +126,14 @@ def test_weights_of_another_architecture_are_refused(weights_file):
     backbone = ResNet("resnet34", weights=str(weights_file))
     with pytest.raises(ValueError, match=r"resnet18\.pth.*tensors are missing.*layer1\.2"):
         backbone.load_pretrained()
+
+
+def test_weights_of_a_deeper_network_are_refused(tmp_path):
+    """All tensors of ResNet-18 exist in ResNet-34, with the same shapes."""
+    path = tmp_path / "resnet34.pth"
+    torch.save(torchvision.models.resnet34().state_dict(), path)
+    with pytest.raises(ValueError, match=r"resnet34\.pth.*unexpected.*layer1\.2"):
+        ResNet("resnet18", weights=str(path)).load_pretrained()
 
 
 def test_missing_file_names_the_choices():

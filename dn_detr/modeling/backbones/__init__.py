@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .resnet import ResNet
+from .timm import TimmBackbone
 
-__all__ = ["ResNet"]
+__all__ = ["ResNet", "TimmBackbone"]

@@ -9,8 +9,8 @@ padding is kept at zero.
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
-from dn_detr.structures import downsample_mask
+from dn_detr.checkpoint import read_backbone
+
+from .padding import KnownPadding, dry_run, zero_padding_before
 
 _STAGE_STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
 _PARTS = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
@@ -35,7 +37,8 @@ class ResNet(nn.Module):
         frozen_stages: how many parts do not train: 0 none, 1 the stem, 2 the stem and layer1 (the
             published recipe), and so on; 5 freezes everything.
         dilation: layer4 with stride 16 and dilation 2 ("DC5").
-        weights: what ``load_pretrained`` loads: a file of torchvision's layout, or the name of
+        weights: what ``load_pretrained`` loads: a file with a ResNet in it (of torchvision,
+            detectron2 or any detector that ``dn_detr.checkpoint`` reads), or the name of
             torchvision weights such as ``IMAGENET1K_V1``. None: nothing. Building the model
             alone reads no file and needs no network.
         batch_norm: ``frozen``, or ``trainable`` for training from scratch. A trainable one
@@ -74,12 +77,7 @@ class ResNet(nn.Module):
         self.weights = weights
         self.mask_padding = mask_padding
         self._freeze(frozen_stages)
-        self._keep: dict[tuple[int, ...], Tensor] = {}  # what the hooks below see of the mask
-        for module in self.body.modules():
-            if isinstance(module, nn.MaxPool2d) or (
-                isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
-            ):
-                module.register_forward_pre_hook(self._zero_padding)
+        zero_padding_before(dry_run(self.body, 64, 96).filters.items())
 
     def forward(self, images: Tensor, mask: Tensor) -> list[Tensor]:
         """Features of the chosen stages.
@@ -92,15 +90,8 @@ class ResNet(nn.Module):
             One (B, C_i, ceil(H / stride_i), ceil(W / stride_i)) per stage, finest first, with
             C_i in ``out_channels`` and stride_i in ``out_strides``.
         """
-        if self.mask_padding:
-            for stride in (1, 2, 4, 8, 16, 32):
-                keep = (~downsample_mask(mask, stride))[:, None].to(images.dtype)
-                # Two strides share a key only for 1x1 maps, where every cell is valid.
-                self._keep[keep.shape[-2:]] = keep
-        try:
+        with KnownPadding(mask) if self.mask_padding else nullcontext():
             return list(self.body(images).values())
-        finally:
-            self._keep.clear()
 
     def load_pretrained(self) -> bool:
         """Load ``weights`` into the backbone, for training that starts from no checkpoint.
@@ -123,12 +114,6 @@ class ResNet(nn.Module):
             return False
         _load_fitting(self.body, state, f"backbone weights {self.weights!r}")
         return True
-
-    def _zero_padding(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-        """Zero what a spatial filter is about to read from the padding."""
-        (x,) = inputs
-        keep = self._keep.get(x.shape[-2:])
-        return None if keep is None else (x * keep.to(x.dtype),)
 
     def _freeze(self, frozen_stages: int) -> None:
         for names in _PARTS[:frozen_stages]:
@@ -169,7 +154,7 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor] | None:
                 f"backbone weights {weights!r}: no such file, and not one of torchvision's "
                 f"{sorted(known.__members__)} for {name}"
             )
-        return _read_file(weights)
+        return read_backbone(weights)
     try:
         return known[weights].get_state_dict(progress=False, check_hash=True)
     except OSError as error:  # no network, or a cache that cannot be written
@@ -186,30 +171,24 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor] | None:
         return None
 
 
-def _read_file(path: str) -> dict[str, Tensor]:
-    """A state_dict; nothing in the file is executed."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"backbone weights {path!r}: not a file of tensors that torch can read safely"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"backbone weights {path!r}: not a state_dict of torchvision's layout")
-    return state
-
-
 def _load_fitting(body: nn.Module, state: dict[str, Tensor], what: str) -> None:
     """Load every tensor of ``body`` from ``state``, which may hold later stages and a classifier.
 
     Counters of batch normalisation are neither wanted nor needed.
     """
     own = {k: v for k, v in body.state_dict().items() if not k.endswith("num_batches_tracked")}
+    built = tuple(f"{name}." for name, _ in body.named_children())
     missing = sorted(set(own) - set(state))
+    unexpected = sorted(
+        k
+        for k in set(state) - set(own)
+        if k.startswith(built) and not k.endswith("num_batches_tracked")
+    )
     misshapen = sorted(k for k in set(own) & set(state) if state[k].shape != own[k].shape)
-    if missing or misshapen:
+    if missing or unexpected or misshapen:
         raise ValueError(
             f"{what} do not fit the backbone: {len(missing)} tensors are missing {missing[:3]}, "
+            f"{len(unexpected)} are unexpected {unexpected[:3]}, "
             f"{len(misshapen)} have another shape {misshapen[:3]}"
         )
     body.load_state_dict({k: state[k] for k in own}, strict=False)
