@@ -1,5 +1,9 @@
-"""Checkpoints: tensors in safetensors, training state beside them, a manifest with digests."""
+"""Checkpoints: ours on disk, and those of other code bases through key maps."""
 
+from .backbones import read_backbone
+from .conversion import TARGETS as LAYOUTS
+from .conversion import convert_checkpoint
+from .layouts import to_layout
 from .manifest import CheckpointError, Manifest
 from .storage import (
     find_checkpoint,
@@ -8,18 +12,26 @@ from .storage import (
     read_manifest,
     record_metrics,
     save_checkpoint,
+    save_weights,
 )
-from .weights import load_model_weights, read_weights
+from .weights import LoadReport, load_model_weights, load_tensors, read_weights
 
 __all__ = [
+    "LAYOUTS",
     "CheckpointError",
+    "LoadReport",
     "Manifest",
+    "convert_checkpoint",
     "find_checkpoint",
     "last_checkpoint",
     "load_model_weights",
+    "load_tensors",
     "load_training_state",
+    "read_backbone",
     "read_manifest",
     "read_weights",
     "record_metrics",
     "save_checkpoint",
+    "save_weights",
+    "to_layout",
 ]

@@ -71,6 +71,41 @@ def save_checkpoint(
     return folder
 
 
+def save_weights(
+    folder: str | Path,
+    model_state: Mapping[str, Tensor],
+    *,
+    config: str = "",
+    class_names: Sequence[str] = (),
+) -> Path:
+    """Write weights alone as a checkpoint folder: to evaluate or to start a training from.
+
+    Args:
+        folder: the checkpoint folder to write; one that is there is replaced.
+        model_state: name -> tensor, any device.
+        config: the config of the model as YAML text.
+        class_names: index = class, empty if unknown.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: something else than a checkpoint is in the way.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / MANIFEST_NAME).is_file():
+        raise CheckpointError(f"{folder}: in the way, and not a checkpoint that could be replaced")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}{_PARTIAL_SUFFIX}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    _write_model(partial, model_state)
+    files = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
+    Manifest(0, 0.0, files, config, list(class_names)).write(partial)
+    _move_into_place(partial, folder)
+    return folder
+
+
 def record_metrics(checkpoint: Path, metrics: dict[str, Any]) -> None:
     """Add the results of the evaluation at this checkpoint to its manifest."""
     replace(Manifest.read(checkpoint), metrics=metrics).write(checkpoint)
@@ -85,10 +120,16 @@ def load_training_state(checkpoint: str | Path) -> dict[str, Any]:
     """Load the optimizer and the like on the CPU, after verifying the digest.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: the file is missing or damaged, or the checkpoint is one of weights alone.
     """
     folder = Path(checkpoint)
-    path = Manifest.read(folder).verify(folder, TRAINING_STATE_FILE)
+    manifest = Manifest.read(folder)
+    if TRAINING_STATE_FILE not in manifest.files:
+        raise CheckpointError(
+            f"{folder}: holds weights alone, without the state of a training that could be "
+            "resumed; start one from it with train.init_checkpoint"
+        )
+    path = manifest.verify(folder, TRAINING_STATE_FILE)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -96,8 +137,14 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     """Return the folder that `output_dir/checkpoints/last` points at, None if there is none.
 
     Raises:
-        CheckpointError: the folder holds checkpoints, but `last` points at none of them.
+        CheckpointError: the folder holds checkpoints, but `last` points at none of them; or it is
+            itself a checkpoint.
     """
+    if (Path(output_dir) / MANIFEST_NAME).is_file():
+        raise CheckpointError(
+            f"{output_dir}: itself a checkpoint, not the output folder of a run; start from it "
+            f"with train.init_checkpoint={output_dir} and another train.output_dir"
+        )
     checkpoints = Path(output_dir) / CHECKPOINTS_DIR
     link = checkpoints / LAST_LINK
     if (link / MANIFEST_NAME).is_file():
@@ -134,14 +181,18 @@ def find_checkpoint(path: str | Path) -> Path:
 def _write_files(
     folder: Path, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]
 ) -> None:
+    _write_model(folder, model_state)
+    torch.save(dict(training_state), folder / TRAINING_STATE_FILE)
+    flush_to_disk(folder / TRAINING_STATE_FILE)
+
+
+def _write_model(folder: Path, model_state: Mapping[str, Tensor]) -> None:
     # clone: safetensors refuses tensors that share memory, which aliases of a module do
     tensors = {
         name: value.detach().cpu().contiguous().clone() for name, value in model_state.items()
     }
     safetensors.torch.save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
-    torch.save(dict(training_state), folder / TRAINING_STATE_FILE)
-    for path in folder.iterdir():
-        flush_to_disk(path)
+    flush_to_disk(folder / MODEL_FILE)
 
 
 def _move_into_place(partial: Path, folder: Path) -> None:

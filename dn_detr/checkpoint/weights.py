@@ -2,122 +2,258 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
-from safetensors import SafetensorError
+import torch
 from torch import Tensor, nn
 
-from .manifest import MANIFEST_NAME, CheckpointError, Manifest
-from .storage import MODEL_FILE, find_checkpoint
+from .account import account, check_finite, mismatch
+from .class_rows import ClassRows, choose_rows, copy_rows, number_of_classes
+from .files import read_file
+from .layouts import BACKBONE_ONLY, OURS, Translation, recognise, to_ours, without_wrapper
+from .manifest import CheckpointError
 
-_LISTED = 10
-_SUFFIX = ".safetensors"
+_BACKBONE = "backbone."
+_DENOISING = "denoising."
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded, and how.
+
+    Attributes:
+        layout: where the file's names come from: "ours", "official", "detrex", "huggingface",
+            "torchvision" or "detectron2".
+        fresh: tensors of the model that kept their start values, all of them.
+        mapped_classes: classes whose rows were found by name, in the model's order; empty if the
+            rows are used as they are.
+        notes: one sentence each, for the log.
+    """
+
+    layout: str
+    fresh: tuple[str, ...] = ()
+    mapped_classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def load_model_weights(
-    model: nn.Module, path: str | Path, *, class_tensors: Collection[str] = ()
-) -> list[str]:
-    """Load every weight of `model` from a checkpoint; names and shapes must agree exactly.
+    model: nn.Module,
+    path: str | Path,
+    *,
+    class_names: Sequence[str] = (),
+    fine_tune: bool = False,
+) -> LoadReport:
+    """Load every weight of ``model`` from a checkpoint of any known layout.
 
     Args:
-        model: the module to fill, on any device, not wrapped by DistributedDataParallel.
-        path: a checkpoint folder, `.../checkpoints/last`, a run's output folder, or a
-            `.safetensors` file.
-        class_tensors: names of tensors with a row per class. If the checkpoint has another number
-            of classes, all of them stay as they are in `model`.
-
-    Returns:
-        Names of the tensors that were not loaded.
+        model: the module to fill, on any device, not wrapped by DistributedDataParallel. Its
+            method ``class_tensors() -> list[str]``, if it has one, names the tensors with a row
+            per class.
+        path: a checkpoint folder of ours, ``.../checkpoints/last``, a run's output folder, a
+            ``.safetensors`` file; a file of the authors' code, of detrex or of transformers (or
+            its folder); with ``fine_tune`` a ResNet of torchvision or detectron2.
+        class_names: of the model's data; index = class.
+        fine_tune: a training starts from the file: classes are mapped by name where both sides'
+            names are known, others start anew, and a file of the backbone alone is accepted.
+            Without it every tensor must come from the file.
 
     Raises:
-        CheckpointError: no such checkpoint, a damaged one, or one of another model; the message
-            lists missing, unexpected and mis-shaped names.
+        CheckpointError: no such file, a damaged one, or one of another model; the message lists
+            missing, unexpected and mis-shaped names.
     """
-    weights = read_weights(path)
+    content = read_file(path)
+    return load_tensors(
+        model,
+        content.tensors,
+        what=str(path),
+        class_names=class_names,
+        source_class_names=content.class_names,
+        fine_tune=fine_tune,
+        notes=content.notes,
+    )
+
+
+@torch.no_grad()
+def load_tensors(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    what: str = "the weights",
+    class_names: Sequence[str] = (),
+    source_class_names: Sequence[str | None] = (),
+    fine_tune: bool = False,
+    notes: Sequence[str] = (),
+) -> LoadReport:
+    """Load every weight of ``model`` from tensors under the names of any known layout.
+
+    Args:
+        model: see ``load_model_weights``.
+        tensors: name -> tensor, any device.
+        what: where they come from, for messages.
+        class_names: see ``load_model_weights``.
+        source_class_names: of the rows of the tensors' class head, if known.
+        fine_tune: see ``load_model_weights``.
+        notes: sentences to put before the report's own.
+
+    Raises:
+        CheckpointError: see ``load_model_weights``; the model is unchanged.
+    """
     expected = model.state_dict()
-    kept = _of_other_classes(expected, weights, class_tensors)
-    weights |= {name: expected[name] for name in kept}
-    problems = _disagreements(expected, weights)
-    if problems:
-        raise CheckpointError(
-            f"{path}: the weights of another model. {_summary(weights)}\n"
-            + "\n".join(problems)
-            + "\nUse the config that the checkpoint was trained with (its manifest.json holds it)."
+    translation = translate(tensors, what, expected)
+    _drop_counters(expected, translation)
+    report_notes = [*notes, *_drop_denoising(expected, translation)]
+    alone = translation.layout in BACKBONE_ONLY
+    if alone:
+        report_notes.append(_accept_backbone(expected, translation, what, fine_tune))
+    rows = None
+    class_tensors: list[str] = getattr(model, "class_tensors", list)()
+    if not alone:
+        rows = _class_rows(
+            expected, translation, what, class_tensors, class_names, source_class_names, fine_tune
         )
-    model.load_state_dict(weights)
-    return kept
+    by_row = _copied_by_row(expected, translation, class_tensors, rows)
+    wanted = {n: v for n, v in expected.items() if not alone or n.startswith(_BACKBONE)}
+    if problems := account(wanted, translation, list(by_row)):
+        raise mismatch(what, expected, translation, problems)
+    check_finite(translation, what)
+    report_notes += _notes_on_types(expected, translation)
+    for name, value in translation.tensors.items():
+        if name in by_row:
+            copy_rows(expected[name], value, by_row[name])
+        else:
+            expected[name].copy_(value)
+    mapped: tuple[str, ...] = ()
+    anew: set[str] = set()
+    if rows is not None and not rows.is_identity:
+        report_notes.append(rows.note())
+        mapped = rows.mapped
+        anew = set() if any(row >= 0 for row in rows.rows) else set(by_row)
+    fresh = tuple(name for name in expected if name not in wanted or name in anew)
+    return LoadReport(translation.layout, fresh, mapped, tuple(report_notes))
+
+
+def translate(
+    tensors: Mapping[str, Tensor], what: str, expected: Collection[str] = ()
+) -> Translation:
+    """Recognise the layout and bring the tensors under our names.
+
+    Args:
+        tensors: under the names of any layout.
+        what: where they come from, for messages.
+        expected: names of the model; tensors with exactly these need no recognition.
+
+    Raises:
+        CheckpointError: aliases that disagree, or a layout that is refused.
+    """
+    tensors = without_wrapper(tensors)
+    if set(tensors) == set(expected):
+        return to_ours(tensors, OURS)
+    try:
+        return to_ours(tensors, recognise(tensors) or OURS)
+    except CheckpointError as error:
+        raise CheckpointError(f"{what}: {error}") from None
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read name -> tensor (CPU), verified against the manifest where there is one.
+    """Read name -> tensor (CPU) under the file's own names, verified where there is a manifest.
 
     Args:
-        path: as for `load_model_weights`.
+        path: as for ``load_model_weights``.
 
     Raises:
         CheckpointError: no such checkpoint, or a damaged one.
     """
-    file = _weights_file(Path(path))
-    try:
-        return safetensors.torch.load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: damaged or not a safetensors file: {error}") from error
+    return read_file(path).tensors
 
 
-def _weights_file(path: Path) -> Path:
-    if path.is_file() and path.suffix != _SUFFIX:
-        raise CheckpointError(
-            f"{path}: not a checkpoint of dn_detr; expected a checkpoint folder, an output folder "
-            f"or a {_SUFFIX} file"
-        )
-    if not path.is_file():
-        folder = find_checkpoint(path)
-        return Manifest.read(folder).verify(folder, MODEL_FILE)
-    if path.name == MODEL_FILE and (path.parent / MANIFEST_NAME).is_file():
-        return Manifest.read(path.parent).verify(path.parent, MODEL_FILE)
-    return path
+def _drop_counters(expected: Mapping[str, Tensor], translation: Translation) -> None:
+    """Frozen normalisation has no counter of batches; a trainable one may have had."""
+    for name in [n for n in translation.tensors if n.endswith("num_batches_tracked")]:
+        if name not in expected:
+            del translation.tensors[name]
 
 
-def _of_other_classes(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], class_tensors: Collection[str]
-) -> list[str]:
-    """The class tensors, if the file has another number of rows in one of them; else none."""
-    comparable = [
-        name
-        for name in class_tensors
-        if name in found and found[name].shape[1:] == expected[name].shape[1:]
-    ]
-    differ = any(len(found[name]) != len(expected[name]) for name in comparable)
-    return comparable if differ else []
-
-
-def _disagreements(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    misshapen = [
-        f"{name} (file {tuple(found[name].shape)}, model {tuple(value.shape)})"
-        for name, value in expected.items()
-        if name in found and found[name].shape != value.shape
-    ]
-    return [
-        *_listing("missing from the file", missing),
-        *_listing("unexpected in the file", unexpected),
-        *_listing("of another shape", misshapen),
-    ]
-
-
-def _listing(title: str, entries: Sequence[str]) -> list[str]:
-    if not entries:
+def _drop_denoising(expected: Mapping[str, Tensor], translation: Translation) -> list[str]:
+    """Tensors that matter in training alone, if the model has no denoising."""
+    if any(name.startswith(_DENOISING) for name in expected):
         return []
-    rest = [f"  ... and {len(entries) - _LISTED} more"] if len(entries) > _LISTED else []
-    return [f"{len(entries)} {title}:", *(f"  {entry}" for entry in entries[:_LISTED]), *rest]
+    dropped = [name for name in translation.tensors if name.startswith(_DENOISING)]
+    for name in dropped:
+        del translation.tensors[name]
+    if not dropped:
+        return []
+    return [f"the model has no denoising: {', '.join(map(translation.file_name, dropped))} unused"]
 
 
-def _summary(weights: Mapping[str, Tensor]) -> str:
-    """Say what a file looks like: how many tensors under which modules."""
-    modules = Counter(name.split(".")[0] for name in weights)
-    parts = ", ".join(f"{module} ({count})" for module, count in modules.most_common(_LISTED))
-    return f"The file holds {len(weights)} tensors: {parts}."
+def _accept_backbone(
+    expected: Mapping[str, Tensor], translation: Translation, what: str, fine_tune: bool
+) -> str:
+    if not fine_tune:
+        raise mismatch(
+            what,
+            expected,
+            translation,
+            ["A backbone alone detects nothing; train from it with train.init_checkpoint."],
+        )
+    rest = sum(not name.startswith(_BACKBONE) for name in expected)
+    return f"a backbone alone ({translation.layout} layout): the {rest} other tensors start anew"
+
+
+def _class_rows(
+    expected: Mapping[str, Tensor],
+    translation: Translation,
+    what: str,
+    class_tensors: Collection[str],
+    class_names: Sequence[str],
+    source_class_names: Sequence[str | None],
+    fine_tune: bool,
+) -> ClassRows | None:
+    model_classes = number_of_classes(expected, class_tensors)
+    file_classes = number_of_classes(translation.tensors, class_tensors)
+    if model_classes is None or file_classes is None:
+        if fine_tune or not (class_names and source_class_names):
+            return None
+        # Nothing to map, but the names still have to be the same.
+        model_classes = file_classes = max(len(class_names), len(source_class_names))
+    try:
+        rows = choose_rows(
+            model_classes,
+            file_classes,
+            class_names=class_names,
+            file_names=source_class_names,
+            file_is_coco=translation.layout != OURS,
+            fine_tune=fine_tune,
+        )
+    except CheckpointError as error:
+        problems = account(expected, translation, list(class_tensors))
+        raise mismatch(what, expected, translation, [str(error), *problems]) from None
+    return rows
+
+
+def _copied_by_row(
+    expected: Mapping[str, Tensor],
+    translation: Translation,
+    class_tensors: Collection[str],
+    rows: ClassRows | None,
+) -> dict[str, tuple[list[int], list[int]]]:
+    """Class tensors that are copied row by row."""
+    if rows is None or rows.is_identity:
+        return {}
+    found = translation.tensors
+    pairs = {
+        name: rows.source_of(expected[name], found[name])
+        for name in class_tensors
+        if name in found and name in expected and found[name].dim()
+    }
+    return {name: pair for name, pair in pairs.items() if pair is not None}
+
+
+def _notes_on_types(expected: Mapping[str, Tensor], translation: Translation) -> list[str]:
+    changed = {
+        (value.dtype, expected[name].dtype)
+        for name, value in translation.tensors.items()
+        if value.dtype != expected[name].dtype
+    }
+    return [f"weights of {a} were converted to {b}" for a, b in sorted(changed, key=str)]

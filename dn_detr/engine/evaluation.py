@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from torch import nn
 
-from dn_detr.checkpoint import (
-    find_checkpoint,
-    last_checkpoint,
-    load_model_weights,
-    read_manifest,
-)
+from dn_detr.checkpoint import LoadReport, last_checkpoint, load_model_weights
 from dn_detr.config import LazyConfig, instantiate
 from dn_detr.data import check_num_classes
 from dn_detr.evaluation import inference_on_dataset
@@ -51,10 +44,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             record_run(LazyConfig.to_yaml(cfg), make_folder(folder / "eval"), device)
         logger.info("evaluating %s", checkpoint)
         model = instantiate(cfg.model).to(device)
-        load_model_weights(model, checkpoint)
         loader = instantiate(cfg.dataloader.test)
         check_num_classes(loader.dataset, model.num_classes)
-        check_class_names(checkpoint, loader.dataset.class_names)
+        report = load_model_weights(model, checkpoint, class_names=loader.dataset.class_names)
+        log_loading(checkpoint, report)
         return evaluate_model(model, loader, instantiate(cfg.dataloader.evaluator))
 
 
@@ -76,28 +69,17 @@ def evaluate_model(model: nn.Module, loader: Any, evaluator: Any) -> dict[str, A
     return results or {}
 
 
-def check_class_names(checkpoint: str | Path, class_names: Sequence[str]) -> None:
-    """Check that class indices mean the same to the weights and to the data.
-
-    A file of bare weights does not say what its classes are, and passes.
-
-    Args:
-        checkpoint: as for `load_model_weights`.
-        class_names: of the data.
-
-    Raises:
-        ValueError: the checkpoint was trained on other classes, or on another order of them.
-    """
-    if Path(checkpoint).is_file():
-        return
-    trained = read_manifest(find_checkpoint(checkpoint)).class_names
-    if trained and trained != list(class_names):
-        pairs = enumerate(zip_longest(trained, class_names))
-        index, (before, now) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-        raise ValueError(
-            f"{checkpoint} was trained on {len(trained)} classes, the data has "
-            f"{len(class_names)}: class {index} was {before!r} and now is {now!r}. Give both "
-            "annotation files the same list of categories"
+def log_loading(checkpoint: str | Path, report: LoadReport) -> None:
+    """Say what weights a model got, and warn of what it did not get."""
+    logger.info("weights from %s (%s layout)", checkpoint, report.layout)
+    for note in report.notes:
+        logger.info("%s: %s", checkpoint, note)
+    if report.fresh:
+        logger.warning(
+            "%d tensors keep their start values (%s%s), everything else is loaded",
+            len(report.fresh),
+            ", ".join(report.fresh[:3]),
+            ", ..." if len(report.fresh) > 3 else "",
         )
 
 

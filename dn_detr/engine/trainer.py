@@ -101,7 +101,7 @@ class Trainer:
         """
         manifest: Manifest = read_manifest(checkpoint)
         state = load_training_state(checkpoint)
-        load_model_weights(self._model, checkpoint)
+        load_model_weights(self._model, checkpoint, class_names=self.class_names)
         _restore_optimizer(self._step.optimizer, state["optimizer"])
         if state["scaler"] and self._step.scaler.is_enabled():
             self._step.scaler.load_state_dict(state["scaler"])

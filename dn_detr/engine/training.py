@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from dn_detr.config import LazyConfig, instantiate
 from dn_detr.data import check_num_classes, check_same_categories
 
 from .distributed import barrier, choose_device, is_distributed, is_main, rank
-from .evaluation import check_class_names, evaluate_model
+from .evaluation import evaluate_model, log_loading
 from .optimizer import describe_groups
 from .random_state import seed_everything
 from .schedule import Timetable
@@ -58,7 +58,6 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
         trainer = _build_trainer(cfg, settings, device, checkpoint, config)
         if checkpoint is not None:
             trainer.restore(checkpoint)
-            check_class_names(checkpoint, trainer.class_names)
             _log_resumption(checkpoint, config)
         elif resume:
             logger.info("nothing to resume in %s: starting a new run", folder)
@@ -88,7 +87,8 @@ def _build_trainer(
     train_loader = instantiate(cfg.dataloader.train, start_iteration=start)
     test_loader = instantiate(cfg.dataloader.test)
     check_same_categories(train_loader.dataset, test_loader.dataset)
-    model = _build_model(cfg, settings, device, is_new=checkpoint is None)
+    class_names = train_loader.dataset.class_names
+    model = _build_model(cfg, settings, device, class_names, is_new=checkpoint is None)
     check_num_classes(train_loader.dataset, cast(int, model.num_classes))
     evaluator = instantiate(cfg.dataloader.evaluator)
     timetable = Timetable.plan(
@@ -105,26 +105,24 @@ def _build_trainer(
         evaluate=partial(evaluate_model, model, test_loader, evaluator),
         settings=settings,
         config=config,
-        class_names=train_loader.dataset.class_names,
+        class_names=class_names,
     )
 
 
 def _build_model(
-    cfg: DictConfig, settings: TrainSettings, device: torch.device, *, is_new: bool
+    cfg: DictConfig,
+    settings: TrainSettings,
+    device: torch.device,
+    class_names: Sequence[str],
+    *,
+    is_new: bool,
 ) -> nn.Module:
     model: nn.Module = instantiate(cfg.model).to(device)
     if settings.init_checkpoint and is_new:
-        class_tensors: list[str] = getattr(model, "class_tensors", list)()
-        fresh = load_model_weights(model, settings.init_checkpoint, class_tensors=class_tensors)
-        logger.info("weights from %s", settings.init_checkpoint)
-        if fresh:
-            logger.warning(
-                "%s has another number of classes: the classification starts anew (%d tensors: "
-                "%s, ...), everything else is loaded",
-                settings.init_checkpoint,
-                len(fresh),
-                fresh[0],
-            )
+        report = load_model_weights(
+            model, settings.init_checkpoint, class_names=class_names, fine_tune=True
+        )
+        log_loading(settings.init_checkpoint, report)
     elif is_new and is_main():  # the other processes get the first one's weights
         load_pretrained_parts(model)
     return model

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dn_detr.checkpoint import CheckpointError, load_model_weights, save_checkpoint
+from dn_detr.checkpoint import (
+    CheckpointError,
+    load_model_weights,
+    load_tensors,
+    save_checkpoint,
+)
 
 
 def make_model(classes: int = 2) -> nn.Module:
@@ -34,22 +41,23 @@ def test_weights_load_from_every_path(tmp_path):
             assert torch.equal(value, source.state_dict()[name]), path
 
 
-def test_a_head_of_other_classes_stays_as_it_is_where_that_is_asked_for(tmp_path):
-    save(tmp_path, make_model(classes=9))
-    model = make_model(classes=2)
-    head = model["head"].weight.clone()
-    names = ["head.weight", "head.bias"]
-    assert load_model_weights(model, tmp_path, class_tensors=names) == names
-    assert torch.equal(model["head"].weight, head)
-    with pytest.raises(CheckpointError, match=r"head\.weight"):
-        load_model_weights(model, tmp_path)
+def test_names_of_classes_are_compared_without_a_row_per_class_too(tmp_path):
+    model = make_model()
+    save_checkpoint(
+        tmp_path, model.state_dict(), {}, iteration=1, epoch=0.0, class_names=["dog", "cat"]
+    )
+    load_model_weights(model, tmp_path, class_names=["dog", "cat"])
+    load_model_weights(model, tmp_path, class_names=["dog"], fine_tune=True)
+    with pytest.raises(CheckpointError, match=r"on 2 classes, the data has 1: class 1 was 'cat'"):
+        load_model_weights(model, tmp_path, class_names=["dog"])
 
 
-def test_a_head_of_the_same_classes_is_loaded(tmp_path):
-    source, model = make_model(), make_model()
-    save(tmp_path, source)
-    assert load_model_weights(model, tmp_path, class_tensors=["head.weight"]) == []
-    assert torch.equal(model["head"].weight, source["head"].weight)
+def test_weights_under_the_names_of_the_model_need_no_known_layout():
+    source = nn.ModuleDict({"encoder": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(1, 1)])})})
+    model = copy.deepcopy(source)
+    nn.init.zeros_(model["encoder"]["layers"][0].weight)
+    assert load_tensors(model, source.state_dict()).layout == "ours"
+    assert torch.equal(model["encoder"]["layers"][0].weight, source["encoder"]["layers"][0].weight)
 
 
 def test_one_error_lists_all_that_differs_and_what_the_file_looks_like(tmp_path):
@@ -77,7 +85,9 @@ def test_long_lists_are_cut_and_counted(tmp_path):
 
 def test_a_file_that_is_no_checkpoint_is_an_error_that_says_what_is(tmp_path):
     (tmp_path / "other.pth").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"other.pth: not a checkpoint of dn_detr"):
+    with pytest.raises(
+        CheckpointError, match=r"other.pth: not a checkpoint: neither a file of torch"
+    ):
         load_model_weights(make_model(), tmp_path / "other.pth")
     (tmp_path / "broken.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"broken.safetensors: damaged or not"):

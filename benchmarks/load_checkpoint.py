@@ -1,0 +1,187 @@
+"""Time and memory of loading a full R50 checkpoint of every layout.
+
+    python benchmarks/load_checkpoint.py --json load_checkpoint.json
+
+Each layout is written to a temporary folder and loaded in a process of its own, whose model exists
+before the clock starts. Columns: reading the bytes of the file; loading it into the model, reading
+included; the peak of memory during loading beyond what the process held before (the model), over
+the size of the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dn_detr.checkpoint import load_model_weights, save_weights, to_layout
+from dn_detr.checkpoint.architecture import Traits
+from dn_detr.checkpoint.huggingface import huggingface_rules
+from dn_detr.config import get_config, instantiate
+
+CONFIG = "models/dn_deformable_detr_r50.py"
+State = dict[str, torch.Tensor]
+
+
+def _ours(state: State, folder: Path) -> Path:
+    return save_weights(folder / "ours", state)
+
+
+def _safetensors(state: State, folder: Path) -> Path:
+    save_file({name: value.clone() for name, value in state.items()}, folder / "f.safetensors")
+    return folder / "f.safetensors"
+
+
+def _official(state: State, folder: Path) -> Path:
+    return _saved({"model": to_layout(state, "official")}, folder / "official.pth")
+
+
+def _official_with_optimizer(state: State, folder: Path) -> Path:
+    moments = {i: {"exp_avg": v, "exp_avg_sq": v + 1} for i, v in enumerate(state.values())}
+    content = {
+        "model": to_layout(state, "official"),
+        "optimizer": {"state": moments},
+        "args": argparse.Namespace(lr=1e-4),
+    }
+    return _saved(content, folder / "training.pth")
+
+
+def _detrex(state: State, folder: Path) -> Path:
+    return _saved({"model": to_layout(state, "detrex")}, folder / "detrex.pth")
+
+
+def _detrex_before_zip(state: State, folder: Path) -> Path:
+    return _saved({"model": to_layout(state, "detrex")}, folder / "legacy.pth", zipped=False)
+
+
+def _arrays(state: State, folder: Path) -> Path:
+    arrays = {name: value.numpy() for name, value in to_layout(state, "detrex").items()}
+    path = folder / "arrays.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays}, protocol=2))
+    return path
+
+
+def _huggingface(state: State, folder: Path) -> Path:
+    """As transformers stores it, with query, key and value apart."""
+    folder = folder / "huggingface"
+    folder.mkdir()
+    result = {}
+    for name, value in state.items():
+        name = _huggingface_name(name)
+        if ".in_proj_" in name:
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                result[name.replace("in_proj_", f"{letter}_proj.")] = part.clone()
+        else:
+            result[name] = value.clone()
+    save_file(result, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def _huggingface_name(name: str) -> str:
+    traits = Traits(dense_decoder=False, deformable_encoder=True, two_stage=False, num_layers=6)
+    their = huggingface_rules(traits).to_theirs(name)
+    assert their is not None, name
+    their = their.replace("backbone.body.", "backbone.conv_encoder.model._backbone.")
+    return their if their.startswith(("class_embed", "bbox_embed")) else f"model.{their}"
+
+
+def _saved(content: dict[str, Any], path: Path, *, zipped: bool = True) -> Path:
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+LAYOUTS: dict[str, Callable[[State, Path], Path]] = {
+    "ours": _ours,
+    "safetensors": _safetensors,
+    "official": _official,
+    "official with optimizer": _official_with_optimizer,
+    "detrex": _detrex,
+    "detrex, legacy format": _detrex_before_zip,
+    "detrex, pickled arrays": _arrays,
+    "huggingface": _huggingface,
+}
+
+
+def measure(path: Path) -> dict[str, float]:
+    """Load once into a new model; run in a process of its own."""
+    model = instantiate(_config())
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    started = time.perf_counter()
+    size = sum(len(file.read_bytes()) for file in files)
+    read = time.perf_counter() - started
+    _reset_peak()
+    before = _memory("VmRSS")
+    started = time.perf_counter()
+    load_model_weights(model, path)
+    load = time.perf_counter() - started
+    peak = _memory("VmHWM")
+    return {
+        "file_mib": size / 2**20,
+        "read_s": read,
+        "load_s": load,
+        "held_mib": (peak - before) / 2**20,
+        "held_over_file": (peak - before) / size,
+    }
+
+
+def _config() -> Any:
+    cfg = get_config(CONFIG).model
+    cfg.num_classes = 91
+    return cfg
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _memory(field: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at its peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}; this benchmark needs Linux")
+
+
+def _row(name: str, state: State) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = LAYOUTS[name](state, Path(folder))
+        command = [sys.executable, __file__, "--measure", str(path)]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {"layout": name, **json.loads(output)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", metavar="FILE", help="write the rows to a file")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure)))
+        return
+    state = instantiate(_config()).state_dict()
+    rows = []
+    print(f"{'layout':<26}{'file MiB':>9}{'read s':>8}{'load s':>8}{'held MiB':>10}{'/ file':>8}")
+    for name in LAYOUTS:
+        row = _row(name, state)
+        rows.append(row)
+        print(
+            f"{name:<26}{row['file_mib']:>9.0f}{row['read_s']:>8.2f}{row['load_s']:>8.2f}"
+            f"{row['held_mib']:>10.0f}{row['held_over_file']:>8.2f}"
+        )
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Weights of any known layout into a checkpoint of ours, or into another code base's layout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .coco_classes import COCO_NAMES
+from .files import read_file
+from .layouts import OURS, WRITABLE, to_layout
+from .manifest import MANIFEST_NAME, CheckpointError
+from .storage import save_weights
+from .weights import LoadReport, load_tensors
+
+DN_DETR = "dn_detr"
+TARGETS = (DN_DETR, *WRITABLE)
+
+
+def convert_checkpoint(
+    model: nn.Module,
+    source: str | Path,
+    output: str | Path,
+    *,
+    to: str = DN_DETR,
+    ema: bool = False,
+    force: bool = False,
+    config: str = "",
+) -> LoadReport:
+    """Load a file into ``model``, every tensor of it, and write the model.
+
+    Args:
+        model: of the architecture that the file holds; it is filled.
+        source: as for ``load_model_weights``.
+        output: for "dn_detr" the checkpoint folder to write, else a ``.pth`` file that holds
+            ``{"model": state_dict}``.
+        to: "dn_detr", "official" or "detrex".
+        ema: take the averaged weights of a file of detrex.
+        force: replace an ``output`` that exists.
+        config: the model's config as YAML text, for the manifest.
+
+    Returns:
+        What was loaded, and how.
+
+    Raises:
+        CheckpointError: the file does not fit the model, the layout has no place for the model,
+            or ``output`` exists.
+    """
+    output = Path(output)
+    if to not in TARGETS:
+        raise CheckpointError(f"layout {to!r}: choose from {', '.join(TARGETS)}")
+    _check_output(output, Path(source), is_folder=to == DN_DETR, force=force)
+    content = read_file(source, ema=ema)
+    report = load_tensors(
+        model,
+        content.tensors,
+        what=str(source),
+        source_class_names=content.class_names,
+        notes=content.notes,
+    )
+    if to == DN_DETR:
+        names = _class_names(model, report, content.class_names)
+        save_weights(output, model.state_dict(), config=config, class_names=names)
+        return report
+    state = to_layout(model.state_dict(), to, torchvision_backbone=_is_dilated(model))
+    _save_torch({"model": state}, output)
+    return report
+
+
+def _check_output(output: Path, source: Path, *, is_folder: bool, force: bool) -> None:
+    if not output.exists():
+        return
+    if not force:
+        raise CheckpointError(f"{output}: exists; choose another output, or replace it (--force)")
+    if output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise CheckpointError(f"{output}: is the input, or holds it; choose another output")
+    if is_folder and not (output / MANIFEST_NAME).is_file():
+        raise CheckpointError(f"{output}: in the way, and not a checkpoint that could be replaced")
+    if not is_folder and not output.is_file():
+        raise CheckpointError(f"{output}: a folder; the layout is written as one file (.pth)")
+
+
+def _class_names(
+    model: nn.Module, report: LoadReport, file_names: tuple[str | None, ...]
+) -> tuple[str, ...]:
+    """Names of the model's classes where the file says them; published files are COCO's."""
+    num_classes = getattr(model, "num_classes", None)
+    if report.mapped_classes:
+        return report.mapped_classes
+    known = tuple(name for name in file_names if name is not None)
+    if len(known) == len(file_names) == num_classes:
+        return known
+    if report.layout != OURS and num_classes == len(COCO_NAMES):
+        return COCO_NAMES
+    return ()
+
+
+def _is_dilated(model: nn.Module) -> bool:
+    """Whether the last stage has stride 16 ("DC5"): detrex names such a backbone otherwise."""
+    backbone = getattr(model, "backbone", None)
+    return list(getattr(backbone, "out_strides", [])) == [16]
+
+
+def _save_torch(content: dict[str, object], output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        torch.save(content, partial)
+        os.replace(partial, output)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,214 @@
+"""Weights out of files of any kind: ours, torch's, pickles of numpy arrays, safetensors, folders.
+
+Nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .manifest import MANIFEST_NAME, CheckpointError, Manifest
+from .pickles import read_pickle
+from .storage import CHECKPOINTS_DIR, MODEL_FILE, find_checkpoint
+
+_SAFETENSORS = ".safetensors"
+_HF_CONFIG = "config.json"
+_HF_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "blobs")
+_EMA = "ema_state"
+_PICKLES = (b"PK\x03\x04", b"\x80")  # zip of torch, pickle protocol 2 and later
+_OTHERS = (
+    (rb"version https://git-lfs", "a git-lfs pointer instead of the file: run git lfs pull"),
+    (rb"\s*<(!doctype html|html|\?xml|head|body)", "a web page: the download failed"),
+    (rb"\x1f\x8b", "a gzip archive: unpack it first"),
+    (rb"(7z\xbc\xaf|Rar!|BZh)", "an archive: unpack it first"),
+    (rb".{257}ustar", "a tar archive: unpack it first"),
+    (rb"PK\x05\x06", "an empty zip archive"),
+    (rb"\x89HDF", "an HDF5 file, not one of torch"),
+    (rb"\s*[\x20-\x7e\s]{16,}", "a text file, not a checkpoint"),
+)
+
+
+@dataclass(frozen=True)
+class FileContent:
+    """Weights of a file, as they are.
+
+    Attributes:
+        tensors: the file's name -> tensor (CPU); those of large files stay on the disk until used.
+        class_names: per row of the class head, None for a row without a class; empty if unknown.
+        notes: what else the file holds, one sentence each.
+    """
+
+    tensors: dict[str, Tensor]
+    class_names: tuple[str | None, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_file(path: str | Path, *, ema: bool = False) -> FileContent:
+    """Read weights.
+
+    Args:
+        path: a checkpoint folder or output folder of ours; a folder of transformers; a file of
+            torch (``.pth``, ``.pt``, ``.bin``), of safetensors, or a pickle of numpy arrays.
+        ema: take the averaged weights (``ema_state``) of a file of detrex.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it holds no weights; the message says
+            what the file looks like.
+    """
+    path = Path(path)
+    if path.is_dir() and not _is_ours(path) and (path / _HF_CONFIG).is_file():
+        content = _read_huggingface(path)
+    elif path.is_dir() and not (_is_ours(path) or path.name == CHECKPOINTS_DIR):
+        raise CheckpointError(
+            f"{path}: neither a checkpoint folder (with {MANIFEST_NAME}) nor the output folder of "
+            f"a run (with {CHECKPOINTS_DIR}/) nor a folder of transformers (with {_HF_CONFIG})"
+        )
+    elif not path.is_file():
+        folder = find_checkpoint(path)
+        manifest = Manifest.read(folder)
+        tensors = _read_safetensors(manifest.verify(folder, MODEL_FILE))
+        content = FileContent(tensors, tuple(manifest.class_names))
+    elif path.name == MODEL_FILE and (path.parent / MANIFEST_NAME).is_file():
+        return read_file(path.parent, ema=ema)
+    else:
+        names = _class_names_of_config(path.parent / _HF_CONFIG)
+        content = replace(_read_single_file(path, ema=ema), class_names=names)
+        ema = False
+    if ema:
+        raise CheckpointError(f"{path}: holds no averaged weights ({_EMA!r})")
+    return content
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / MANIFEST_NAME).is_file() or (folder / CHECKPOINTS_DIR).is_dir()
+
+
+def _read_single_file(path: Path, *, ema: bool = False) -> FileContent:
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        raise CheckpointError(f"{path}: empty")
+    if path.suffix == _SAFETENSORS:
+        return FileContent(_read_safetensors(path))
+    if not start.startswith(_PICKLES):
+        look = _known_other(start) or "neither a file of torch nor safetensors nor pickled arrays"
+        raise CheckpointError(f"{path}: not a checkpoint: {look} ({path.stat().st_size} bytes)")
+    return _unwrap(path, read_pickle(path), ema)
+
+
+def _known_other(start: bytes) -> str | None:
+    return next(
+        (look for mark, look in _OTHERS if re.match(mark, start, re.IGNORECASE | re.DOTALL)), None
+    )
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        with path.open("rb") as file:
+            look = _known_other(file.read(512)) or error
+        size = path.stat().st_size
+        raise CheckpointError(
+            f"{path}: damaged or not a safetensors file ({size} bytes): {look}"
+        ) from error
+
+
+def _unwrap(path: Path, content: Any, ema: bool) -> FileContent:
+    """Find the weights among what training scripts put beside them."""
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path}: holds no dictionary of weights but one object of type "
+            f"{type(content).__name__}"
+        )
+    averaged = content.get(_EMA)
+    if ema:
+        if not isinstance(averaged, Mapping):
+            raise CheckpointError(f"{path}: holds no averaged weights ({_EMA!r})")
+        note = f"the averaged weights ({_EMA}) were taken"
+        return FileContent(_as_tensors(path, averaged), notes=(note,))
+    inner = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
+    tensors = _as_tensors(path, content[inner[0]] if inner else content)
+    note = f"the file also holds averaged weights ({_EMA}), which were not taken"
+    return FileContent(tensors, notes=(note,) if averaged else ())
+
+
+def _as_tensors(path: Path, weights: Mapping[Any, Any]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    others = []
+    for name, value in weights.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+            value = torch.from_numpy(value if value.flags.writeable else value.copy())
+        if isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided:
+            tensors[name] = value.detach()
+        else:
+            others.append(f"{name} ({type(value).__name__})")
+    if not tensors:
+        held = f"its entries are {', '.join(others[:10])}" if others else "it is empty"
+        raise CheckpointError(f"{path}: holds no weights; {held}")
+    if others:
+        raise CheckpointError(
+            f"{path}: {len(others)} entries beside the weights are no tensors: "
+            f"{', '.join(others[:10])}"
+        )
+    return tensors
+
+
+def _read_huggingface(folder: Path) -> FileContent:
+    names = _class_names_of_config(folder / _HF_CONFIG)
+    for file in _HF_WEIGHTS:
+        path = folder / file
+        if path.is_file() and path.suffix == ".json":
+            return FileContent(_read_shards(path), names)
+        if path.is_file():
+            return replace(_read_single_file(path), class_names=names)
+    raise CheckpointError(
+        f"{folder}: holds {_HF_CONFIG} but no weights ({', '.join(_HF_WEIGHTS)}); nor is it a "
+        f"checkpoint folder (with {MANIFEST_NAME}) or the output folder of a run"
+    )
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(shards.values()))
+        inside = all(Path(file).name == file for file in files)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: damaged, it cannot be read: {error!r}") from error
+    if not inside:
+        raise CheckpointError(f"{index}: names files outside of its folder")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if not (index.parent / file).is_file():
+            raise CheckpointError(f"{index.parent / file}: missing, though {index.name} lists it")
+        tensors |= _read_single_file(index.parent / file).tensors
+    return tensors
+
+
+def _class_names_of_config(path: Path) -> tuple[str | None, ...]:
+    """``id2label`` of a config of transformers; empty if there is none."""
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))["id2label"]
+        by_row = {int(row): str(name) for row, name in labels.items()}
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ()  # names are a help, the weights decide
+    return tuple(by_row.get(row) for row in range(max(by_row, default=-1) + 1))

@@ -1,0 +1,24 @@
+"""Time and memory of loading full checkpoints, as the benchmark measures them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads /proc")
+def test_every_layout_loads_within_three_seconds_and_twice_its_size(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks/load_checkpoint.py")]
+    subprocess.run([*command, "--json", str(tmp_path / "rows.json")], check=True, cwd=ROOT)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) >= 8
+    slow = {row["layout"]: row["load_s"] for row in rows if row["load_s"] - row["read_s"] > 3}
+    large = {row["layout"]: row["held_over_file"] for row in rows if row["held_over_file"] > 2}
+    assert slow == {} and large == {}

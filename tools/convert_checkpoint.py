@@ -1,0 +1,76 @@
+"""Convert weights: any known layout into ours, and ours into the layout of other code bases.
+
+    python tools/convert_checkpoint.py --config-file dn_detr_r50_50ep \\
+        --input checkpoint.pth --output weights/dn_detr_r50
+
+The output is a checkpoint folder for train.init_checkpoint. For the authors' code or detrex:
+
+    python tools/convert_checkpoint.py --config-file dn_detr_r50_50ep --input output/run1 \\
+        --to official --output dn_detr_r50.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from dn_detr.checkpoint import LAYOUTS, convert_checkpoint
+from dn_detr.config import LazyConfig, instantiate, resolve_config_file
+from dn_detr.engine import is_user_error, user_message
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code, 0 only when all went well."""
+    arguments = _parser().parse_intermixed_args(argv)
+    try:
+        _run(arguments)
+    except Exception as error:
+        if not is_user_error(error):
+            raise
+        print(f"error: {user_message(error)}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    cfg = LazyConfig.load(resolve_config_file(arguments.config_file))
+    cfg = LazyConfig.apply_overrides(cfg, arguments.overrides)
+    report = convert_checkpoint(
+        instantiate(cfg.model),
+        arguments.input,
+        arguments.output,
+        to=arguments.to,
+        ema=arguments.ema,
+        force=arguments.force,
+        config=LazyConfig.to_yaml(cfg),
+    )
+    print(f"{arguments.input}: {report.layout} layout, every tensor loaded")
+    for note in report.notes:
+        print(f"note: {note}")
+    print(f"wrote {arguments.output}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Convert weights from any known layout.",
+        epilog="Overrides: key=value changes a key of the config, as in model.num_classes=91.",
+    )
+    parser.add_argument(
+        "--config-file", required=True, metavar="F", help="path of a config, or a name of the zoo"
+    )
+    parser.add_argument(
+        "--input", required=True, metavar="FILE", help="file or folder with the weights"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="OUT", help="checkpoint folder (or .pth file) to write"
+    )
+    parser.add_argument("--to", choices=LAYOUTS, default=LAYOUTS[0], help="layout to write")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights of the file")
+    parser.add_argument("--force", action="store_true", help="replace an output that exists")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
