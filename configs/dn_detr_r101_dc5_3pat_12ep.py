@@ -1,0 +1,24 @@
+"""DN-DETR-R101-DC5, 3 patterns, 12 epochs: 42.8 AP on COCO val2017.
+
+Row: DN-DAB-DETR-R101-DC5(3 pat); Table 2 of the paper
+Source: README of the authors' code, https://github.com/IDEA-Research/DN-DETR
+Weights: a folder of the authors' model zoo on Google Drive (file name not known)
+Licence: Apache-2.0
+"""
+
+from dn_detr.config import LazyCall as L
+from dn_detr.engine import multi_step
+
+from .common.coco import dataloader
+from .common.optimizer import optimizer
+from .common.train import train
+from .models.dn_detr_r50 import model
+
+model.backbone.name = "resnet101"
+model.backbone.dilation = True
+model.neck.in_strides = [16]
+model.num_patterns = 3
+
+lr_schedule = L(multi_step)(milestones=[11], gamma=0.1)
+train.epochs = 12
+train.output_dir = "output/dn_detr_r101_dc5_3pat_12ep"

@@ -1,0 +1,228 @@
+"""The models of the zoo by name: which there are, what is published of them, how to build one.
+
+    from dn_detr import model_zoo
+
+    model = model_zoo.get_model("dn_deformable_detr_r50_50ep", checkpoint="checkpoint0049.pth")
+
+docs/model_zoo.md is the table of all of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dn_detr.checkpoint import load_model_weights
+from dn_detr.config import ConfigError, LazyConfig, get_config, instantiate, list_configs, zoo_path
+from dn_detr.config.errors import did_you_mean
+from dn_detr.modeling import Detector
+
+_TITLE = re.compile(
+    r"(?P<model>\S.*), (?P<epochs>\d+) epochs"
+    r"(: (?P<ap>\d\d\.\d) AP on COCO val2017|; no published AP)\."
+)
+_FIELDS = ("Row", "Source", "Weights", "Licence")
+_FIELD = re.compile(r"^([A-Z]\w+): +", re.MULTILINE)
+_LINK = re.compile(r"(?P<text>\S.*), (?P<url>https://\S+)")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What the docstring of a config says of published results.
+
+    Attributes:
+        name: of the config, without `.py`.
+        model: in words, such as "DN-DETR-R50-DC5, 3 patterns".
+        epochs: of its training.
+        ap: on COCO val2017 in percent, as published; None where no result is.
+        row: of the table that has the result; "" without one.
+        source: who prints it; "" without a result.
+        url: where; "" without a result.
+        weights: file names or Hugging Face ids of published weights, each with whose they are.
+        licence: of these weights; "" without any.
+    """
+
+    name: str
+    model: str
+    epochs: int
+    ap: float | None
+    row: str
+    source: str
+    url: str
+    weights: tuple[str, ...]
+    licence: str
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """How large a model is.
+
+    Attributes:
+        parameters: number of parameters, frozen ones included.
+        multiply_adds: of detecting in one image; a multiplication with an addition counts once.
+    """
+
+    parameters: int
+    multiply_adds: int
+
+
+def list_models() -> list[str]:
+    """Names of all models of the zoo, sorted; each is a config file without `.py`."""
+    return [name.removesuffix(".py") for name in list_configs()]
+
+
+def get_model(
+    name: str,
+    checkpoint: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    overrides: Sequence[str] = (),
+) -> Detector:
+    """Build a model of the zoo, ready to detect.
+
+    Args:
+        name: one of `list_models()`.
+        checkpoint: the weights, of any code base that `dn_detr.checkpoint.load_model_weights`
+            reads. None: all weights are random, those of the backbone too; nothing is downloaded.
+        device: where the model goes.
+        overrides: of its config, as on the command line: `["model.num_classes=3"]`.
+
+    Returns:
+        The detector, in evaluation mode.
+
+    Raises:
+        ConfigError: no such model (the message has the nearest name), or a wrong override.
+        CheckpointError: weights that are damaged, of another model or of other classes.
+    """
+    cfg = LazyConfig.apply_overrides(get_config(_known(name)), overrides)
+    model: Detector = instantiate(cfg.model)
+    if checkpoint is not None:
+        load_model_weights(model, checkpoint)
+    return model.to(device).eval()
+
+
+def model_card(name: str) -> ModelCard:
+    """Read what is published of a model; its config does not run.
+
+    Args:
+        name: one of `list_models()`.
+
+    Raises:
+        ConfigError: no such model, or a docstring that is no card; the message names the file.
+    """
+    path = zoo_path(_known(name))
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    try:
+        return _parse_card(path.stem, docstring)
+    except ValueError as error:
+        raise ConfigError(f"{path}: the docstring is no model card: {error}") from None
+
+
+def model_size(name: str, image_size: tuple[int, int] = (800, 1066)) -> ModelSize:
+    """Count the parameters and the operations of a model, without computing anything.
+
+    Convolutions, matrix products and deformable attention are counted, in the backbone, the
+    transformer and the heads, without denoising queries.
+
+    Args:
+        name: one of `list_models()`.
+        image_size: height and width of the image in pixels. The default is what the published
+            test transform makes of a photograph of 640 x 480.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    with torch.device("meta"):
+        model: Detector = instantiate(get_config(_known(name)).model).eval()
+        model.requires_grad_(False)  # torch's counter trips over parameters among the inputs
+        images = torch.empty(1, 3, *image_size)
+        mask = torch.zeros(1, *image_size, dtype=torch.bool)
+    counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
+    with torch.no_grad(), counter:
+        model.forward_tensors(images, mask)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ModelSize(parameters, counter.get_total_flops() // 2)
+
+
+def _ms_deform_attn_flops(
+    value: Sequence[int],
+    spatial_shapes: Sequence[int],
+    level_start_index: Sequence[int],
+    sampling_locations: Sequence[int],
+    attention_weights: Sequence[int],
+    **_: object,
+) -> int:
+    """Five multiply-adds per sample and channel: four corners and the weight.
+
+    Zhu et al., "Deformable DETR", 2021, appendix A.1 (https://arxiv.org/abs/2010.04159).
+    """
+    batch, queries, heads, levels, points = attention_weights
+    return 2 * 5 * batch * queries * heads * levels * points * value[-1]
+
+
+# For the argument custom_mapping of torch's FlopCounterMode, which counts a multiply-add twice.
+FLOP_FORMULAS = {torch.ops.dn_detr.ms_deform_attn: _ms_deform_attn_flops}
+
+
+def _known(name: str) -> str:
+    models = list_models()
+    if name.removesuffix(".py") not in models:
+        near = did_you_mean(name, models) or f"; there are {', '.join(models)}"
+        raise ConfigError(f"the zoo has no model {name!r}{near}")
+    return name.removesuffix(".py")
+
+
+def _parse_card(name: str, docstring: str) -> ModelCard:
+    """Parse a docstring: the title line, then fields `Row: ...`, each ended by another or a gap.
+
+    Raises:
+        ValueError: says what is missing or wrong.
+    """
+    first = docstring.partition("\n")[0]
+    title = _TITLE.fullmatch(first)
+    if title is None:
+        raise ValueError(
+            f"it starts {first!r}, not as '<model>, 50 epochs: 44.4 AP on COCO val2017.' or "
+            "'<model>, 50 epochs; no published AP.'"
+        )
+    fields = _fields(docstring)
+    published = {"Row", "Source"} if title["ap"] else set()
+    if {"Row", "Source"} & fields.keys() != published:
+        raise ValueError("a published AP needs the fields Row and Source, and they need it")
+    link = _LINK.fullmatch(fields["Source"]) if title["ap"] else None
+    if title["ap"] and link is None:
+        raise ValueError(f"Source must be '<who>, https://...', not {fields['Source']!r}")
+    weights = fields.get("Weights", "none published")
+    names = () if weights == "none published" else tuple(weights.split(", "))
+    if bool(names) != ("Licence" in fields):
+        raise ValueError("published Weights need the field Licence, and it needs them")
+    return ModelCard(
+        name=name,
+        model=title["model"],
+        epochs=int(title["epochs"]),
+        ap=float(title["ap"]) if title["ap"] else None,
+        row=fields.get("Row", ""),
+        source=link["text"] if link else "",
+        url=link["url"] if link else "",
+        weights=names,
+        licence=fields.get("Licence", ""),
+    )
+
+
+def _fields(docstring: str) -> dict[str, str]:
+    """Texts of the fields by name, wrapped lines joined."""
+    fields: dict[str, str] = {}
+    for paragraph in docstring.split("\n\n"):
+        before, *parts = _FIELD.split(paragraph)
+        if before.strip() and parts:
+            raise ValueError(f"a blank line must separate {parts[0]} from the text before it")
+        for key, text in zip(parts[::2], parts[1::2], strict=True):
+            if key not in _FIELDS or key in fields:
+                raise ValueError(f"{key} is no field, or there twice; there are {_FIELDS}")
+            fields[key] = " ".join(text.split())
+    return fields
