@@ -1,107 +1,42 @@
-"""The published DN-Deformable-DETR with the weights and inputs of the golden files.
-
-Our names map to those of the authors' code and of detrex by the rules below; the golden files'
-fill rules give the values.
-"""
+"""What the golden files are compared with: filled models, and recordings of what they compute."""
 
 from __future__ import annotations
 
 import importlib.util
-import re
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
-from torch import Tensor
+from omegaconf import OmegaConf
+from torch import Tensor, nn
 
+from dn_detr.checkpoint import load_tensors, to_layout
 from dn_detr.config import get_config, instantiate
 from dn_detr.modeling import Detector
 from dn_detr.modeling.denoising import Noise
 
-_OFFICIAL = [
-    (r"^backbone\.body\.", "backbone.0.body."),
-    (r"^neck\.convs\.(\d)\.", r"input_proj.\1.0."),
-    (r"^neck\.norms\.(\d)\.", r"input_proj.\1.1."),
-    (r"^queries\.content\.", "tgt_embed."),
-    (r"^queries\.anchors\.", "refpoint_embed."),
-    (r"^denoising\.label_embed\.", "label_enc."),
-    (r"^heads\.", ""),
-    (r"(encoder\.layers\.\d\.)norm\.", r"\1norm1."),
-    (r"(encoder\.layers\.\d\.)ffn\.norm\.", r"\1norm2."),
-    (r"(decoder\.layers\.\d\.)cross_norm\.", r"\1norm1."),
-    (r"(decoder\.layers\.\d\.)self_norm\.", r"\1norm2."),
-    (r"(decoder\.layers\.\d\.)ffn\.norm\.", r"\1norm3."),
-    (r"\.ffn\.linear", ".linear"),
-]
-_DETREX = [
-    (r"^backbone\.body\.conv1\.", "backbone.stem.conv1."),
-    (r"^backbone\.body\.bn1\.", "backbone.stem.conv1.norm."),
-    (r"^backbone\.body\.layer1\.", "backbone.res2."),
-    (r"^backbone\.body\.layer2\.", "backbone.res3."),
-    (r"^backbone\.body\.layer3\.", "backbone.res4."),
-    (r"^backbone\.body\.layer4\.", "backbone.res5."),
-    (r"\.bn(\d)\.", r".conv\1.norm."),
-    (r"\.downsample\.0\.", ".shortcut."),
-    (r"\.downsample\.1\.", ".shortcut.norm."),
-    (r"^neck\.convs\.3\.", "neck.extra_convs.0.conv."),
-    (r"^neck\.norms\.3\.", "neck.extra_convs.0.norm."),
-    (r"^neck\.convs\.(\d)\.", r"neck.convs.\1.conv."),
-    (r"^neck\.norms\.(\d)\.", r"neck.convs.\1.norm."),
-    (r"^queries\.content\.", "tgt_embed."),
-    (r"^queries\.anchors\.", "refpoint_embed."),
-    (r"^heads\.", ""),
-    (r"level_embed$", "level_embeds"),
-    (r"\.ffn\.linear1\.", ".ffns.0.layers.0.0."),
-    (r"\.ffn\.linear2\.", ".ffns.0.layers.1."),
-    (r"(encoder\.layers\.\d\.)self_attn\.", r"\1attentions.0."),
-    (r"(encoder\.layers\.\d\.)norm\.", r"\1norms.0."),
-    (r"(encoder\.layers\.\d\.)ffn\.norm\.", r"\1norms.1."),
-    (r"(decoder\.layers\.\d\.)self_attn\.", r"\1attentions.0.attn."),
-    (r"(decoder\.layers\.\d\.)cross_attn\.", r"\1attentions.1."),
-    (r"(decoder\.layers\.\d\.)self_norm\.", r"\1norms.0."),
-    (r"(decoder\.layers\.\d\.)cross_norm\.", r"\1norms.1."),
-    (r"(decoder\.layers\.\d\.)ffn\.norm\.", r"\1norms.2."),
-]
+# The published treatment of padding and of empty denoising slots, where a model has the option.
+_PUBLISHED = {
+    "backbone.mask_padding": False,
+    "neck.mask_padding": False,
+    "queries.mask_padding": False,
+    "transformer.decoder.padded_query_pos": True,
+    "denoising.mask_empty_slots": False,
+}
 
-
-def _rename(name: str, rules: list[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def official_name(name: str) -> str:
-    """The authors' state_dict key of one of our tensors."""
-    return _rename(name, _OFFICIAL)
-
-
-def detrex_name(name: str) -> str:
-    """Detrex's state_dict key of one of our tensors."""
-    return _rename(name, _DETREX)
-
-
-def published_config(num_classes: int) -> Any:
-    """The zoo's model with the published treatment of padding and of empty slots."""
-    cfg = get_config("models/dn_deformable_detr_r50.py").model
-    cfg.num_classes = num_classes
-    cfg.backbone.mask_padding = False
-    cfg.neck.mask_padding = False
-    cfg.transformer.decoder.padded_query_pos = True
-    cfg.denoising.mask_empty_slots = False
-    return cfg
-
-
-def build_filled(cfg: Any, values: Callable[[str, tuple[int, ...]], Any]) -> Detector:
-    """Build a model and give every tensor the value that ``values`` has for its name and shape."""
-    model: Detector = instantiate(cfg)
-    for name, tensor in model.state_dict().items():
-        tensor.copy_(torch.from_numpy(values(name, tuple(tensor.shape))))
-    return model
+# How to run each kernel of deformable attention; a compiled one adds its own entry.
+ATTENTION_KERNELS: dict[str, Callable[[], AbstractContextManager[None]]] = {"pytorch": nullcontext}
 
 
 def load_module(path: Path) -> ModuleType:
+    """Import a file that belongs to no package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -109,14 +44,251 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def recorded_noise(
+def load_arrays(path: Path) -> dict[str, Any]:
+    """All arrays of an .npz file."""
+    with np.load(path) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def build_published(
+    config: str, tensors: Mapping[str, Tensor], *, num_classes: int, **options: Any
+) -> Detector:
+    """Build a model of ``configs/models`` as published, and load tensors of any known layout.
+
+    Args:
+        config: file name without ``.py``.
+        tensors: under the names of the code that they come from.
+        num_classes: K.
+        **options: further changes; dots are written as double underscores.
+    """
+    model_cfg = get_config(f"models/{config}.py").model
+    model_cfg.num_classes = num_classes
+    changes = {key.replace("__", "."): value for key, value in options.items()}
+    for key, value in {**_PUBLISHED, **changes}.items():
+        if OmegaConf.select(model_cfg, key) is not None:
+            OmegaConf.update(model_cfg, key, value)
+    model: Detector = instantiate(model_cfg)
+    report = load_tensors(model, dict(tensors))
+    assert report.fresh == (), report
+    return model
+
+
+@contextmanager
+def recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Any]]]:
+    """Collect what each module returns, call by call, while the context lasts."""
+    calls: dict[str, list[Any]] = defaultdict(list)
+
+    def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _module, _inputs, output: calls[name].append(output)
+
+    hooks = [module.register_forward_hook(record(name)) for name, module in modules.items()]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model computes for a batch on the way to its predictions.
+
+    Attributes:
+        features: maps of the backbone.
+        positions: position embedding of every level.
+        memory: (B, S, C).
+        first_states: (B, Q, C) after the first decoder layer, before a final norm.
+        states: (N, B, Q, C) that the heads see.
+        references: (N, B, Q, 4).
+        logits: (N, B, Q, K).
+        boxes: (N, B, Q, 4).
+        queries: what the queries module returned.
+    """
+
+    features: list[Tensor]
+    positions: list[Tensor]
+    memory: Tensor
+    first_states: Tensor
+    states: Tensor
+    references: Tensor
+    logits: Tensor
+    boxes: Tensor
+    queries: Any
+
+
+def evaluate(model: Detector, images: Tensor, mask: Tensor) -> Evaluation:
+    """Predict for images (B, 3, H, W) with a padding mask (B, H, W), and keep what led there."""
+    parts = {
+        "features": model.backbone,
+        "positions": model.position_embedding,
+        "memory": model.transformer.encoder,
+        "first_states": model.transformer.decoder.layers[0],
+        "decoder": model.transformer.decoder,
+        "heads": model.heads,
+        "queries": model.queries,
+    }
+    model.eval()
+    with torch.no_grad(), recording(parts) as calls:
+        outputs = model.forward_tensors(images, mask)
+    states, references = calls["decoder"][-1]
+    logits, boxes = calls["heads"][-1]
+    assert torch.equal(outputs["pred_logits"], logits[-1])
+    assert torch.equal(outputs["pred_boxes"], boxes[-1])
+    return Evaluation(
+        features=calls["features"][-1],
+        positions=calls["positions"],
+        memory=calls["memory"][-1],
+        first_states=calls["first_states"][-1],
+        states=states,
+        references=references,
+        logits=logits,
+        boxes=boxes,
+        queries=calls["queries"][-1],
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one training step computes.
+
+    Attributes:
+        losses: weighted terms under our names.
+        total: their sum.
+        gradients: under the names of a foreign layout; zeros where nothing trains.
+        gradient_norm: L2 norm of all of them.
+        without_gradient: our names of the trainable parameters that got none.
+        noised: what the denoising returned, or None.
+        matching: of the decoder's layers, then of a two-stage model's proposals.
+        logits: (N, B, D + Q, K).
+        boxes: (N, B, D + Q, 4).
+        queries: what the queries module returned.
+    """
+
+    losses: dict[str, float]
+    total: float
+    gradients: dict[str, Tensor]
+    gradient_norm: float
+    without_gradient: list[str]
+    noised: Any
+    matching: list[Any]
+    logits: Tensor
+    boxes: Tensor
+    queries: Any
+
+
+Extra = Callable[[dict[str, list[Any]]], dict[str, Tensor]]
+
+
+def train(
+    model: Detector,
+    losses_of: Callable[[], dict[str, Tensor]],
+    layout: str,
+    *,
+    noise: list[Noise] | None = None,
+    extra: Extra | None = None,
+) -> Step:
+    """Compute losses and gradients.
+
+    Args:
+        model: to be trained; its gradients are reset.
+        losses_of: calls the model.
+        layout: whose names the gradients get.
+        noise: replaces the draws of the denoising, image by image.
+        extra: from what was recorded, terms to be added to losses of the same name.
+    """
+    parts = {
+        "heads": model.heads,
+        "queries": model.queries,
+        "matcher": model.criterion.matcher,
+    }
+    if model.denoising is not None:
+        parts["denoising"] = model.denoising
+    model.train()
+    model.zero_grad(set_to_none=True)
+    with pytest.MonkeyPatch.context() as patch, recording(parts) as calls:
+        if noise is not None:
+            draws = iter(noise)
+            patch.setattr(model.denoising, "draw_noise", lambda *_: next(draws))
+        losses = losses_of()
+    for name, term in ({} if extra is None else extra(calls)).items():
+        losses[name] = losses[name] + term
+    total = torch.stack(list(losses.values())).sum()
+    total.backward()
+    logits, boxes = calls["heads"][-1]
+    gradients = _gradients(model)
+    return Step(
+        losses={name: value.item() for name, value in losses.items()},
+        total=total.item(),
+        gradients=to_layout(gradients, layout),
+        gradient_norm=sum(g.norm().item() ** 2 for g in gradients.values()) ** 0.5,
+        without_gradient=[
+            name for name, p in model.named_parameters() if p.requires_grad and p.grad is None
+        ],
+        noised=calls["denoising"][-1] if model.denoising is not None else None,
+        matching=calls["matcher"],
+        logits=logits.detach(),
+        boxes=boxes.detach(),
+        queries=calls["queries"][-1],
+    )
+
+
+def _gradients(model: Detector) -> dict[str, Tensor]:
+    """A gradient for every tensor of the model's state."""
+    state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            state[name] = parameter.grad
+    return state
+
+
+def official_noise(
     counts: list[int], groups: int, flip: Tensor, chosen_labels: Tensor, box: Tensor
 ) -> list[Noise]:
-    """The official draws, one entry per noised box and group-major over the batch, by image.
+    """The draws of the official code and detrex, by image.
 
-    Replacement labels were drawn for the flipped entries only.
+    They have one entry per noised box and are group-major over the batch. Replacement labels
+    were drawn for the flipped entries only.
     """
     label = torch.zeros(len(flip), dtype=torch.long)
     label[flip < 0.2] = chosen_labels
-    grouped = [x.unflatten(0, (groups, -1)).split(counts, dim=1) for x in (flip, label, box)]
+    grouped = [
+        x.unflatten(0, (groups, sum(counts))).split(counts, dim=1) for x in (flip, label, box)
+    ]
     return [Noise(*fields) for fields in zip(*grouped, strict=True)]
+
+
+@contextmanager
+def number_of_threads(count: int) -> Iterator[None]:
+    """Compute with ``count`` threads while the context lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_near(ours: Tensor, golden: Any, tolerance: float) -> None:
+    """Compare with an array of the same shape; the tolerance is absolute."""
+    torch.testing.assert_close(ours, torch.as_tensor(golden), rtol=0, atol=tolerance)
+
+
+def assert_kept_as(found: list[Any], scores: Any, labels: Any, boxes: Any) -> None:
+    """Compare detections of equal predictions; neighbours whose scores tie may swap places.
+
+    Args:
+        found: B instances.
+        scores: (B, n), falling.
+        labels: (B, n).
+        boxes: (B, n, 4) XYXY pixels.
+    """
+    assert_near(torch.stack([f.scores for f in found]), scores, 1e-7)
+    gaps = np.diff(scores, axis=1) < -1e-6
+    apart = np.pad(gaps, ((0, 0), (1, 0)), constant_values=True)
+    apart &= np.pad(gaps, ((0, 0), (0, 1)), constant_values=False)
+    assert apart.mean() > 0.5
+    kept = torch.as_tensor(apart)
+    assert torch.equal(
+        torch.stack([f.pred_classes for f in found])[kept], torch.as_tensor(labels)[kept]
+    )
+    assert_near(torch.stack([f.pred_boxes.tensor for f in found])[kept], boxes[apart], 1e-3)
