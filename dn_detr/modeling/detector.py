@@ -45,7 +45,8 @@ class Detector(nn.Module):
         pixel_std: standard deviation of R, G, B.
 
     Raises:
-        ValueError: a part has another number of queries, patterns or classes.
+        ValueError: a part has another number of queries, patterns or classes, or the neck expects
+            other maps than the backbone gives.
     """
 
     pixel_mean: Tensor
@@ -73,6 +74,14 @@ class Detector(nn.Module):
         _check_agreement("num_queries", num_queries, queries)
         _check_agreement("num_patterns", num_patterns, queries)
         _check_agreement("num_classes", num_classes, heads, denoising, queries)
+        for kind in ("channels", "strides"):
+            given = getattr(backbone, f"out_{kind}", None)
+            expected = getattr(neck, f"in_{kind}", None)
+            if given is not None and expected is not None and list(given) != list(expected):
+                raise ValueError(
+                    f"the backbone gives maps of {kind} {list(given)}, the neck expects "
+                    f"{list(expected)}; set model.neck.in_{kind}"
+                )
         self.backbone = backbone
         self.neck = neck
         self.position_embedding = position_embedding

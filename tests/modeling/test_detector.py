@@ -152,6 +152,27 @@ def test_image_of_another_shape_is_refused(small, image):
         small.preprocess([{"image": image, "image_id": 5}])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"in_strides": [8, 32]}, r"strides \[8, 16\], the neck expects \[8, 32\]"),
+        ({"in_channels": [128, 512]}, r"channels \[128, 256\], the neck expects \[128, 512\]"),
+        ({"in_strides": [8]}, "one per map"),
+    ],
+)
+def test_the_neck_must_expect_the_maps_of_the_backbone(change, message, small_config):
+    small_config.neck.update(change)
+    with pytest.raises(ConfigError, match=message):
+        instantiate(small_config)
+
+
+def test_number_of_patterns_must_agree(small_config):
+    small_config.num_patterns = 2
+    small_config.queries.num_patterns = 3
+    with pytest.raises(ConfigError, match="num_patterns is 2, AnchorQueries has 3"):
+        instantiate(small_config)
+
+
 def test_number_of_queries_must_agree(small_config):
     small_config.queries.num_queries = 7
     with pytest.raises(ConfigError, match="num_queries is 30, AnchorQueries has 7"):

@@ -31,7 +31,7 @@ class ChannelMapper(nn.Module):
             image has the same features alone and in any batch. False is the published behaviour.
 
     Raises:
-        ValueError: fewer levels than maps.
+        ValueError: fewer levels than maps, or not one stride per map.
     """
 
     def __init__(
@@ -45,6 +45,8 @@ class ChannelMapper(nn.Module):
         mask_padding: bool = True,
     ) -> None:
         super().__init__()
+        if len(in_channels) != len(in_strides):
+            raise ValueError(f"in_channels {in_channels} and in_strides {in_strides}: one per map")
         extra = num_levels - len(in_channels)
         if extra < 0:
             raise ValueError(f"num_levels {num_levels} is less than {len(in_channels)} input maps")
@@ -57,6 +59,7 @@ class ChannelMapper(nn.Module):
             for _ in range(num_levels)
         )
         self.out_strides = [*in_strides, *(in_strides[-1] * 2 ** (i + 1) for i in range(extra))]
+        self.in_channels, self.in_strides = list(in_channels), list(in_strides)
         self.mask_padding = mask_padding
         if num_groups is not None:  # published: torch's own initialisation where no norm follows
             for name, parameter in self.convs.named_parameters():
