@@ -29,6 +29,10 @@ _QUERIES_OF_MEMORY = [
     ("queries.output.*", "transformer.enc_output.*"),
     ("queries.norm.*", "transformer.enc_output_norm.*"),
 ]
+_DENSE_ENCODER = [
+    ("neck.convs.0.*", "input_proj.*"),
+    ("transformer.encoder.query_scale.*", "transformer.encoder.query_scale.*"),
+]
 _DECODER_MLPS = [
     ("transformer.decoder.ref_point_head.*", "transformer.decoder.ref_point_head.*"),
     ("transformer.decoder.query_scale.*", "transformer.decoder.query_scale.*"),
@@ -81,10 +85,7 @@ def official_rules(traits: Traits) -> KeyRules:
             ("transformer.level_embed", "transformer.level_embed"),
         ]
     else:
-        pairs += [
-            ("neck.convs.0.*", "input_proj.*"),
-            ("transformer.encoder.query_scale.*", "transformer.encoder.query_scale.*"),
-        ]
+        pairs += _DENSE_ENCODER
     if traits.dense_decoder:
         pairs += [
             *_DENSE_DECODER_MLPS,
@@ -162,15 +163,9 @@ def detrex_rules(traits: Traits, *, torchvision_backbone: bool = False) -> KeyRu
         *_heads(traits),
     ]
     if traits.deformable_encoder:
-        pairs += [
-            *_detrex_neck(),
-            ("transformer.level_embed", "transformer.level_embeds"),
-        ]
+        pairs += [*_detrex_neck(), ("transformer.level_embed", "transformer.level_embeds")]
     else:
-        pairs += [
-            ("neck.convs.0.*", "input_proj.*"),
-            ("transformer.encoder.query_scale.*", "transformer.encoder.query_scale.*"),
-        ]
+        pairs += _DENSE_ENCODER
     if traits.dense_decoder:
         pairs += [
             *_DENSE_DECODER_MLPS,

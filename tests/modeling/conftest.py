@@ -33,6 +33,16 @@ def make_sample(
     }
 
 
+def away_from_initialisation(config: Any) -> Detector:
+    """A detector with random weights; at its initialisation many gradients are exactly zero."""
+    torch.manual_seed(0)
+    detector: Detector = instantiate(config)
+    with torch.no_grad():
+        for parameter in detector.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return detector
+
+
 @pytest.fixture
 def small_config() -> Any:
     """The model node of the digits demo, but with frozen normalisation: no batch statistics."""
@@ -43,13 +53,8 @@ def small_config() -> Any:
 
 @pytest.fixture
 def small(small_config) -> Detector:
-    """A small detector away from its initialisation, where many gradients are exactly zero."""
-    torch.manual_seed(0)
-    detector: Detector = instantiate(small_config)
-    with torch.no_grad():
-        for parameter in detector.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return detector
+    """A small detector."""
+    return away_from_initialisation(small_config)
 
 
 FAMILIES = [
@@ -95,10 +100,5 @@ def family_config(request) -> Any:
 
 @pytest.fixture
 def family(family_config) -> Detector:
-    """A small detector of every family, away from its initialisation."""
-    torch.manual_seed(0)
-    detector: Detector = instantiate(family_config)
-    with torch.no_grad():
-        for parameter in detector.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return detector
+    """A small detector of every family."""
+    return away_from_initialisation(family_config)

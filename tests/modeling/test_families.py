@@ -86,6 +86,17 @@ def test_bfloat16_autocast_trains(family):
     assert _total(losses).item() == pytest.approx(reference.item(), rel=0.05)
 
 
+def test_float64_agrees_with_float32(family):
+    family.eval()
+    inputs = family.preprocess([make_sample(64, 80, 0, 0), make_sample(75, 60, 0, 1)])
+    with torch.no_grad():
+        single = family.forward_tensors(*inputs)
+        double = family.double().forward_tensors(inputs[0].double(), inputs[1])
+    for key, value in double.items():
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(single[key].double(), value, rtol=0, atol=1e-4)
+
+
 def test_tensor_entry_point_exports(family):
     family.eval()
     images, mask = family.preprocess([make_sample(64, 96, 0, 0), make_sample(96, 64, 0, 1)])

@@ -68,7 +68,8 @@ class Transformer(nn.Module):
         flat = [_to_cells(p) for p in positions]
         if self.level_embed is not None:
             flat = [p + e for p, e in zip(flat, self.level_embed, strict=True)]
-        pos = torch.cat(flat, dim=1)
+        # Embeddings are computed in float32; a model in float64 is one throughout.
+        pos = torch.cat(flat, dim=1).to(next(self.parameters()).dtype)
         return Memory(self.encoder(cells, pos, levels), pos, levels)
 
 
