@@ -129,6 +129,19 @@ def test_cross_attention_weighs_levels_that_it_attends_to_one_by_one():
     torch.testing.assert_close(attention(x, pos, sine, memory, asked), expected)
 
 
+def test_levels_are_weighed_by_the_queries_that_the_self_attention_asked_with():
+    """As published: not by the states that the self-attention returned."""
+    options = {"num_layers": 2, "embed_dim": CHANNELS, "num_heads": HEADS, "feedforward_dim": 32}
+    decoder = DenseDecoder(num_levels=2, **options)
+    asked, weighed = [], []
+    for layer in decoder.layers:
+        layer.self_attn.register_forward_hook(lambda _m, _i, output: asked.append(output[1]))
+        layer.cross_attn.level_attn.register_forward_pre_hook(lambda _m, i: weighed.append(i[0]))
+    inputs = torch.randn(2, QUERIES, CHANNELS), torch.randn(2, QUERIES, 4)
+    decoder(*inputs, _memory((4, 6), (2, 3)), DetectionHeads(3, CHANNELS, shared=True))
+    assert len(asked) == 2 and all(a is w for a, w in zip(asked, weighed, strict=True))
+
+
 @pytest.mark.parametrize("shapes", [[(4, 6)], [(4, 6), (2, 3)]], ids=["one level", "two levels"])
 def test_cross_attention_does_not_see_padding(shapes):
     attention = ConditionalCrossAttention(CHANNELS, HEADS, num_levels=len(shapes))
