@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,8 +97,13 @@ def get_model(
 
     Raises:
         ConfigError: no such model (the message has the nearest name), or a wrong override.
+        TypeError: `name` is no string, or `overrides` is one.
         CheckpointError: weights that are damaged, of another model or of other classes.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be one of list_models(), not {name!r}")
+    if isinstance(overrides, (str, Mapping)):
+        raise TypeError(f'overrides must be a list such as ["model.num_classes=3"]: {overrides!r}')
     cfg = LazyConfig.apply_overrides(get_config(_known(name)), overrides)
     model: Detector = instantiate(cfg.model)
     if checkpoint is not None:

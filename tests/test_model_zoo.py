@@ -76,6 +76,12 @@ Licence: Apache-2.0
 """
 
 
+@pytest.mark.parametrize("arguments", [(None,), ("dn_detr_r50_50ep", None, "cpu", "a=1")])
+def test_arguments_of_a_wrong_type_are_refused(arguments):
+    with pytest.raises(TypeError, match=r"list_models|must be a list"):
+        get_model(*arguments)
+
+
 def test_the_zoo_has_the_published_models():
     assert set(list_models()) >= PUBLISHED_MODELS
     assert list_models() == sorted(list_models())

@@ -4,7 +4,7 @@
     python tools/make_model_zoo.py --check      # write nothing; fail if the page is not current
 
 The texts come from the docstrings of the configs, parameters and GFLOPs from the models, which are
-built without memory. Needs timm (`pip install 'dn_detr[timm]'`).
+built without memory. Needs timm (`pip install timm`).
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ def check_num_classes(dataset: CocoDetection, num_classes: int) -> None:
         )
     if in_data < num_classes:
         _logger.warning(
-            "%s has %d classes, the model %d: the last %d will never be trained"
+            "%s has %d classes, the model %d: the last %d have no data"
             " (model.num_classes=%d avoids it)",
             dataset.annotation_file, in_data, num_classes, num_classes - in_data, in_data,
         )  # fmt: skip

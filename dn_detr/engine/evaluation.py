@@ -17,7 +17,7 @@ from dn_detr.evaluation import inference_on_dataset
 from .distributed import barrier, broadcast_buffers, choose_device, is_main, rank
 from .random_state import preserved_random_state, seed_everything
 from .settings import TrainSettings
-from .setup import LOGGER_NAME, logging_to, make_folder, record_run
+from .setup import LOGGER_NAME, announce_device, logging_to, make_folder, record_run
 
 logger = logging.getLogger(f"{LOGGER_NAME}.engine")
 
@@ -42,6 +42,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     with logging_to(folder):
         if is_main():
             record_run(LazyConfig.to_yaml(cfg), make_folder(folder / "eval"), device)
+        announce_device(device, settings.device)
         logger.info("evaluating %s", checkpoint)
         model = instantiate(cfg.model).to(device)
         loader = instantiate(cfg.dataloader.test)

@@ -58,6 +58,24 @@ def logging_to(output_dir: Path) -> Iterator[logging.Logger]:
         logger.level, logger.propagate = before
 
 
+def announce_device(device: torch.device, wanted: str) -> None:
+    """Log what the run computes on; a CPU where nobody asked for it is a warning.
+
+    Args:
+        device: of this process.
+        wanted: `train.device`.
+    """
+    logger = logging.getLogger(LOGGER_NAME)
+    if device.type == "cuda":
+        logger.info("running on %s (%s)", device, torch.cuda.get_device_name(device))
+    elif wanted == "auto":
+        logger.warning(
+            "no GPU was found: running on the CPU, as with train.device=cpu"
+        )
+    else:
+        logger.info("running on %s", device)
+
+
 def make_folder(path: str | Path) -> Path:
     """Create a folder and its parents.
 

@@ -24,7 +24,7 @@ from .optimizer import describe_groups
 from .random_state import seed_everything
 from .schedule import Timetable
 from .settings import TrainSettings
-from .setup import LOGGER_NAME, logging_to, make_folder, record_run
+from .setup import LOGGER_NAME, announce_device, logging_to, make_folder, record_run
 from .step import TrainingStep
 from .trainer import Trainer
 
@@ -54,6 +54,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
     folder = make_folder(settings.output_dir)
     barrier()  # everybody has looked at the folder before anybody writes to it
     with logging_to(folder):
+        announce_device(device, settings.device)
         config = LazyConfig.to_yaml(cfg)
         trainer = _build_trainer(cfg, settings, device, checkpoint, config)
         if checkpoint is not None:
@@ -136,7 +137,7 @@ def load_pretrained_parts(model: nn.Module) -> None:
     """
     for name, part in model.named_modules():
         if hasattr(part, "load_pretrained") and part.load_pretrained():
-            logger.info("%s starts from pretrained weights", name)
+            logger.info("%s starts from pretrained weights: %s", name, getattr(part, "weights", ""))
 
 
 def _build_step(

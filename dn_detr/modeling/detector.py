@@ -7,7 +7,7 @@ images -> backbone -> neck -> encoder -> memory -> decoder -> heads -> criterion
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,8 +45,8 @@ class Detector(nn.Module):
         pixel_std: standard deviation of R, G, B.
 
     Raises:
-        ValueError: a part has another number of queries, patterns or classes, or the neck expects
-            other maps than the backbone gives.
+        ValueError: no class; a part has another number of queries, patterns or classes; the neck
+            expects other maps than the backbone gives.
     """
 
     pixel_mean: Tensor
@@ -71,6 +71,13 @@ class Detector(nn.Module):
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
     ) -> None:
         super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes {num_classes} must be at least 1")
+        if num_patterns and isinstance(queries, ProposalQueries):
+            raise ValueError(
+                f"num_patterns is {num_patterns}, but queries that the encoder proposes "
+                "(two-stage) have no patterns; set model.num_patterns=0"
+            )
         _check_agreement("num_queries", num_queries, queries)
         _check_agreement("num_patterns", num_patterns, queries)
         _check_agreement("num_classes", num_classes, heads, denoising, queries)
@@ -140,16 +147,11 @@ class Detector(nn.Module):
             True = padding.
 
         Raises:
-            ValueError: no sample, or an image that is not (3, H, W).
+            ValueError: no list of samples, an image that is not a (3, H, W) tensor, or one with
+                values in [0, 1].
         """
-        if not samples:
-            raise ValueError("the batch holds no sample")
         images = []
-        for sample in samples:
-            image = sample["image"]
-            if image.ndim != 3 or image.shape[0] != 3:
-                shape = tuple(image.shape)
-                raise ValueError(f"{_name(sample)}: image must be (3, H, W), is {shape}")
+        for image in _images(samples):
             image = image.to(self.pixel_mean.device, self.pixel_mean.dtype)
             images.append((image - self.pixel_mean) / self.pixel_std)
         return pad_images(images)
@@ -279,6 +281,24 @@ def _check_agreement(name: str, value: int, *parts: nn.Module | None) -> None:
     for part in parts:
         if getattr(part, name, value) != value:
             raise ValueError(f"{name} is {value}, {type(part).__name__} has {getattr(part, name)}")
+
+
+def _images(samples: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """The images of a batch, checked."""
+    if isinstance(samples, (Tensor, Mapping)) or not all(isinstance(s, Mapping) for s in samples):
+        raise ValueError('a detector takes a list of samples: [{"image": (3, H, W) tensor, ...}]')
+    if not samples:
+        raise ValueError("the batch holds no sample")
+    for sample in samples:
+        image = sample["image"]
+        if not isinstance(image, Tensor):
+            raise ValueError(f"{_name(sample)}: image must be a tensor, is {type(image).__name__}")
+        if image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(f"{_name(sample)}: image must be (3, H, W), is {tuple(image.shape)}")
+        on_host = image.is_floating_point() and not image.is_cuda  # elsewhere it would wait
+        if on_host and image.numel() and 0 < image.max() <= 1:
+            raise ValueError(f"{_name(sample)}: image must hold [0, 255], not [0, 1]")
+    return [sample["image"] for sample in samples]
 
 
 def _name(sample: dict[str, Any]) -> str:

@@ -56,6 +56,14 @@ def test_a_run_leaves_config_environment_log_metrics_events_and_checkpoints(run,
     assert "git commit: " in environment and "iteration 8/9" in (folder / "log.txt").read_text()
 
 
+def test_the_log_says_what_the_run_computes_on(run, tmp_path, monkeypatch):
+    run("cpu", "train.max_iter=1")
+    assert "INFO running on cpu" in (tmp_path / "cpu/log.txt").read_text()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run("auto", "train.max_iter=1", "train.device=auto")
+    assert "WARNING no GPU was found" in (tmp_path / "auto/log.txt").read_text()
+
+
 def test_rows_come_every_log_period_and_evaluations_every_eval_period(run, tmp_path):
     metrics = run("a")
     found = rows(tmp_path / "a")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -163,6 +164,32 @@ def test_image_of_another_shape_is_refused(small, image):
 def test_the_neck_must_expect_the_maps_of_the_backbone(change, message, small_config):
     small_config.neck.update(change)
     with pytest.raises(ConfigError, match=message):
+        instantiate(small_config)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (torch.zeros(3, 64, 80), "takes a list of samples"),
+        ({"image": torch.zeros(3, 64, 80)}, "takes a list of samples"),
+        ([torch.zeros(3, 64, 80)], "takes a list of samples"),
+        ([], "no sample"),
+        ([{"image": np.zeros((3, 64, 80))}], "must be a tensor, is ndarray"),
+        ([{"image": torch.rand(3, 64, 80)}], r"must hold \[0, 255\]"),
+    ],
+)
+def test_what_is_no_batch_is_refused(samples, message, small):
+    with pytest.raises(ValueError, match=message):
+        small.eval()(samples)
+
+
+def test_a_black_float_image_is_an_image(small):
+    assert len(small.eval()([{"image": torch.zeros(3, 64, 80)}])) == 1
+
+
+def test_a_model_without_classes_is_refused(small_config):
+    small_config.num_classes = 0
+    with pytest.raises(ConfigError, match="num_classes 0 must be at least 1"):
         instantiate(small_config)
 
 

@@ -32,8 +32,7 @@ def import_timm() -> ModuleType:
         import timm
     except ImportError as error:
         raise ImportError(
-            "backbones other than ResNet come from timm, which is not installed: "
-            "pip install 'dn_detr[timm]'"
+            "backbones other than ResNet come from timm, which is not installed: pip install timm"
         ) from error
     return timm
 
