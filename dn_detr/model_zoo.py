@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dn_detr.checkpoint import load_model_weights
+from dn_detr.checkpoint import load_model_weights, log_loading
 from dn_detr.config import ConfigError, LazyConfig, get_config, instantiate, list_configs, zoo_path
 from dn_detr.config.errors import did_you_mean
 from dn_detr.modeling import Detector
@@ -82,8 +82,11 @@ def get_model(
     checkpoint: str | Path | None = None,
     device: str | torch.device = "cpu",
     overrides: Sequence[str] = (),
+    *,
+    class_names: Sequence[str] = (),
+    fine_tune: bool = False,
 ) -> Detector:
-    """Build a model of the zoo, ready to detect.
+    """Build a model of the zoo, ready to detect; what was loaded is logged.
 
     Args:
         name: one of `list_models()`.
@@ -91,6 +94,9 @@ def get_model(
             reads. None: all weights are random, those of the backbone too; nothing is downloaded.
         device: where the model goes.
         overrides: of its config, as on the command line: `["model.num_classes=3"]`.
+        class_names: of your classes; index = class. Needed to find rows by name.
+        fine_tune: weights of other classes, or of a backbone alone, are welcome: see
+            `load_model_weights`. By default every tensor must come from the checkpoint.
 
     Returns:
         The detector, in evaluation mode.
@@ -107,7 +113,8 @@ def get_model(
     cfg = LazyConfig.apply_overrides(get_config(_known(name)), overrides)
     model: Detector = instantiate(cfg.model)
     if checkpoint is not None:
-        load_model_weights(model, checkpoint)
+        report = load_model_weights(model, checkpoint, class_names=class_names, fine_tune=fine_tune)
+        log_loading(checkpoint, report)
     return model.to(device).eval()
 
 

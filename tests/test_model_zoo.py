@@ -248,3 +248,19 @@ def test_a_page_that_is_not_current_is_an_error(monkeypatch, tmp_path, capsys):
     assert make_model_zoo.main(["--check"]) == 1
     assert "is not current" in capsys.readouterr().err
     assert make_model_zoo.main([]) == make_model_zoo.main(["--check"]) == 0
+
+
+def test_get_model_fine_tunes_and_logs_what_was_loaded(tmp_path, caplog):
+    small = ["model.num_queries=5", "model.backbone.name=resnet18", "model.backbone.weights=null"]
+    small += ["model.neck.in_channels=[512]"]
+    save_file(
+        get_model("dab_detr_r50_50ep", overrides=small).state_dict(), tmp_path / "a.safetensors"
+    )
+    three = [*small, "model.num_classes=3"]
+    with caplog.at_level("INFO", logger="dn_detr"):
+        model = get_model(
+            "dab_detr_r50_50ep", tmp_path / "a.safetensors", overrides=three, fine_tune=True
+        )
+    assert model.num_classes == 3 and "tensors keep their start values" in caplog.text
+    with pytest.raises(ValueError, match="80 classes"):
+        get_model("dab_detr_r50_50ep", tmp_path / "a.safetensors", overrides=three)

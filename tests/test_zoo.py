@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dn_detr.checkpoint import read_weights
+from dn_detr.checkpoint import read_weights, to_layout
 from dn_detr.config import LazyConfig, get_config, instantiate, list_configs
 from dn_detr.data.digits import write_digits_dataset
 from dn_detr.engine import train
+from tools import train_net
 
 _DAB, _DN = 43_668_690, 43_689_345
 # Published, with 80 classes. A pattern has 256 numbers; a dilated backbone has the same ones.
@@ -70,8 +72,8 @@ def data(tmp_path_factory) -> Path:
     return write_digits_dataset(tmp_path_factory.mktemp("zoo") / "digits", num_train=4, num_val=2)
 
 
-def _two_steps(cfg: Any, data: Path, output: Path) -> Any:
-    overrides = [
+def _small_and_short(data: Path, output: Path) -> list[str]:
+    return [
         f"dataloader.root={data}",
         "dataloader.train.total_batch_size=2",
         "dataloader.train.num_workers=0",
@@ -83,7 +85,10 @@ def _two_steps(cfg: Any, data: Path, output: Path) -> Any:
         "train.max_iter=2",
         f"train.output_dir={output}",
     ]
-    return LazyConfig.apply_overrides(cfg, overrides)
+
+
+def _two_steps(cfg: Any, data: Path, output: Path) -> Any:
+    return LazyConfig.apply_overrides(cfg, _small_and_short(data, output))
 
 
 def test_the_zoo_is_not_empty():
@@ -114,25 +119,54 @@ def test_a_run_repeats_from_its_saved_config_to_the_bit(name, data, tmp_path):
     assert all(torch.equal(weights[key], repeated[key]) for key in weights)
 
 
-def _keep_three_categories(root: Path) -> Path:
-    """Two of the digits and one class of another name."""
+def _keep_three_categories(root: Path, names: list[str]) -> Path:
+    """The first three categories of a data set under these names."""
     for split in ("train", "val"):
         path = root / f"annotations/instances_{split}2017.json"
         content = json.loads(path.read_text())
         content["categories"] = content["categories"][:3]
-        content["categories"][0]["name"] = "something new"
+        for category, name in zip(content["categories"], names, strict=True):
+            category["name"] = name
         kept = [a for a in content["annotations"] if a["category_id"] <= 3]
         content["annotations"] = kept or [content["annotations"][0] | {"category_id": 1}]
         path.write_text(json.dumps(content))
     return root
 
 
-@pytest.mark.parametrize("name", ["digits_dn_deformable_detr.py", "dn_detr_r50_12ep.py"])
+@pytest.mark.parametrize(
+    "name",
+    ["dn_detr_r50_12ep", pytest.param("dn_deformable_detr_r50_12ep", marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("layout", ["official", "detrex"])
+def test_fine_tuning_from_a_published_file_is_one_command(layout, name, tmp_path):
+    """COCO's rows go to classes of their name; everything else comes from the file."""
+    source = instantiate(get_config(name).model)
+    file = tmp_path / "checkpoint.pth"
+    content = {"model": to_layout(source.state_dict(), layout), "args": argparse.Namespace(lr=1)}
+    torch.save(content, file)
+    root = write_digits_dataset(tmp_path / "mine", num_train=4, num_val=2)
+    _keep_three_categories(root, ["something new", "car", "Person "])
+    overrides = [*_small_and_short(root, tmp_path / "run"), "optimizer.lr=0"]
+    command = ["--config-file", name, "model.num_classes=3", f"train.init_checkpoint={file}"]
+    assert train_net.main([*command, *overrides, "train.max_iter=1"]) == 0
+    before, after = source.state_dict(), read_weights(tmp_path / "run")
+    for key, value in after.items():
+        if value.shape == before[key].shape:
+            assert torch.equal(value, before[key]), key
+        else:
+            assert torch.equal(value[1], before[key][2]), key  # car
+            assert torch.equal(value[2], before[key][0]), key  # person
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert f"({layout} layout)" in log and "2 of 3 classes take their rows by name" in log
+
+
+@pytest.mark.parametrize("name", ["digits_dn_deformable_detr.py"])
 def test_a_model_is_fine_tuned_on_other_classes_with_one_command(name, data, tmp_path):
     """Classes of the same name take their rows, new ones start anew, all else is loaded."""
     ten = ["model.num_classes=10", "model.num_queries=30", "train.max_iter=1"]
     train(LazyConfig.apply_overrides(_two_steps(get_config(name), data, tmp_path / "ten"), ten))
-    root = _keep_three_categories(write_digits_dataset(tmp_path / "mine", num_train=4, num_val=2))
+    root = write_digits_dataset(tmp_path / "mine", num_train=4, num_val=2)
+    _keep_three_categories(root, ["something new", "1", "2"])
     cfg = _two_steps(get_config(name), root, tmp_path / "run")
     three = ["model.num_classes=3", f"train.init_checkpoint={tmp_path / 'ten'}", "optimizer.lr=0.0"]
     train(LazyConfig.apply_overrides(cfg, [*three, "model.num_queries=30"]))
@@ -168,6 +202,40 @@ def test_the_published_recipe_is_in_the_config():
     assert cfg.dataloader.train.dataset.seed == cfg.dataloader.train.seed == cfg.train.seed
     denoising = model.denoising
     assert (denoising.num_groups, denoising.label_noise, denoising.box_noise) == (5, 0.2, 0.4)
+
+
+DROP_EPOCHS = {12: [11], 24: [20], 50: [40]}
+
+
+@pytest.mark.parametrize("name", [name for name in list_configs() if "digits" not in name])
+def test_every_config_has_the_recipe_of_its_name(name):
+    """Schedule, batch, backbone and the settings in which the families differ, as published."""
+    cfg = get_config(name)
+    model, parts = cfg.model, name.removesuffix(".py").split("_")
+    epochs = int(parts[-1].removesuffix("ep"))
+    deformable = "deformable" in parts
+    encoder_only = "encoder" in parts
+    assert cfg.train.epochs == epochs
+    assert list(cfg.lr_schedule.milestones) == DROP_EPOCHS[epochs] and cfg.lr_schedule.gamma == 0.1
+    assert cfg.dataloader.train.total_batch_size == 16 and cfg.optimizer.lr == 1e-4
+    assert cfg.train.output_dir == f"output/{name.removesuffix('.py')}"
+    if "swin" not in parts:
+        assert model.backbone.name == ("resnet101" if "r101" in parts else "resnet50")
+        assert model.backbone.dilation == ("dc5" in parts) and model.backbone.frozen_stages == 2
+    assert model.num_patterns == (3 if "3pat" in parts or encoder_only else 0)
+    assert (model.denoising is not None) == (parts[0] == "dn")
+    if model.denoising is not None:
+        assert model.denoising.num_groups == (10 if encoder_only else 5)
+        assert (model.denoising.label_noise, model.denoising.box_noise) == (0.2, 0.4)
+    published_100 = deformable and not encoder_only and "two" not in parts
+    assert model.postprocess.num_select == (100 if published_100 else 300)
+    position = (model.position_embedding.temperature, model.position_embedding.offset)
+    if deformable and not encoder_only:
+        assert position == (10000, -0.5)
+    else:
+        assert position == (10 if name == "dab_detr_r50_dc5_50ep.py" else 20, 0.0)
+    activation = model.transformer.decoder.get("activation", "relu")
+    assert activation == ("relu" if deformable else "prelu")
 
 
 @pytest.mark.parametrize("name", list_configs())

@@ -15,6 +15,7 @@ model.neck.in_channels = [512, 1024, 2048]
 model.neck.in_strides = [8, 16, 32]
 model.neck.num_levels = 4
 model.neck.num_groups = 32
+model.neck.mask_padding = True
 model.position_embedding.temperature = 10000
 model.position_embedding.offset = -0.5
 model.queries.content = "per_query"
@@ -32,3 +33,4 @@ model.transformer.decoder = L(DeformableDecoder)(num_layers=6, padded_query_pos=
 
 model.heads.shared = False  # a class head and a box head of every layer
 model.heads.size_bias = -2.0
+model.postprocess.num_select = 100

@@ -37,7 +37,6 @@ model = L(Detector)(
         out_channels="${model.transformer.embed_dim}",
         num_levels=1,
         num_groups=None,
-        mask_padding=True,
     ),
     position_embedding=L(PositionEmbeddingSine)(num_pos_feats=128, temperature=20, offset=0.0),
     queries=L(AnchorQueries)(

@@ -9,4 +9,3 @@ from .parts import denoising
 
 model.queries.indicator = True
 model.denoising = denoising
-model.postprocess.num_select = 100  # as published

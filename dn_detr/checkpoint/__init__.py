@@ -1,10 +1,12 @@
 """Checkpoints: ours on disk, and those of other code bases through key maps."""
 
+from .architecture import describe_backbone
 from .backbones import read_backbone
 from .conversion import TARGETS as LAYOUTS
 from .conversion import convert_checkpoint
 from .layouts import to_layout
 from .manifest import CheckpointError, Manifest
+from .reporting import log_loading
 from .storage import (
     find_checkpoint,
     last_checkpoint,
@@ -22,11 +24,13 @@ __all__ = [
     "LoadReport",
     "Manifest",
     "convert_checkpoint",
+    "describe_backbone",
     "find_checkpoint",
     "last_checkpoint",
     "load_model_weights",
     "load_tensors",
     "load_training_state",
+    "log_loading",
     "read_backbone",
     "read_manifest",
     "read_weights",

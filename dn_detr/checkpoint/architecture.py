@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -72,6 +72,18 @@ def describe_architecture(tensors: Mapping[str, Tensor]) -> str:
     return ", ".join(parts)
 
 
+def describe_backbone(names: Iterable[str]) -> str:
+    """Say which ResNet tensor names belong to.
+
+    Args:
+        names: as torchvision's: ``conv1.weight``, ``layer3.10.conv1.weight``, ...
+
+    Returns:
+        For example "ResNet-101", or "no known ResNet".
+    """
+    return _RESNETS.get(_blocks(list(names)), "no known ResNet")
+
+
 def _detector(tensors: Mapping[str, Tensor]) -> str:
     traits = Traits.of(tensors)
     if not traits.num_layers:
@@ -91,12 +103,17 @@ def _backbone(tensors: Mapping[str, Tensor]) -> str:
     names = [name.removeprefix("backbone.body.") for name in tensors if "backbone.body." in name]
     if not names:
         return "no backbone"
+    blocks = _blocks(names)
+    if not blocks[0]:
+        return f"a backbone that is no ResNet ({names[0]}, ...)"
+    return _RESNETS.get(blocks, f"a ResNet of {blocks[0]} blocks")
+
+
+def _blocks(names: Sequence[str]) -> tuple[tuple[int, ...], bool]:
+    """Blocks of each stage of a ResNet, and whether they are bottlenecks."""
     blocks: dict[str, set[int]] = {}
     for name in names:
         if match := re.match(r"layer([1-4])\.([0-9]+)\.", name):
             blocks.setdefault(match[1], set()).add(int(match[2]))
     depth = tuple(len(blocks[stage]) for stage in sorted(blocks))
-    bottleneck = any(".conv3." in name for name in names)
-    if not blocks:
-        return f"a backbone that is no ResNet ({names[0]}, ...)"
-    return _RESNETS.get((depth, bottleneck), f"a ResNet of {depth} blocks")
+    return depth, any(".conv3." in name for name in names)

@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .class_rows import known_names, may_be_coco
 from .coco_classes import COCO_NAMES
-from .files import read_file
+from .files import CLASS_NAMES, read_file
 from .layouts import OURS, WRITABLE, to_layout
 from .manifest import MANIFEST_NAME, CheckpointError
 from .storage import save_weights
 from .weights import LoadReport, load_tensors
 
-DN_DETR = "dn_detr"
+DN_DETR = OURS
 TARGETS = (DN_DETR, *WRITABLE)
 
 
@@ -36,7 +37,8 @@ def convert_checkpoint(
         model: of the architecture that the file holds; it is filled.
         source: as for ``load_model_weights``.
         output: for "dn_detr" the checkpoint folder to write, else a ``.pth`` file that holds
-            ``{"model": state_dict}``.
+            ``{"model": state_dict}``, and the list ``"class_names"``, a name per row ("" for a
+            row without one), if they are known and not COCO's.
         to: "dn_detr", "official" or "detrex".
         ema: take the averaged weights of a file of detrex.
         force: replace an ``output`` that exists.
@@ -60,13 +62,20 @@ def convert_checkpoint(
         what=str(source),
         source_class_names=content.class_names,
         notes=content.notes,
+        has_config=content.has_config,
     )
+    names = _class_names(model, report, content.class_names)
     if to == DN_DETR:
-        names = _class_names(model, report, content.class_names)
         save_weights(output, model.state_dict(), config=config, class_names=names)
         return report
-    state = to_layout(model.state_dict(), to, torchvision_backbone=_is_dilated(model))
-    _save_torch({"model": state}, output)
+    state = to_layout(
+        model.state_dict(), to, class_names=names, torchvision_backbone=_is_dilated(model)
+    )
+    written: dict[str, object] = {"model": state}
+    num_classes: int = getattr(model, "num_classes", len(names))
+    if not may_be_coco(names, num_classes):
+        written[CLASS_NAMES] = [*names, *[""] * (num_classes - len(names))]
+    _save_torch(written, output)
     return report
 
 
@@ -86,13 +95,16 @@ def _check_output(output: Path, source: Path, *, is_folder: bool, force: bool) -
 def _class_names(
     model: nn.Module, report: LoadReport, file_names: tuple[str | None, ...]
 ) -> tuple[str, ...]:
-    """Names of the model's classes where the file says them; published files are COCO's."""
-    num_classes = getattr(model, "num_classes", None)
+    """Names of the model's classes where the file says them; published files are COCO's.
+
+    Classes after the last name have none; one before it is "N/A".
+    """
+    num_classes = getattr(model, "num_classes", len(file_names))
     if report.mapped_classes:
         return report.mapped_classes
-    known = tuple(name for name in file_names if name is not None)
-    if len(known) == len(file_names) == num_classes:
-        return known
+    if known := known_names(file_names, num_classes):
+        last = max(row for row, name in enumerate(known) if name is not None)
+        return tuple(name or "N/A" for name in known[: last + 1])
     if report.layout != OURS and num_classes == len(COCO_NAMES):
         return COCO_NAMES
     return ()

@@ -32,6 +32,7 @@ _HF_WEIGHTS = (
 )
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "blobs")
 _EMA = "ema_state"
+CLASS_NAMES = "class_names"  # beside the weights, in a file that we wrote
 _PICKLES = (b"PK\x03\x04", b"\x80")  # zip of torch, pickle protocol 2 and later
 _OTHERS = (
     (rb"version https://git-lfs", "a git-lfs pointer instead of the file: run git lfs pull"),
@@ -53,11 +54,13 @@ class FileContent:
         tensors: the file's name -> tensor (CPU); those of large files stay on the disk until used.
         class_names: per row of the class head, None for a row without a class; empty if unknown.
         notes: what else the file holds, one sentence each.
+        has_config: a checkpoint folder of ours, whose manifest holds the config.
     """
 
     tensors: dict[str, Tensor]
     class_names: tuple[str | None, ...] = ()
     notes: tuple[str, ...] = ()
+    has_config: bool = False
 
 
 def read_file(path: str | Path, *, ema: bool = False) -> FileContent:
@@ -84,12 +87,15 @@ def read_file(path: str | Path, *, ema: bool = False) -> FileContent:
         folder = find_checkpoint(path)
         manifest = Manifest.read(folder)
         tensors = _read_safetensors(manifest.verify(folder, MODEL_FILE))
-        content = FileContent(tensors, tuple(manifest.class_names))
+        content = FileContent(
+            tensors, tuple(manifest.class_names), has_config=bool(manifest.config)
+        )
     elif path.name == MODEL_FILE and (path.parent / MANIFEST_NAME).is_file():
         return read_file(path.parent, ema=ema)
     else:
-        names = _class_names_of_config(path.parent / _HF_CONFIG)
-        content = replace(_read_single_file(path, ema=ema), class_names=names)
+        content = _with_names(
+            _read_single_file(path, ema=ema), _class_names_of_config(path.parent / _HF_CONFIG)
+        )
         ema = False
     if ema:
         raise CheckpointError(f"{path}: holds no averaged weights ({_EMA!r})")
@@ -124,7 +130,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         with path.open("rb") as file:
-            look = _known_other(file.read(512)) or error
+            look = _known_other(file.read(512)) or f"{error}; download or copy it again"
         size = path.stat().st_size
         raise CheckpointError(
             f"{path}: damaged or not a safetensors file ({size} bytes): {look}"
@@ -142,12 +148,32 @@ def _unwrap(path: Path, content: Any, ema: bool) -> FileContent:
     if ema:
         if not isinstance(averaged, Mapping):
             raise CheckpointError(f"{path}: holds no averaged weights ({_EMA!r})")
-        note = f"the averaged weights ({_EMA}) were taken"
-        return FileContent(_as_tensors(path, averaged), notes=(note,))
-    inner = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
-    tensors = _as_tensors(path, content[inner[0]] if inner else content)
-    note = f"the file also holds averaged weights ({_EMA}), which were not taken"
-    return FileContent(tensors, notes=(note,) if averaged else ())
+        tensors = _as_tensors(path, averaged)
+        notes = [f"the averaged weights ({_EMA}) were taken"]
+    else:
+        inner = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
+        tensors = _as_tensors(path, content[inner[0]] if inner else content)
+        unused = f"the file also holds averaged weights ({_EMA}), which were not taken"
+        notes = [unused] if averaged else []
+    names = content.get(CLASS_NAMES, ())
+    if names and not _are_names_of(names, tensors):
+        notes.append(f"the {CLASS_NAMES} of the file are not one string per row: unused")
+        names = ()
+    return FileContent(tensors, tuple(names), tuple(notes))
+
+
+def _are_names_of(names: Any, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether there is one name per row of the class head."""
+    return (
+        isinstance(names, list | tuple)
+        and all(isinstance(name, str) for name in names)
+        and any(len(v) == len(names) for n, v in tensors.items() if "class_embed" in n and v.dim())
+    )
+
+
+def _with_names(content: FileContent, names: tuple[str | None, ...]) -> FileContent:
+    """Class names from beside a file, which says nothing of its own."""
+    return content if content.class_names else replace(content, class_names=names)
 
 
 def _as_tensors(path: Path, weights: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -178,7 +204,7 @@ def _read_huggingface(folder: Path) -> FileContent:
         if path.is_file() and path.suffix == ".json":
             return FileContent(_read_shards(path), names)
         if path.is_file():
-            return replace(_read_single_file(path), class_names=names)
+            return _with_names(_read_single_file(path), names)
     raise CheckpointError(
         f"{folder}: holds {_HF_CONFIG} but no weights ({', '.join(_HF_WEIGHTS)}); nor is it a "
         f"checkpoint folder (with {MANIFEST_NAME}) or the output folder of a run"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import huggingface
 from .architecture import Traits
+from .class_rows import may_be_coco
 from .coco_classes import COCO_IDS, COCO_NAMES, NUM_ID_ROWS
 from .key_maps import (
     DETECTRON2_BACKBONE,
@@ -22,7 +23,7 @@ from .key_maps import (
 )
 from .manifest import CheckpointError
 
-OURS = "ours"
+OURS = "dn_detr"
 OFFICIAL = "official"
 DETREX = "detrex"
 HUGGINGFACE = "huggingface"
@@ -74,6 +75,7 @@ class Translation:
         origin: our name -> the file's name, where they differ.
         unknown: names of the file that have no place in any of our models.
         dropped: names that carry nothing of value here (classifier of a backbone, counters).
+        unused: our name -> tensor, of what the model at hand has no use for.
     """
 
     layout: str
@@ -81,6 +83,7 @@ class Translation:
     origin: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    unused: dict[str, Tensor] = field(default_factory=dict)
 
     def file_name(self, name: str) -> str:
         """Our name, with the file's in brackets where it differs."""
@@ -164,16 +167,22 @@ def to_ours(tensors: Mapping[str, Tensor], layout: str) -> Translation:
 
 
 def to_layout(
-    model_state: Mapping[str, Tensor], layout: str, *, torchvision_backbone: bool = False
+    model_state: Mapping[str, Tensor],
+    layout: str,
+    *,
+    class_names: Sequence[str | None] = (),
+    torchvision_backbone: bool = False,
 ) -> dict[str, Tensor]:
     """Our state under the names of another code base, second names included.
 
-    A model of COCO's 80 classes gets the 91 class rows (92 label rows) of the authors' code, which
-    counts classes by category id; rows without a class can never be detected.
+    In the official layout a model of COCO's 80 classes gets the 91 class rows (92 label rows) of
+    the authors' code, which counts classes by category id; rows without a class can never be
+    detected. A model of 80 other classes keeps its rows.
 
     Args:
         model_state: state_dict of a model of ours.
         layout: "official" or "detrex".
+        class_names: of the model; 80 classes without known names are taken for COCO's.
         torchvision_backbone: detrex: name the backbone as its dilated (DC5) models do.
 
     Returns:
@@ -191,7 +200,7 @@ def to_layout(
     else:
         rules = detrex_rules(traits, torchvision_backbone=torchvision_backbone)
     state = _join_label_table(model_state, traits)
-    if layout == OFFICIAL:
+    if layout == OFFICIAL and may_be_coco(class_names, len(COCO_NAMES)):
         state = _with_rows_per_category_id(state)
     result = {}
     for name, value in state.items():

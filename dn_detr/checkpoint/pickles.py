@@ -102,7 +102,7 @@ def read_pickle(path: Path) -> Any:
         except Exception as error:
             raise CheckpointError(
                 f"{path}: damaged or truncated ({path.stat().st_size} bytes), it cannot be read: "
-                f"{_first_line(error)}"
+                f"{_first_line(error)}; download or copy it again"
             ) from error
 
 

@@ -9,6 +9,7 @@ A run's folder holds
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ LAST_LINK = "last"
 MODEL_FILE = "model.safetensors"
 TRAINING_STATE_FILE = "training_state.pt"
 _PARTIAL_SUFFIX = ".partial"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def save_checkpoint(
@@ -166,7 +168,7 @@ def find_checkpoint(path: str | Path) -> Path:
     if (folder / MANIFEST_NAME).is_file():
         return folder.resolve()
     if not folder.exists():
-        raise CheckpointError(f"{folder}: no such file or folder")
+        raise CheckpointError(f"{folder}: no such file or folder{_hub_hint(str(path))}")
     if folder.name == CHECKPOINTS_DIR:
         folder = folder.parent
     found = last_checkpoint(folder) if folder.is_dir() else None
@@ -176,6 +178,15 @@ def find_checkpoint(path: str | Path) -> Path:
             f"a run (with {CHECKPOINTS_DIR}/{LAST_LINK})"
         )
     return found
+
+
+def _hub_hint(path: str) -> str:
+    if not _HUB_ID.fullmatch(path) or Path(path).suffix:
+        return ""
+    return (
+        f"; if this is an id of Hugging Face, download it first: hf download {path} "
+        "--local-dir FOLDER"
+    )
 
 
 def _write_files(

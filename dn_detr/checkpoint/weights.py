@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .account import account, check_finite, mismatch
+from .account import Frame, account, check_finite
 from .class_rows import ClassRows, choose_rows, copy_rows, number_of_classes
 from .files import read_file
 from .layouts import BACKBONE_ONLY, OURS, Translation, recognise, to_ours, without_wrapper
@@ -24,7 +24,7 @@ class LoadReport:
     """What was loaded, and how.
 
     Attributes:
-        layout: where the file's names come from: "ours", "official", "detrex", "huggingface",
+        layout: where the file's names come from: "dn_detr", "official", "detrex", "huggingface",
             "torchvision" or "detectron2".
         fresh: tensors of the model that kept their start values, all of them.
         mapped_classes: classes whose rows were found by name, in the model's order; empty if the
@@ -72,6 +72,7 @@ def load_model_weights(
         source_class_names=content.class_names,
         fine_tune=fine_tune,
         notes=content.notes,
+        has_config=content.has_config,
     )
 
 
@@ -85,6 +86,7 @@ def load_tensors(
     source_class_names: Sequence[str | None] = (),
     fine_tune: bool = False,
     notes: Sequence[str] = (),
+    has_config: bool = False,
 ) -> LoadReport:
     """Load every weight of ``model`` from tensors under the names of any known layout.
 
@@ -96,6 +98,7 @@ def load_tensors(
         source_class_names: of the rows of the tensors' class head, if known.
         fine_tune: see ``load_model_weights``.
         notes: sentences to put before the report's own.
+        has_config: the tensors are from a checkpoint folder of ours that holds its config.
 
     Raises:
         CheckpointError: see ``load_model_weights``; the model is unchanged.
@@ -104,6 +107,7 @@ def load_tensors(
     translation = translate(tensors, what, expected)
     _drop_counters(expected, translation)
     report_notes = [*notes, *_drop_denoising(expected, translation)]
+    frame = Frame(what, expected, translation, has_config=has_config)
     alone = translation.layout in BACKBONE_ONLY
     if alone:
         report_notes.append(_accept_backbone(expected, translation, what, fine_tune))
@@ -111,12 +115,18 @@ def load_tensors(
     class_tensors: list[str] = getattr(model, "class_tensors", list)()
     if not alone:
         rows = _class_rows(
-            expected, translation, what, class_tensors, class_names, source_class_names, fine_tune
+            expected,
+            translation,
+            class_tensors,
+            class_names,
+            source_class_names,
+            fine_tune=fine_tune,
+            frame=frame,
         )
     by_row = _copied_by_row(expected, translation, class_tensors, rows)
     wanted = {n: v for n, v in expected.items() if not alone or n.startswith(_BACKBONE)}
-    if problems := account(wanted, translation, list(by_row)):
-        raise mismatch(what, expected, translation, problems)
+    if differences := account(wanted, translation, list(by_row)):
+        raise frame.mismatch(differences)
     check_finite(translation, what)
     report_notes += _notes_on_types(expected, translation)
     for name, value in translation.tensors.items():
@@ -126,8 +136,9 @@ def load_tensors(
             expected[name].copy_(value)
     mapped: tuple[str, ...] = ()
     anew: set[str] = set()
+    if rows is not None and (note := rows.note()):
+        report_notes.append(note)
     if rows is not None and not rows.is_identity:
-        report_notes.append(rows.note())
         mapped = rows.mapped
         anew = set() if any(row >= 0 for row in rows.rows) else set(by_row)
     fresh = tuple(name for name in expected if name not in wanted or name in anew)
@@ -181,7 +192,7 @@ def _drop_denoising(expected: Mapping[str, Tensor], translation: Translation) ->
         return []
     dropped = [name for name in translation.tensors if name.startswith(_DENOISING)]
     for name in dropped:
-        del translation.tensors[name]
+        translation.unused[name] = translation.tensors.pop(name)
     if not dropped:
         return []
     return [f"the model has no denoising: {', '.join(map(translation.file_name, dropped))} unused"]
@@ -191,11 +202,9 @@ def _accept_backbone(
     expected: Mapping[str, Tensor], translation: Translation, what: str, fine_tune: bool
 ) -> str:
     if not fine_tune:
-        raise mismatch(
-            what,
-            expected,
-            translation,
-            ["A backbone alone detects nothing; train from it with train.init_checkpoint."],
+        raise CheckpointError(
+            f"{what}: a backbone alone ({translation.layout} layout), which detects nothing; train "
+            "from it with train.init_checkpoint"
         )
     rest = sum(not name.startswith(_BACKBONE) for name in expected)
     return f"a backbone alone ({translation.layout} layout): the {rest} other tensors start anew"
@@ -204,11 +213,12 @@ def _accept_backbone(
 def _class_rows(
     expected: Mapping[str, Tensor],
     translation: Translation,
-    what: str,
     class_tensors: Collection[str],
     class_names: Sequence[str],
     source_class_names: Sequence[str | None],
+    *,
     fine_tune: bool,
+    frame: Frame,
 ) -> ClassRows | None:
     model_classes = number_of_classes(expected, class_tensors)
     file_classes = number_of_classes(translation.tensors, class_tensors)
@@ -227,8 +237,8 @@ def _class_rows(
             fine_tune=fine_tune,
         )
     except CheckpointError as error:
-        problems = account(expected, translation, list(class_tensors))
-        raise mismatch(what, expected, translation, [str(error), *problems]) from None
+        differences = account(expected, translation, list(class_tensors))
+        raise frame.other_classes(str(error), differences) from None
     return rows
 
 

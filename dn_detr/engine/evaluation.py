@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
-from dn_detr.checkpoint import LoadReport, last_checkpoint, load_model_weights
+from dn_detr.checkpoint import last_checkpoint, load_model_weights, log_loading
 from dn_detr.config import LazyConfig, instantiate
 from dn_detr.data import check_num_classes
 from dn_detr.evaluation import inference_on_dataset
@@ -68,20 +68,6 @@ def evaluate_model(model: nn.Module, loader: Any, evaluator: Any) -> dict[str, A
         results = inference_on_dataset(model, loader, evaluator)
     barrier()
     return results or {}
-
-
-def log_loading(checkpoint: str | Path, report: LoadReport) -> None:
-    """Say what weights a model got, and warn of what it did not get."""
-    logger.info("weights from %s (%s layout)", checkpoint, report.layout)
-    for note in report.notes:
-        logger.info("%s: %s", checkpoint, note)
-    if report.fresh:
-        logger.warning(
-            "%d tensors keep their start values (%s%s), everything else is loaded",
-            len(report.fresh),
-            ", ".join(report.fresh[:3]),
-            ", ..." if len(report.fresh) > 3 else "",
-        )
 
 
 def _weights_to_evaluate(settings: TrainSettings) -> str | Path:

@@ -69,9 +69,7 @@ def announce_device(device: torch.device, wanted: str) -> None:
     if device.type == "cuda":
         logger.info("running on %s (%s)", device, torch.cuda.get_device_name(device))
     elif wanted == "auto":
-        logger.warning(
-            "no GPU was found: running on the CPU, as with train.device=cpu"
-        )
+        logger.warning("no GPU was found: running on the CPU, as with train.device=cpu")
     else:
         logger.info("running on %s", device)
 

@@ -14,12 +14,17 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dn_detr.checkpoint import last_checkpoint, load_model_weights, read_manifest
+from dn_detr.checkpoint import (
+    last_checkpoint,
+    load_model_weights,
+    log_loading,
+    read_manifest,
+)
 from dn_detr.config import LazyConfig, instantiate
 from dn_detr.data import check_num_classes, check_same_categories
 
 from .distributed import barrier, choose_device, is_distributed, is_main, rank
-from .evaluation import evaluate_model, log_loading
+from .evaluation import evaluate_model
 from .optimizer import describe_groups
 from .random_state import seed_everything
 from .schedule import Timetable

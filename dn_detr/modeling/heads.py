@@ -35,7 +35,7 @@ class DetectionHeads(nn.Module):
     Args:
         num_classes: K.
         embed_dim: channels C of a query.
-        num_layers: decoder layers N.
+        num_layers: decoder layers N; without effect where they share their heads.
         shared: one class head and one box head serve all layers, as in the dense models.
         size_bias: added to width and height (before the sigmoid) by the first layer's box head at
             the start. The published one-stage deformable models start from -2, smaller boxes

@@ -121,7 +121,7 @@ def test_a_failed_conversion_leaves_nothing_behind(tmp_path):
     save_run(tmp_path / "run", tiny_model("dab_detr_r50", num_classes=2))
     before = sorted(tmp_path.iterdir())
     for to in ("dn_detr", "detrex"):
-        with pytest.raises(CheckpointError, match="the file has 2 classes, the model 80"):
+        with pytest.raises(CheckpointError, match="The file has 2 classes, the model 80"):
             convert_checkpoint(
                 tiny_model("dab_detr_r50"), tmp_path / "run", tmp_path / "out", to=to
             )

@@ -56,7 +56,7 @@ def test_weights_under_the_names_of_the_model_need_no_known_layout():
     source = nn.ModuleDict({"encoder": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(1, 1)])})})
     model = copy.deepcopy(source)
     nn.init.zeros_(model["encoder"]["layers"][0].weight)
-    assert load_tensors(model, source.state_dict()).layout == "ours"
+    assert load_tensors(model, source.state_dict()).layout == "dn_detr"
     assert torch.equal(model["encoder"]["layers"][0].weight, source["encoder"]["layers"][0].weight)
 
 

@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dn_detr.layers import sine_embed_boxes
 from dn_detr.modeling import DeformableDecoder, DenseDecoder, DetectionHeads, Memory
 from dn_detr.modeling.transformers import Levels
 from dn_detr.modeling.transformers.conditional_attention import (
     ConditionalCrossAttention,
     ConditionalSelfAttention,
 )
+from dn_detr.structures import inverse_sigmoid
 
 CHANNELS, HEADS, QUERIES = 16, 4, 5
 
@@ -140,6 +142,43 @@ def test_levels_are_weighed_by_the_queries_that_the_self_attention_asked_with():
     inputs = torch.randn(2, QUERIES, CHANNELS), torch.randn(2, QUERIES, 4)
     decoder(*inputs, _memory((4, 6), (2, 3)), DetectionHeads(3, CHANNELS, shared=True))
     assert len(asked) == 2 and all(a is w for a, w in zip(asked, weighed, strict=True))
+
+
+def test_modulation_is_computed_in_float32_under_autocast():
+    decoder = _decoder("dense")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = decoder._modulation(torch.randn(2, QUERIES, CHANNELS), torch.rand(2, QUERIES, 4))
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("padded_query_pos", [False, True])
+def test_deformable_decoder_is_the_published_one_step_by_step(padded_query_pos):
+    """Positions are scaled by the content from the second layer on; no norm at the end."""
+    memory = _memory((4, 6), (2, 3))
+    ratios = torch.tensor([[[0.5, 0.9], [0.6, 0.8]], [[1.0, 0.7], [0.3, 1.0]]])
+    memory = replace(memory, levels=replace(memory.levels, valid_ratios=ratios))
+    decoder = DeformableDecoder(
+        2, CHANNELS, padded_query_pos=padded_query_pos, num_heads=HEADS, num_levels=2
+    )
+    heads = DetectionHeads(3, CHANNELS, num_layers=2)
+    for parameter in [*decoder.parameters(), *heads.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.3)
+    content, anchors = torch.randn(2, QUERIES, CHANNELS), torch.randn(2, QUERIES, 4)
+    states, references = decoder(content, anchors, memory, heads)
+    x, box = content, anchors.sigmoid()
+    for index, layer in enumerate(decoder.layers):
+        torch.testing.assert_close(references[index], box)
+        levels = memory.levels
+        padded = box[:, :, None] * torch.cat([ratios, ratios], dim=-1)[:, None]
+        embedded = padded[:, :, 0] if padded_query_pos else box
+        pos = decoder.ref_point_head(sine_embed_boxes(embedded, CHANNELS // 2))
+        pos = pos if index == 0 else pos * decoder.query_scale(x)
+        x = layer.self_norm(x + layer.self_attn(x + pos, x + pos, x))
+        shapes = (levels.spatial_shapes, levels.level_start_index, levels.padding_mask)
+        x = layer.cross_norm(x + layer.cross_attn(x + pos, padded, memory.cells, *shapes))
+        x = layer.ffn(x)
+        torch.testing.assert_close(states[index], x)
+        box = (heads.bbox_embed[index](x) + inverse_sigmoid(box)).sigmoid()
 
 
 @pytest.mark.parametrize("shapes", [[(4, 6)], [(4, 6), (2, 3)]], ids=["one level", "two levels"])

@@ -127,3 +127,19 @@ def test_an_image_with_fewer_cells_than_queries_gets_empty_proposals(proposing):
     found = proposing(_unpadded(height=2, width=3))
     assert found.anchors.shape == (1, 10, 4) and found.proposals.padding.sum() == 4
     assert (found.anchors[:, 6:].sigmoid() > 0.99).all()
+
+
+def test_contents_are_projected_then_normalised_cells_empty_at_the_border(proposing):
+    torch.nn.init.normal_(proposing.output.bias)
+    memory = _unpadded(height=60, width=60)
+    usable = torch.ones(60, 60)
+    usable[0], usable[-1], usable[:, 0], usable[:, -1] = 0, 0, 0, 0  # centres within 0.01
+    cells = memory.cells[0] * usable.flatten()[:, None]
+    features = proposing.norm(proposing.output(cells))
+    best = proposing.class_embed(features).amax(-1).topk(10).indices
+    torch.testing.assert_close(proposing(memory).content[0], features[best])
+
+
+def test_the_projection_starts_from_xavier():
+    weight = ProposalQueries(1, num_classes=3, embed_dim=64).output.weight
+    assert weight.abs().max().item() == pytest.approx((6 / 128) ** 0.5, rel=0.02)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from dn_detr.checkpoint import read_manifest, read_weights
+from dn_detr.checkpoint import read_manifest, read_weights, save_weights
 from dn_detr.config import LazyConfig, get_config, instantiate
 from tools import train_net
 from tools.convert_checkpoint import main
@@ -125,6 +126,32 @@ def test_the_same_weights_detect_the_same_in_every_layout(shared, tmp_path, conf
         detections[name] = {path.name: path.read_text() for path in written}
     assert any(len(text) > 10_000 for text in detections["bare"].values())
     assert all(found == detections["bare"] for found in detections.values())
+
+
+@pytest.mark.parametrize("to", ["official", "detrex"])
+def test_a_model_of_eighty_other_classes_is_evaluated_from_every_layout(shared, tmp_path, to):
+    coco = shared / "data/coco_mini"
+    content = json.loads((coco / "annotations/instances_val2017.json").read_text())
+    for index, category in enumerate(content["categories"], start=1):
+        category["name"] = f"part{index}"
+    (tmp_path / "data/annotations").mkdir(parents=True)
+    (tmp_path / "data/annotations/instances_val2017.json").write_text(json.dumps(content))
+    (tmp_path / "data/val2017").symlink_to(coco / "val2017")
+    names = [category["name"] for category in content["categories"]]
+    cfg = LazyConfig.apply_overrides(get_config("dn_detr_r50_50ep.py"), list(SMALL))
+    run = save_weights(tmp_path / "run", instantiate(cfg.model).state_dict(), class_names=names)
+    assert convert("--input", run, "--output", tmp_path / "f.pth", "--to", to) == 0
+    arguments = [
+        *("--config-file", "dn_detr_r50_50ep", "--eval-only", *SMALL),
+        f"train.init_checkpoint={tmp_path / 'f.pth'}",
+        f"train.output_dir='{tmp_path / 'evaluated'}'",
+        f"dataloader.root={tmp_path / 'data'}",
+        "train.device=cpu",
+        "dataloader.image_scale=0.1",
+        "dataloader.test.limit=1",
+        "dataloader.test.num_workers=0",
+    ]
+    assert train_net.main(arguments) == 0
 
 
 @pytest.fixture(scope="module")

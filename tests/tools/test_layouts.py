@@ -29,7 +29,7 @@ def _evaluate(config: str, weights: Path, data: Path, output: Path) -> tuple[byt
         "train_net.py",
         *("--config-file", config, "--eval-only", f"train.init_checkpoint={weights}"),
         *(f"dataloader.root={data}", f"train.output_dir={output}", "train.device=cpu"),
-        *("dataloader.image_scale=0.4", "dataloader.test.limit=8"),
+        *("dataloader.image_scale=0.3", "dataloader.test.limit=6"),
     )
     return tuple(
         (output / "eval" / name).read_bytes() for name in ("metrics.json", "predictions.json")
@@ -37,7 +37,14 @@ def _evaluate(config: str, weights: Path, data: Path, output: Path) -> tuple[byt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["dn_detr_r50_50ep", "dab_deformable_detr_r50_two_stage_50ep"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "dn_detr_r50_50ep",
+        "dn_deformable_detr_r50_50ep",
+        "dab_deformable_detr_r50_two_stage_50ep",
+    ],
+)
 def test_weights_of_every_layout_evaluate_to_the_same_coco_numbers(config, shared, tmp_path):
     data = shared / "data/coco_mini"
     cfg = get_config(config)
