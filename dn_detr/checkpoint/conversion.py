@@ -15,7 +15,7 @@ from .files import CLASS_NAMES, read_file
 from .layouts import OURS, WRITABLE, to_layout
 from .manifest import MANIFEST_NAME, CheckpointError
 from .storage import save_weights
-from .weights import LoadReport, load_tensors
+from .weights import LoadReport, is_dilated, load_tensors
 
 DN_DETR = OURS
 TARGETS = (DN_DETR, *WRITABLE)
@@ -69,7 +69,7 @@ def convert_checkpoint(
         save_weights(output, model.state_dict(), config=config, class_names=names)
         return report
     state = to_layout(
-        model.state_dict(), to, class_names=names, torchvision_backbone=_is_dilated(model)
+        model.state_dict(), to, class_names=names, torchvision_backbone=is_dilated(model)
     )
     written: dict[str, object] = {"model": state}
     num_classes: int = getattr(model, "num_classes", len(names))
@@ -108,12 +108,6 @@ def _class_names(
     if report.layout != OURS and num_classes == len(COCO_NAMES):
         return COCO_NAMES
     return ()
-
-
-def _is_dilated(model: nn.Module) -> bool:
-    """Whether the last stage has stride 16 ("DC5"): detrex names such a backbone otherwise."""
-    backbone = getattr(model, "backbone", None)
-    return list(getattr(backbone, "out_strides", [])) == [16]
 
 
 def _save_torch(content: dict[str, object], output: Path) -> None:

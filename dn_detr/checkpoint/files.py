@@ -32,6 +32,7 @@ _HF_WEIGHTS = (
 )
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "blobs")
 _EMA = "ema_state"
+_MOST_ROWS = 100_000  # classes that are believed of a config
 CLASS_NAMES = "class_names"  # beside the weights, in a file that we wrote
 _PICKLES = (b"PK\x03\x04", b"\x80")  # zip of torch, pickle protocol 2 and later
 _OTHERS = (
@@ -182,7 +183,8 @@ def _as_tensors(path: Path, weights: Mapping[Any, Any]) -> dict[str, Tensor]:
     for name, value in weights.items():
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
             value = torch.from_numpy(value if value.flags.writeable else value.copy())
-        if isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided:
+        is_tensor = isinstance(value, Tensor) and not value.is_meta
+        if isinstance(name, str) and is_tensor and value.layout == torch.strided:
             tensors[name] = value.detach()
         else:
             others.append(f"{name} ({type(value).__name__})")
@@ -216,10 +218,12 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(shards.values()))
         inside = all(Path(file).name == file for file in files)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: damaged, it cannot be read: {error!r}") from error
     if not inside:
         raise CheckpointError(f"{index}: names files outside of its folder")
+    if not files:
+        raise CheckpointError(f"{index}: names no files")
     tensors: dict[str, Tensor] = {}
     for file in files:
         if not (index.parent / file).is_file():
@@ -235,6 +239,8 @@ def _class_names_of_config(path: Path) -> tuple[str | None, ...]:
         by_row = {int(row): str(name) for row, name in labels.items()}
     except FileNotFoundError:
         return ()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ()  # names are a help, the weights decide
+    if not all(0 <= row < _MOST_ROWS for row in by_row):
+        return ()
     return tuple(by_row.get(row) for row in range(max(by_row, default=-1) + 1))

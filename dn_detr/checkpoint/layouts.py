@@ -189,11 +189,13 @@ def to_layout(
         Their name -> tensor, sharing memory with ``model_state`` where nothing changes.
 
     Raises:
-        CheckpointError: a tensor without a place in that layout.
+        CheckpointError: a model or a tensor without a place in that layout.
     """
     if layout not in WRITABLE:
         raise CheckpointError(f"layout {layout!r}: choose from {', '.join(WRITABLE)}")
     traits = Traits.of(model_state)
+    if reason := _no_such_model(model_state, traits, layout):
+        raise CheckpointError(f"the {layout} layout has no place for this model: {reason}")
     aliases = written_aliases(traits, detrex=layout == DETREX)
     if layout == OFFICIAL:
         rules = official_rules(traits)
@@ -213,6 +215,17 @@ def to_layout(
         if alias := aliases.to_theirs(their):
             result[alias] = value
     return result
+
+
+def _no_such_model(state: Mapping[str, Tensor], traits: Traits, layout: str) -> str | None:
+    """Why the other code base could not load what would be written; None if it can."""
+    if layout == OFFICIAL and traits.two_stage:
+        return "the authors' two-stage model has tensors that ours has not (pos_trans)"
+    if layout == DETREX and traits.dense_decoder and traits.deformable_encoder:
+        return "detrex has no model with a deformable encoder only"
+    if layout == DETREX and CONTENT in state and "queries.patterns.weight" in state:
+        return "detrex has patterns in DAB-DETR only"
+    return None
 
 
 def _way_to_ours(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .account import Frame, account, check_finite
 from .class_rows import ClassRows, choose_rows, copy_rows, number_of_classes
 from .files import read_file
-from .layouts import BACKBONE_ONLY, OURS, Translation, recognise, to_ours, without_wrapper
+from .layouts import BACKBONE_ONLY, DETREX, OURS, Translation, recognise, to_ours, without_wrapper
 from .manifest import CheckpointError
 
 _BACKBONE = "backbone."
@@ -127,6 +127,7 @@ def load_tensors(
     wanted = {n: v for n, v in expected.items() if not alone or n.startswith(_BACKBONE)}
     if differences := account(wanted, translation, list(by_row)):
         raise frame.mismatch(differences)
+    _check_dilation(model, translation, what)
     check_finite(translation, what)
     report_notes += _notes_on_types(expected, translation)
     for name, value in translation.tensors.items():
@@ -143,6 +144,25 @@ def load_tensors(
         anew = set() if any(row >= 0 for row in rows.rows) else set(by_row)
     fresh = tuple(name for name in expected if name not in wanted or name in anew)
     return LoadReport(translation.layout, fresh, mapped, tuple(report_notes))
+
+
+def is_dilated(model: nn.Module) -> bool:
+    """Whether the last stage has stride 16 ("DC5"): detrex names such a backbone otherwise."""
+    backbone = getattr(model, "backbone", None)
+    return list(getattr(backbone, "out_strides", [])) == [16]
+
+
+def _check_dilation(model: nn.Module, translation: Translation, what: str) -> None:
+    """Shapes do not tell a dilated backbone, but detrex's names do."""
+    if translation.layout != DETREX or not hasattr(model, "backbone"):
+        return
+    file_is_dilated = any(n.startswith("backbone.body.") for n in translation.origin.values())
+    if file_is_dilated != is_dilated(model):
+        kinds = ("one without dilation", "a dilated one (DC5)")
+        raise CheckpointError(
+            f"{what}: the backbone is {kinds[file_is_dilated]}, that of the model is "
+            f"{kinds[not file_is_dilated]}; take the config that has it (model.backbone.dilation)"
+        )
 
 
 def translate(

@@ -21,8 +21,20 @@ from tests.checkpoint.tiny_models import ARCHITECTURES, assert_same_state, tiny_
 HEAD = "heads.class_embed.0.weight"
 
 
-@pytest.mark.parametrize("layout", ["official", "detrex"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+# What the other code base has, too.
+EXCHANGES = [
+    (name, layout)
+    for name in ARCHITECTURES
+    for layout in ("official", "detrex")
+    if (name, layout)
+    not in {
+        ("dab_deformable_detr_r50_two_stage", "official"),
+        ("dn_deformable_encoder_only_r50", "detrex"),
+    }
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), EXCHANGES)
 def test_the_way_through_another_layout_is_exact(name, layout):
     source, model = tiny_model(name), tiny_model(name, seed=1)
     state = to_layout(source.state_dict(), layout)
@@ -66,12 +78,20 @@ def test_patterns_and_dilated_backbones_have_their_published_names():
     assert state["transformer.patterns.weight"].shape == (3, 32)
     assert "backbone.body.layer4.0.conv1.weight" in state
     model = tiny_model("dab_detr_r50", num_patterns=3, seed=1)
+    model.backbone.out_strides = [16]  # as a dilated backbone has it; tensors are the same
     assert load_tensors(model, state).layout == "detrex"
     assert_same_state(model, source)
 
 
-@pytest.mark.parametrize("layout", ["official", "detrex"])
-@pytest.mark.parametrize("name", ["dn_detr_r50", "dab_deformable_detr_r50_two_stage"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("dn_detr_r50", "official"),
+        ("dn_detr_r50", "detrex"),
+        ("dab_deformable_detr_r50", "official"),
+        ("dab_deformable_detr_r50_two_stage", "detrex"),
+    ],
+)
 def test_second_names_may_be_absent_but_not_disagree(name, layout):
     source, model = tiny_model(name), tiny_model(name, seed=1)
     state = to_layout(source.state_dict(), layout)

@@ -102,10 +102,12 @@ def test_the_same_weights_detect_the_same_in_every_layout(shared, tmp_path, conf
     files = {name: tmp_path / f"{name}.pth" for name in ("bare", "official", "detrex")}
     torch.save(model.state_dict(), files["bare"])
     files["ours"] = tmp_path / "ours"
-    for to in ("official", "detrex"):
+    if "two_stage" in config:  # the authors' code has another two-stage model
+        del files["official"]
+    for to in sorted(files.keys() & {"official", "detrex"}):
         arguments = ("--input", files["bare"], "--output", files[to], "--to", to)
         assert convert(*arguments, config=config, overrides=overrides) == 0
-    arguments = ("--input", files["official"], "--output", files["ours"])
+    arguments = ("--input", files["detrex"], "--output", files["ours"])
     assert convert(*arguments, config=config, overrides=overrides) == 0
     detections = {}
     for name, file in files.items():

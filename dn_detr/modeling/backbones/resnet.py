@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
-from dn_detr.checkpoint import read_backbone
+from dn_detr.checkpoint import describe_backbone, read_backbone
 
 from .padding import KnownPadding, dry_run, zero_padding_before
 
@@ -187,7 +187,8 @@ def _load_fitting(body: nn.Module, state: dict[str, Tensor], what: str) -> None:
     misshapen = sorted(k for k in set(own) & set(state) if state[k].shape != own[k].shape)
     if missing or unexpected or misshapen:
         raise ValueError(
-            f"{what} do not fit the backbone: {len(missing)} tensors are missing {missing[:3]}, "
+            f"{what} ({describe_backbone(state)}) do not fit the backbone "
+            f"({describe_backbone(own)}): {len(missing)} tensors are missing {missing[:3]}, "
             f"{len(unexpected)} are unexpected {unexpected[:3]}, "
             f"{len(misshapen)} have another shape {misshapen[:3]}"
         )
