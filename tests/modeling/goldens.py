@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,16 +19,26 @@ from torch import Tensor, nn
 
 from dn_detr.checkpoint import load_tensors, to_layout
 from dn_detr.config import get_config, instantiate
+from dn_detr.layers import PositionEmbeddingSine
+from dn_detr.layers.position_embedding import _sine
 from dn_detr.modeling import Detector
 from dn_detr.modeling.denoising import Noise
+from dn_detr.modeling.losses import focal_loss
+from dn_detr.modeling.queries import ProposalQueries
 
-# The published treatment of padding and of empty denoising slots, where a model has the option.
-_PUBLISHED = {
-    "backbone.mask_padding": False,
-    "neck.mask_padding": False,
-    "queries.mask_padding": False,
-    "transformer.decoder.padded_query_pos": True,
-    "denoising.mask_empty_slots": False,
+# The published treatment of padding and of empty denoising slots. Every model masks in backbone
+# and neck; the other options belong to a part that only these models have.
+_EVERYWHERE = {"backbone.mask_padding": False, "neck.mask_padding": False}
+_DEFORMABLE_DECODER = {"transformer.decoder.padded_query_pos": True}
+_PROPOSALS = {"queries.mask_padding": False}
+_DENOISING = {"denoising.mask_empty_slots": False}
+_PUBLISHED: dict[str, dict[str, bool]] = {
+    "dab_detr_r50": _EVERYWHERE,
+    "dn_detr_r50": _EVERYWHERE | _DENOISING,
+    "dab_deformable_detr_r50": _EVERYWHERE | _DEFORMABLE_DECODER,
+    "dab_deformable_detr_r50_two_stage": _EVERYWHERE | _DEFORMABLE_DECODER | _PROPOSALS,
+    "dn_deformable_detr_r50": _EVERYWHERE | _DEFORMABLE_DECODER | _DENOISING,
+    "dn_deformable_encoder_only_r50": _EVERYWHERE | _DENOISING,
 }
 
 # How to run each kernel of deformable attention; a compiled one adds its own entry.
@@ -55,6 +65,8 @@ def build_published(
 ) -> Detector:
     """Build a model of ``configs/models`` as published, and load tensors of any known layout.
 
+    An option that a part does not take is an error: nothing is left at our default unnoticed.
+
     Args:
         config: file name without ``.py``.
         tensors: under the names of the code that they come from.
@@ -64,9 +76,12 @@ def build_published(
     model_cfg = get_config(f"models/{config}.py").model
     model_cfg.num_classes = num_classes
     changes = {key.replace("__", "."): value for key, value in options.items()}
-    for key, value in {**_PUBLISHED, **changes}.items():
-        if OmegaConf.select(model_cfg, key) is not None:
-            OmegaConf.update(model_cfg, key, value)
+    published = _PUBLISHED[config]
+    for option in _DEFORMABLE_DECODER | _PROPOSALS | _DENOISING:
+        assert option in published or OmegaConf.select(model_cfg, option) is None, option
+    for key, value in {**published, **changes}.items():
+        # A config need not spell out an option; a part refuses one that it does not have.
+        OmegaConf.update(model_cfg, key, value, force_add=True)
     model: Detector = instantiate(model_cfg)
     report = load_tensors(model, dict(tensors))
     assert report.fresh == (), report
@@ -89,6 +104,19 @@ def recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Any]]
             hook.remove()
 
 
+def traced_modules(model: Detector) -> dict[str, nn.Module]:
+    """The modules whose outputs detrex printed; stages and layers have its names."""
+    body, transformer = model.backbone.body, model.transformer
+    traced = {f"backbone.res{i + 1}": getattr(body, f"layer{i}") for i in range(1, 5)}
+    traced |= {f"encoder.layers.{i}": layer for i, layer in enumerate(transformer.encoder.layers)}
+    traced |= {f"decoder.layers.{i}": layer for i, layer in enumerate(transformer.decoder.layers)}
+    traced |= {"neck": model.neck, "position_embedding": model.position_embedding}
+    traced["transformer"] = transformer.decoder
+    if isinstance(model.queries, ProposalQueries):
+        traced |= {"cells": model.queries.norm, "cell_logits": model.queries.class_embed}
+    return traced
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What a model computes for a batch on the way to its predictions.
@@ -103,6 +131,7 @@ class Evaluation:
         logits: (N, B, Q, K).
         boxes: (N, B, Q, 4).
         queries: what the queries module returned.
+        calls: the outputs of ``traced_modules``.
     """
 
     features: list[Tensor]
@@ -114,6 +143,7 @@ class Evaluation:
     logits: Tensor
     boxes: Tensor
     queries: Any
+    calls: dict[str, list[Any]]
 
 
 def evaluate(model: Detector, images: Tensor, mask: Tensor) -> Evaluation:
@@ -127,6 +157,7 @@ def evaluate(model: Detector, images: Tensor, mask: Tensor) -> Evaluation:
         "heads": model.heads,
         "queries": model.queries,
     }
+    parts |= traced_modules(model)
     model.eval()
     with torch.no_grad(), recording(parts) as calls:
         outputs = model.forward_tensors(images, mask)
@@ -144,6 +175,7 @@ def evaluate(model: Detector, images: Tensor, mask: Tensor) -> Evaluation:
         logits=logits,
         boxes=boxes,
         queries=calls["queries"][-1],
+        calls=calls,
     )
 
 
@@ -162,6 +194,7 @@ class Step:
         logits: (N, B, D + Q, K).
         boxes: (N, B, D + Q, 4).
         queries: what the queries module returned.
+        calls: the outputs of ``traced_modules``.
     """
 
     losses: dict[str, float]
@@ -174,6 +207,7 @@ class Step:
     logits: Tensor
     boxes: Tensor
     queries: Any
+    calls: dict[str, list[Any]]
 
 
 Extra = Callable[[dict[str, list[Any]]], dict[str, Tensor]]
@@ -203,6 +237,7 @@ def train(
     }
     if model.denoising is not None:
         parts["denoising"] = model.denoising
+    parts |= traced_modules(model)
     model.train()
     model.zero_grad(set_to_none=True)
     with pytest.MonkeyPatch.context() as patch, recording(parts) as calls:
@@ -229,6 +264,7 @@ def train(
         logits=logits.detach(),
         boxes=boxes.detach(),
         queries=calls["queries"][-1],
+        calls=calls,
     )
 
 
@@ -239,6 +275,59 @@ def _gradients(model: Detector) -> dict[str, Tensor]:
         if parameter.grad is not None:
             state[name] = parameter.grad
     return state
+
+
+def foreign_names(model: Detector, parameters: Iterable[nn.Parameter], layout: str) -> set[str]:
+    """The names that a foreign layout, aliases included, has for tensors of these parameters."""
+    chosen = {id(parameter) for parameter in parameters}
+    flags = {name: torch.zeros(()).expand(t.shape) for name, t in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        flags[name] = flags[name] + float(id(parameter) in chosen)
+    return {name for name, flag in to_layout(flags, layout).items() if flag.any()}
+
+
+def entry_tolerance(name: str, gradient: Tensor, first: list[float], norm: float) -> float:
+    """How near the first entries of a recorded gradient must be, beside their own size.
+
+    About twice what separates float32 from float64 in the authors' code: 1.1e-2 of an entry in
+    the backbone, where sums nearly cancel (so an entry is at least the root mean square), and
+    0.5e-2 elsewhere.
+    """
+    largest = max(map(abs, first))
+    if name.startswith("backbone."):
+        return 2e-2 * max(largest, norm / gradient.numel() ** 0.5)
+    return 1e-2 * largest
+
+
+def show_padding(_decoder: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A pre-hook of the decoder: in detrex's dense models it sees the padding."""
+    content, anchors, memory, *rest = inputs
+    nothing = torch.zeros_like(memory.levels.padding_mask)
+    levels = replace(memory.levels, padding_mask=nothing)
+    return content, anchors, replace(memory, levels=levels), *rest
+
+
+def embed_padding(
+    module: PositionEmbeddingSine, inputs: tuple[Tensor], _embedded: Tensor
+) -> Tensor:
+    """A hook of the embedding: the padding's positions in detrex; ours are zeros, unseen."""
+    valid = (~inputs[0]).float()
+    y, x = valid.cumsum(1), valid.cumsum(2)
+    y = (y + module.offset) / (y[:, -1:] + module.eps)
+    x = (x + module.offset) / (x[..., -1:] + module.eps)
+    axes = [_sine(a * module.scale, module.num_pos_feats, module.temperature) for a in (y, x)]
+    return torch.cat(axes, dim=-1).permute(0, 3, 1, 2)
+
+
+def empty_slots_as_negatives(calls: dict[str, list[Any]]) -> dict[str, Tensor]:
+    """Focal loss of the denoising slots that hold no noised box."""
+    (logits, _), noised = calls["heads"][-1], calls["denoising"][-1]
+    empty = torch.ones(logits.shape[1], noised.num_slots, dtype=torch.bool)
+    empty[noised.image, noised.slot] = False
+    negatives = logits[:, :, : noised.num_slots][:, empty]
+    terms = focal_loss(negatives, torch.zeros_like(negatives), alpha=0.25, gamma=2.0)
+    *early, last = (terms / max(len(noised.labels), 1)).unbind()
+    return {"loss_ce_dn": last} | {f"loss_ce_dn_{i}": term for i, term in enumerate(early)}
 
 
 def official_noise(

@@ -3,7 +3,10 @@
 The golden files were recorded with padding as published, 91 classes, and the random draws that
 are replayed here. Not compared, because nothing here has it: the log-only terms (``class_error``,
 ``cardinality_error``, ``loss_xy``, ``loss_hw``, ``tgt_class_error``) and the bookkeeping of
-denoising slots as index lists. Files of the authors' DINO-like variant are not part of this test.
+denoising slots as index lists. ``fp64`` and ``fp32_vs_fp64_max_abs`` set the tolerances;
+``clip_0p1_total_norm`` repeats ``grad_norm``; ``fingerprints``, ``args`` but the weight decay,
+``post_min_gap``, ``named_parameters_order`` and ``train_vs_eval_matching_pred_maxdiff`` describe
+the recording. Files of the authors' DINO-like variant are not part of this test.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dn_detr.checkpoint import to_layout
+from dn_detr.config import get_config, instantiate
 from dn_detr.modeling import Detector
 from dn_detr.structures import pad_images
 
@@ -29,7 +33,9 @@ from .goldens import (
     assert_kept_as,
     assert_near,
     build_published,
+    entry_tolerance,
     evaluate,
+    foreign_names,
     load_arrays,
     load_module,
     number_of_threads,
@@ -148,12 +154,29 @@ def test_parameter_counts_are_the_official_ones(model, meta):
     assert sum(p.numel() for p in parameters if p.requires_grad) == meta["n_parameters"]
 
 
-def test_frozen_parameters_are_the_official_ones(model, meta):
-    flags = {name: torch.zeros(()).expand(t.shape) for name, t in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        flags[name] = flags[name] + (1 if parameter.requires_grad else 2)
-    frozen = {name for name, flag in to_layout(flags, "official").items() if (flag == 2).any()}
-    assert frozen == set(meta["frozen"])
+def test_trainable_parameters_are_the_official_ones(model, meta, rules):
+    for trainable, names in ((True, meta["requires_grad"]), (False, meta["frozen"])):
+        chosen = [p for p in model.parameters() if p.requires_grad is trainable]
+        found = foreign_names(model, chosen, "official")
+        assert {rules.canonical_key(name) for name in found} == set(names)
+
+
+def test_optimizer_groups_are_the_official_ones(model, state, meta, rules):
+    cfg = get_config("common/optimizer.py").optimizer
+    cfg.params.model = model
+    found = instantiate(cfg).param_groups
+    pairs = zip(_by_rate(found), _by_rate(meta["param_groups"]), strict=True)
+    for group, expected in pairs:
+        assert group["lr"] == pytest.approx(expected["lr"])
+        names = foreign_names(model, group["params"], "official")
+        tensors = {rules.canonical_key(name): state[name] for name in names}
+        assert len(tensors) == expected["tensors"]
+        assert sum(p.numel() for p in group["params"]) == expected["numel"]
+        assert group["weight_decay"] == meta["args"]["weight_decay"]
+
+
+def _by_rate(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(groups, key=lambda group: group["lr"])
 
 
 def test_features_are_the_official_ones(evaluation, golden):
@@ -289,18 +312,47 @@ def test_gradient_norm_of_every_parameter_is_the_official_one(step, meta):
 
 
 def test_representative_gradients_are_the_official_ones(step, meta):
-    """Entry by entry, within a share of the parameter's norm."""
     for name, expected in meta["representative"].items():
-        gradient = step.gradients[name]
-        tolerance = 5e-3 * expected["l2"]
-        if name.endswith(".activation.weight"):
-            tolerance = 1e-5 * meta["grad_norm"]
-        first = gradient.flatten()[:8].tolist()
-        assert first == pytest.approx(expected["first8"], abs=tolerance), name
-        spread = gradient.numel() ** 0.5  # errors of a sum may add up
-        assert gradient.double().sum().item() == pytest.approx(
-            expected["sum"], abs=tolerance * spread
-        ), name
+        agreement = _agreement(name, step.gradients[name], expected)
+        assert all(agreement.values()), (name, agreement)
+
+
+def test_representative_gradients_tell_zeros_from_the_official_ones(step, meta):
+    for name, expected in meta["representative"].items():
+        agreement = _agreement(name, torch.zeros_like(step.gradients[name]), expected)
+        # The first rows of a label table belong to a class that was not drawn.
+        assert agreement.pop("first8") is (not any(expected["first8"])), name
+        assert not any(agreement.values()), (name, agreement)
+
+
+# One of its entries moves by 1.8e-2 where rounding puts something on the other side of a kink; in
+# float64 ours and theirs agree.
+_AT_A_KINK = ("transformer.decoder.query_scale.layers.1.weight",)
+
+
+def _agreement(name: str, gradient: Tensor, expected: dict[str, Any]) -> dict[str, bool]:
+    """Which recorded numbers a gradient meets.
+
+    A sum smaller than the norm is rounding as much as it is gradient (or 0 by symmetry), so it is
+    not compared; float32 moves the others by up to 1.3e-2 of both.
+    """
+    norm, total = expected["l2"], expected["sum"]
+    near = entry_tolerance(name, gradient, expected["first8"], norm)
+    near *= 4 if name in _AT_A_KINK else 1
+    agreement = {
+        "first8": gradient.flatten()[:8].tolist() == pytest.approx(expected["first8"], abs=near),
+        "l2": gradient.norm().item() == pytest.approx(norm, rel=5e-3),
+    }
+    if abs(total) >= norm:
+        found = gradient.double().sum().item()
+        agreement["sum"] = found == pytest.approx(total, abs=2e-2 * (abs(total) + norm))
+    return agreement
+
+
+def test_no_gradient_vanishes_but_the_official_ones(step, meta):
+    vanished = [name for name in meta["grad_l2"] if not step.gradients[name].any()]
+    assert vanished == meta["zero_grad"]
+    assert step.without_gradient == meta["no_grad_despite_requires_grad"]
 
 
 @pytest.mark.parametrize(
@@ -315,6 +367,21 @@ def test_images_without_objects_train_as_officially(model, rules, batch, meta, i
     assert step.total == pytest.approx(expected["total_loss"], rel=2e-5)
     assert step.without_gradient == []
     assert step.gradient_norm == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_float64_gives_the_official_float64_numbers(case, state, rules, batch, meta):
+    """Without rounding nothing hides; what is left is that ours embeds positions in float32."""
+    images, mask = batch
+    double = build_published(case.config, state, num_classes=91).double()
+    step, expected = _train(double, rules, (images.double(), mask)), meta["fp64"]
+    assert step.total == pytest.approx(expected["total_loss"], rel=1e-6)
+    assert step.gradient_norm == pytest.approx(expected["grad_norm"], rel=1e-4)
+    for name, recorded in expected["representative"].items():
+        found = step.gradients[name].flatten()[:8].tolist()
+        near = 1e-3 * max(map(abs, recorded["first8"]))
+        assert found == pytest.approx(recorded["first8"], abs=near), name
+        assert step.gradients[name].norm().item() == pytest.approx(recorded["l2"], rel=1e-3), name
 
 
 @pytest.mark.slow
