@@ -6,6 +6,7 @@ Legend: B batch, S cells of all levels, Q queries (denoising queries first), C c
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -17,7 +18,7 @@ from ..heads import DetectionHeads
 from .levels import Memory
 
 
-class BoxDecoder(nn.Module):
+class BoxDecoder(nn.Module, ABC):
     """Layers that move the queries' boxes: each predicts from the box that the one before left.
 
     A subclass says what one layer does, in ``update``.
@@ -49,11 +50,11 @@ class BoxDecoder(nn.Module):
         self.query_scale = MLP(embed_dim, embed_dim, embed_dim, 2)
         self.norm = nn.LayerNorm(embed_dim) if final_norm else nn.Identity()
 
+    @abstractmethod
     def update(
         self, index: int, x: Tensor, reference: Tensor, memory: Memory, mask: Tensor | None
     ) -> Tensor:
         """Run layer ``index`` on (B, Q, C) states at (B, Q, 4) boxes in [0, 1]; (B, Q, C)."""
-        raise NotImplementedError
 
     def forward(
         self,
