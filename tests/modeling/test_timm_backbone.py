@@ -387,7 +387,7 @@ def test_unknown_settings_are_refused(options, complaint):
 
 def test_missing_timm_is_an_error_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r"pip install 'dn_detr\[timm\]'"):
+    with pytest.raises(ImportError, match=r"pip install timm"):
         TimmBackbone("resnet18")
 
 
