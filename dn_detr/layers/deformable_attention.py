@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dn_detr.ops import ms_deform_attn
+from dn_detr.ops import ms_deform_attn_fused
 
 
 class MSDeformAttn(nn.Module):
@@ -85,31 +85,16 @@ class MSDeformAttn(nn.Module):
             (B, Q, C).
 
         Raises:
-            ValueError: the reference points have neither 2 nor 4 coordinates.
+            ValueError: see ``ms_deform_attn_fused``.
         """
-        value = self.value_proj(memory)
-        if padding_mask is not None:
-            value = value.masked_fill(padding_mask[..., None], 0.0)
-        levels_points = (self.num_levels, self.num_points)
-        weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
-        weights = weights.softmax(-1).unflatten(-1, levels_points)
-        offsets = self.sampling_offsets(query)
-        offsets = offsets.unflatten(-1, (self.num_heads, *levels_points, 2))  # (B, Q, H, L, P, 2)
-        locations = self._locations(reference_points[:, :, None, :, None], offsets, spatial_shapes)
-        out = ms_deform_attn(
-            value.unflatten(-1, (self.num_heads, -1)),
+        samples = (self.num_heads, self.num_levels, self.num_points)
+        out = ms_deform_attn_fused(
+            self.value_proj(memory).unflatten(-1, (self.num_heads, -1)),
             spatial_shapes,
             level_start_index,
-            locations,
-            weights,
+            reference_points,
+            self.sampling_offsets(query).unflatten(-1, (*samples, 2)),
+            self.attention_weights(query).unflatten(-1, (self.num_heads, -1)),
+            padding_mask,
         )
         return self.output_proj(out)
-
-    def _locations(self, references: Tensor, offsets: Tensor, spatial_shapes: Tensor) -> Tensor:
-        """(B, Q, 1, L, 1, 2 or 4) references and (B, Q, H, L, P, 2) offsets -> locations."""
-        if references.shape[-1] == 2:
-            size_wh = spatial_shapes.flip(-1).to(offsets)[:, None]  # (L, 1, 2)
-            return references + offsets / size_wh
-        if references.shape[-1] == 4:
-            return references[..., :2] + offsets / self.num_points * references[..., 2:] * 0.5
-        raise ValueError(f"reference points have {references.shape[-1]} coordinates, not 2 or 4")

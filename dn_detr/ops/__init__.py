@@ -1,7 +1,8 @@
-"""Registered operators (``torch.ops.dn_detr.*``) and their Python face."""
+"""Registered operators (``torch.ops.dn_detr.*``), their Python face and the choice of kernels."""
 
 from __future__ import annotations
 
-from .ms_deform_attn import ms_deform_attn
+from .library import missing_kernels, use_kernels
+from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 
-__all__ = ["ms_deform_attn"]
+__all__ = ["missing_kernels", "ms_deform_attn", "ms_deform_attn_fused", "use_kernels"]

@@ -1,22 +1,24 @@
-"""Multi-scale deformable attention as the registered operator ``torch.ops.dn_detr.ms_deform_attn``.
+"""Multi-scale deformable attention as registered operators, ``torch.ops.dn_detr.*``.
 
 Zhu et al., "Deformable DETR", 2021, equation 3 (https://arxiv.org/abs/2010.04159).
 
 Legend: B batch, S cells of all levels, H heads, D head dim, Q queries, L levels, P points.
-The kernel here is plain PyTorch (``grid_sample``), correct on every device and in half types. The
-operator is opaque to ``torch.compile`` and ``torch.export``; faster kernels register behind the
-same name.
+The operators are opaque to ``torch.compile`` and ``torch.export``. Compiled kernels (csrc/) compute
+them where the installation built some for the device, :mod:`~dn_detr.ops.eager` elsewhere. Values
+may have any floating type, also under autocast; coordinates and weights of another type are
+converted to float32 (float64 with float64 values), in which all arithmetic is done: 1 / 1024 of a
+map is a whole cell, more digits than half types have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from . import eager
+from .library import compiled_operators
 
 
 def ms_deform_attn(
@@ -28,7 +30,8 @@ def ms_deform_attn(
 ) -> Tensor:
     """Sum of bilinear samples of ``value``, weighted, over levels and points.
 
-    Samples outside a level's map read zeros; cell centres lie at (i + 0.5) / size.
+    Samples outside a level's map, or at locations that are not finite, read zeros; cell centres
+    lie at (i + 0.5) / size.
 
     Args:
         value: (B, S, H, D) projected features of all levels, one after the other.
@@ -42,156 +45,197 @@ def ms_deform_attn(
         (B, Q, H * D) in the type of ``value``.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: types, devices or shapes that do not fit together; the argument is named.
     """
     return torch.ops.dn_detr.ms_deform_attn(
         value, spatial_shapes, level_start_index, sampling_locations, attention_weights
     )
 
 
-def _check_shapes(
-    value: Tensor, spatial_shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
-) -> list[list[int]]:
-    """The levels' [height, width] as integers, after checking that all inputs fit together."""
-    batch, cells, heads, _ = value.shape
-    levels = spatial_shapes.shape[0]
-    if locations.shape[0] != batch or locations.shape[2:4] != (heads, levels):
-        raise ValueError(
-            f"sampling_locations {tuple(locations.shape)} do not fit value {tuple(value.shape)} "
-            f"and {levels} levels: expected (B, Q, H, L, P, 2)"
-        )
-    if weights.shape != locations.shape[:-1]:
-        raise ValueError(
-            f"attention_weights {tuple(weights.shape)} must have the shape of sampling_locations "
-            f"{tuple(locations.shape)} without its last dimension"
-        )
-    shapes = spatial_shapes.tolist()
-    sizes = [h * w for h, w in shapes]
-    if sum(sizes) != cells:
-        raise ValueError(f"spatial_shapes {shapes} do not add up to the {cells} cells of value")
-    if starts.tolist() != [0, *accumulate(sizes)][:-1]:
-        raise ValueError(
-            f"level_start_index {starts.tolist()} does not fit levels of {sizes} cells, one after "
-            "the other"
-        )
-    return shapes
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """:func:`ms_deform_attn` from what the linear layers of an attention module give, in one pass.
+
+    Args:
+        value: (B, S, H, D) projected features of all levels, one after the other.
+        spatial_shapes: (L, 2) int64, height and width of each level; best kept on the CPU.
+        level_start_index: (L,) int64, first cell of each level within S.
+        reference_points: (B, Q, L, 2) points (x, y) or (B, Q, L, 4) boxes (cx, cy, w, h); [0, 1]
+            spans a level's map.
+        offsets: (B, Q, H, L, P, 2) from the reference, in cells of the level from a point, in half
+            box sizes divided by P from a box's centre.
+        logits: (B, Q, H, L * P); their softmax over levels and points weighs the samples.
+        padding_mask: (B, S) bool, True = padding: such cells read as zeros, whatever they hold.
+
+    Returns:
+        (B, Q, H * D) in the type of ``value``.
+
+    Raises:
+        ValueError: types, devices or shapes that do not fit together; the argument is named.
+    """
+    return torch.ops.dn_detr.ms_deform_attn_fused(
+        value, spatial_shapes, level_start_index, reference_points, offsets, logits, padding_mask
+    )
 
 
-def _per_level(
-    value: Tensor, shapes: list[list[int]], locations: Tensor, weights: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Each level's maps (N, D, h, w), grid (N, Q, P, 2) and weights (N, 1, Q, P); N = B * H."""
-    dtype = _working_type(value)
-    cells = value.split([h * w for h, w in shapes], dim=1)
-    for level, (height, width) in enumerate(shapes):
-        maps = cells[level].permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, (height, width))
-        grid = (2 * locations[:, :, :, level].to(dtype) - 1).transpose(1, 2).flatten(0, 1)
-        weights_N1QP = weights[:, :, :, level].to(dtype).transpose(1, 2).flatten(0, 1)[:, None]
-        yield maps.to(dtype), grid, weights_N1QP
+def _compiled(value: Tensor) -> Any | None:
+    """The compiled operators if they can compute with values like these."""
+    operators = compiled_operators(value.device)
+    dim = value.shape[-1] if value.dim() else 0
+    return operators if dim % 4 == 0 and dim <= 256 else None
 
 
-def _sample(maps: Tensor, grid: Tensor) -> Tensor:
-    """(N, D, h, w) at (N, Q, P, 2) -> (N, D, Q, P)."""
-    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+def _coordinates(value: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the type that they are computed in."""
+    dtype = eager.working_type(value)
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in tensors)
 
 
-def _working_type(value: Tensor) -> torch.dtype:
-    """Half types are computed in float32: their sums lose digits, and on CPUs worse happens."""
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
+def _as(likes: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gradients in the types of what they belong to."""
+    return tuple(g.to(like.dtype) for g, like in zip(gradients, likes, strict=True))
 
 
 @torch.library.custom_op("dn_detr::ms_deform_attn", mutates_args=())
-def _ms_deform_attn(
+def _forward(
     value: Tensor,
     spatial_shapes: Tensor,
     level_start_index: Tensor,
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    shapes = _check_shapes(
-        value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-    )
-    batch, _, heads, dim = value.shape
-    queries = sampling_locations.shape[1]
-    out_NDQ = value.new_zeros(batch * heads, dim, queries, dtype=_working_type(value))
-    for maps, grid, weights in _per_level(value, shapes, sampling_locations, attention_weights):
-        out_NDQ += (_sample(maps, grid) * weights).sum(-1)
-    out = out_NDQ.view(batch, heads * dim, queries).transpose(1, 2)
-    return out.to(value.dtype).contiguous()
+    inputs = _coordinates(value, sampling_locations, attention_weights)
+    operators = _compiled(value)
+    compute: Any = operators.ms_deform_attn_forward if operators else eager.forward
+    out: Tensor = compute(value, spatial_shapes, level_start_index, *inputs)
+    return out
 
 
 @torch.library.custom_op("dn_detr::ms_deform_attn_backward", mutates_args=())
-def _ms_deform_attn_backward(
-    grad_out: Tensor,
+def _backward(
+    grad_output: Tensor,
     value: Tensor,
     spatial_shapes: Tensor,
     level_start_index: Tensor,
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights; samples are computed again rather than kept."""
-    shapes = _check_shapes(
-        value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-    )
-    batch, _, heads, dim = value.shape
-    grad_NDQ1 = grad_out.to(_working_type(value)).transpose(1, 2)
-    grad_NDQ1 = grad_NDQ1.reshape(batch * heads, dim, grad_out.shape[1], 1)
-    value_grads, grid_grads, weights_grads = [], [], []
-    for maps, grid, weights in _per_level(value, shapes, sampling_locations, attention_weights):
-        maps_grad, grid_grad = torch.ops.aten.grid_sampler_2d_backward(
-            grad_NDQ1 * weights, maps, grid, 0, 0, False, [True, True]
-        )
-        value_grads.append(maps_grad.flatten(2).unflatten(0, (batch, heads)).permute(0, 3, 1, 2))
-        grid_grads.append(grid_grad.unflatten(0, (batch, heads)))
-        weights_grads.append((_sample(maps, grid) * grad_NDQ1).sum(1).unflatten(0, (batch, heads)))
-    value_grad = torch.cat(value_grads, dim=1)
-    locations_grad = 2 * torch.stack(grid_grads, dim=3).transpose(1, 2)  # (B, Q, H, L, P, 2)
-    weights_grad = torch.stack(weights_grads, dim=3).transpose(1, 2)  # (B, Q, H, L, P)
-    return (
-        value_grad.to(value.dtype).contiguous(),
-        locations_grad.to(sampling_locations.dtype).contiguous(),
-        weights_grad.to(attention_weights.dtype).contiguous(),
-    )
+    inputs = _coordinates(value, sampling_locations, attention_weights)
+    operators = _compiled(value)
+    compute: Any
+    if operators is None:
+        compute = eager.backward
+    elif _must_be_deterministic(value):
+        compute = operators.ms_deform_attn_backward_deterministic
+    else:
+        compute = operators.ms_deform_attn_backward
+    gradients = compute(grad_output, value, spatial_shapes, level_start_index, *inputs)
+    g_value, g_locations, g_weights = _as((value, sampling_locations, attention_weights), gradients)
+    return g_value, g_locations, g_weights
 
 
-@_ms_deform_attn.register_fake
-def _(
+@torch.library.custom_op("dn_detr::ms_deform_attn_fused", mutates_args=())
+def _fused_forward(
     value: Tensor,
     spatial_shapes: Tensor,
     level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    padding_mask: Tensor | None,
 ) -> Tensor:
-    batch, _, heads, dim = value.shape
-    return value.new_empty(batch, sampling_locations.shape[1], heads * dim)
+    inputs = _coordinates(value, reference_points, offsets, logits)
+    operators = _compiled(value)
+    compute: Any = operators.ms_deform_attn_fused_forward if operators else eager.fused_forward
+    out: Tensor = compute(value, spatial_shapes, level_start_index, *inputs, padding_mask)
+    return out
 
 
-@_ms_deform_attn_backward.register_fake
-def _(
-    grad_out: Tensor,
+@torch.library.custom_op("dn_detr::ms_deform_attn_fused_backward", mutates_args=())
+def _fused_backward(
+    grad_output: Tensor,
     value: Tensor,
     spatial_shapes: Tensor,
     level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (value, sampling_locations, attention_weights)
-    value_grad, locations_grad, weights_grad = (x.new_empty(x.shape) for x in inputs)
-    return value_grad, locations_grad, weights_grad
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = _coordinates(value, reference_points, offsets, logits)
+    operators = _compiled(value)
+    compute: Any
+    if operators is None:
+        compute = eager.fused_backward
+    elif _must_be_deterministic(value):
+        compute = operators.ms_deform_attn_fused_backward_deterministic
+    else:
+        compute = operators.ms_deform_attn_fused_backward
+    gradients = compute(
+        grad_output, value, spatial_shapes, level_start_index, *inputs, padding_mask
+    )
+    g_value, g_references, g_offsets, g_logits = _as(
+        (value, reference_points, offsets, logits), gradients
+    )
+    return g_value, g_references, g_offsets, g_logits
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _must_be_deterministic(value: Tensor) -> bool:
+    """On a CPU every order of additions is fixed anyway."""
+    return value.is_cuda and torch.are_deterministic_algorithms_enabled()
+
+
+# ---- shapes without numbers, for torch.compile and torch.export ----
+
+
+def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in tensors)
+
+
+@_forward.register_fake
+@_fused_forward.register_fake
+def _(value: Tensor, *others: Any) -> Tensor:
+    queries = others[2].shape[1]  # of the locations or the reference points
+    return value.new_empty(value.shape[0], queries, value.shape[2] * value.shape[3])
+
+
+@_backward.register_fake
+def _(grad_output: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return _empty_like(value, *others[2:])
+
+
+@_fused_backward.register_fake
+def _(grad_output: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return _empty_like(value, *others[2:5])
+
+
+# ---- autograd ----
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    value_grad, locations_grad, weights_grad = torch.ops.dn_detr.ms_deform_attn_backward(
-        grad_out, *ctx.saved_tensors
+def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    value, locations, weights = torch.ops.dn_detr.ms_deform_attn_backward(
+        grad_output, *ctx.saved_tensors
     )
-    return value_grad, None, None, locations_grad, weights_grad
+    return value, None, None, locations, weights
 
 
-_ms_deform_attn.register_autograd(_backward, setup_context=_save_inputs)
-# Sampling locations need more digits than half types have: 1 / 1024 of a map is a whole cell.
-_ms_deform_attn.register_autocast("cpu", torch.float32)
-_ms_deform_attn.register_autocast("cuda", torch.float32)
+def _differentiate_fused(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    value, references, offsets, logits = torch.ops.dn_detr.ms_deform_attn_fused_backward(
+        grad_output, *ctx.saved_tensors
+    )
+    return value, None, None, references, offsets, logits, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save_inputs)
+_fused_forward.register_autograd(_differentiate_fused, setup_context=_save_inputs)

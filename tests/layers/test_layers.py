@@ -121,11 +121,14 @@ def test_deformable_attention_ignores_what_lies_in_the_padding():
 
 def test_offsets_from_a_box_are_in_half_box_sizes():
     attention = MSDeformAttn(16, 2, 1, 4)
-    references = torch.tensor([0.5, 0.5, 0.2, 0.4]).view(1, 1, 1, 1, 1, 4)
-    offsets = torch.ones(1, 1, 2, 1, 4, 2)
-    locations = attention._locations(references, offsets, torch.tensor([[4, 4]]))
-    expected = torch.tensor([0.5 + 0.2 / 8, 0.5 + 0.4 / 8]).expand_as(locations)
-    torch.testing.assert_close(locations, expected)
+    nn.init.ones_(attention.sampling_offsets.bias)
+    box = torch.tensor([0.5, 0.5, 0.2, 0.4]).view(1, 1, 1, 4)
+    moved = torch.tensor([0.5 + 0.2 / 8, 0.5 + 0.4 / 8]).view(1, 1, 1, 2)
+    query, memory = torch.randn(1, 1, 16), torch.randn(1, 20, 16)
+    levels = (torch.tensor([[4, 5]]), torch.tensor([0]))
+    out = attention(query, box, memory, *levels)
+    nn.init.zeros_(attention.sampling_offsets.bias)
+    torch.testing.assert_close(out, attention(query, moved, memory, *levels))
 
 
 def test_reference_points_of_three_coordinates_are_refused():
