@@ -9,6 +9,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
+# One test process for each core, each with one thread; `make test PYTEST=".venv/bin/python -m pytest -x"`
+# runs them one after the other.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+
 DEMO_CONFIG := configs/digits_dn_deformable_detr.py
 DEMO_DATA := datasets/digits
 DEMO_OUTPUT := output/demo
@@ -41,10 +45,10 @@ demo: $(INSTALLED)
 	echo "The demo took $$(( $$(date +%s) - start )) seconds."
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 test-slow: $(INSTALLED)
-	@$(BIN)/python -m pytest -q -m slow
+	@$(PYTEST) -m slow
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --quiet .

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from dn_detr.config import instantiate
+from dn_detr.layers import MSDeformAttn
+from dn_detr.ops import missing_kernels
 
 from .conftest import FAMILIES, make_sample
 
 DENOISED = [name for name in FAMILIES if name.startswith("dn_")]
+DEFORMABLE = [name for name in FAMILIES if "deformable" in name]
 SIZES = [(75, 110), (128, 64), (33, 47)]
 
 
@@ -75,6 +78,19 @@ def test_matching_queries_are_blind_to_denoising_queries(family):
     assert first["loss_ce_dn"] != second["loss_ce_dn"]
     for name in (name for name in first if "_dn" not in name):
         assert first[name].item() == pytest.approx(second[name].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family_config", DEFORMABLE, indirect=True)
+def test_a_step_runs_the_compiled_operators_alone(family):
+    if (problem := missing_kernels("cpu")) is not None:
+        pytest.skip(problem)
+    with torch.profiler.profile() as profile:
+        _total(family([make_sample(64, 80, n, n) for n in (2, 3)])).backward()
+    names = {event.key for event in profile.key_averages()}
+    layers = sum(isinstance(module, MSDeformAttn) for module in family.modules())
+    compiled = {f"dn_detr_C::ms_deform_attn_fused_{name}" for name in ("forward", "backward")}
+    assert layers > 0 and compiled <= names
+    assert not [name for name in names if "grid_sampler" in name]
 
 
 def test_bfloat16_autocast_trains(family):

@@ -78,6 +78,8 @@ def test_an_interrupt_of_the_parent_alone_ends_all_processes(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell script that started these tests in the background would pass on a deaf ear.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     metrics, deadline = tmp_path / "a" / "metrics.jsonl", time.monotonic() + 120
     while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
