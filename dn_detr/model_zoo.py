@@ -10,10 +10,13 @@ docs/model_zoo.md is the table of all of them.
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -161,24 +164,23 @@ def model_size(name: str, image_size: tuple[int, int] = (800, 1066)) -> ModelSiz
     return ModelSize(parameters, counter.get_total_flops() // 2)
 
 
-def _ms_deform_attn_flops(
-    value: Sequence[int],
-    spatial_shapes: Sequence[int],
-    level_start_index: Sequence[int],
-    sampling_locations: Sequence[int],
-    attention_weights: Sequence[int],
-    **_: object,
-) -> int:
+def _sampling_flops(weights: int, value: Sequence[int], *others: Any, **_: object) -> int:
     """Five multiply-adds per sample and channel: four corners and the weight.
 
     Zhu et al., "Deformable DETR", 2021, appendix A.1 (https://arxiv.org/abs/2010.04159).
+
+    Args:
+        weights: which of the others holds the samples' weights, or their logits.
+        value, others: the shapes of the operator's arguments; value is (B, S, H, D).
     """
-    batch, queries, heads, levels, points = attention_weights
-    return 2 * 5 * batch * queries * heads * levels * points * value[-1]
+    return 2 * 5 * math.prod(others[weights]) * value[-1]
 
 
 # For the argument custom_mapping of torch's FlopCounterMode, which counts a multiply-add twice.
-FLOP_FORMULAS = {torch.ops.dn_detr.ms_deform_attn: _ms_deform_attn_flops}
+FLOP_FORMULAS = {
+    torch.ops.dn_detr.ms_deform_attn: partial(_sampling_flops, 3),
+    torch.ops.dn_detr.ms_deform_attn_fused: partial(_sampling_flops, 4),
+}
 
 
 def _known(name: str) -> str:

@@ -25,7 +25,7 @@ from dn_detr.model_zoo import (
     model_size,
 )
 from dn_detr.modeling import Detector
-from dn_detr.ops import ms_deform_attn
+from dn_detr.ops import ms_deform_attn, ms_deform_attn_fused
 from tools import make_model_zoo
 
 NEEDS_TIMM = "dn_detr_swin_t_50ep"
@@ -204,9 +204,14 @@ def test_deformable_attention_counts_five_multiply_adds_per_sample_and_channel()
     with torch.device("meta"):
         value, locations = torch.empty(2, 20, 3, 4), torch.empty(2, 7, 3, 2, 5, 2)
         shapes, starts = torch.empty(2, 2).long(), torch.empty(2).long()
+        references, logits = torch.empty(2, 7, 2, 4), torch.empty(2, 7, 3, 2 * 5)
     samples = 2 * 7 * 3 * 2 * 5
     flops = _flops(ms_deform_attn, value, shapes, starts, locations, locations[..., 0])
     assert flops == 2 * 5 * samples * 4
+    fused = (value, shapes, starts, references, locations, logits)
+    assert _flops(ms_deform_attn_fused, *fused) == flops
+    padding_mask = torch.zeros(2, 20, dtype=torch.bool, device="meta")
+    assert _flops(ms_deform_attn_fused, *fused, padding_mask) == flops
 
 
 def test_masked_attention_counts_both_products():
