@@ -133,11 +133,17 @@ DN_DETR_INLINE E* sample_row(
   return static_cast<E*>(data) + item * elements;
 }
 
+// How near to the processor a prefetch brings its line. The first cache has few buffers for misses;
+// with many at once, fetching into the second one is almost twice as fast.
+enum Cache { kSecondCache = 2, kFirstCache = 3 };
+
 // Always inline: GCC takes a function that only prefetches for one without effect, and drops calls.
-template <class E>
+template <Cache kCache = kFirstCache, class E>
 DN_DETR_INLINE void prefetch(const E* row, int64_t count) {
   const char* line = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < count * int64_t(sizeof(E)); i += 64) __builtin_prefetch(line + i);
+  for (int64_t i = 0; i < count * int64_t(sizeof(E)); i += 64) {
+    __builtin_prefetch(line + i, 0, kCache);
+  }
 }
 // Stores leave the processor in order: one that misses the cache holds up all that follow.
 template <class E>
@@ -489,7 +495,7 @@ DN_DETR_INLINE void prefetch_corners(
     for (int64_t c = 0; c < 4; ++c) {
       const int32_t* index = item.index + c * samples.padded_count;
       for (int64_t i = 0; i < samples.count; ++i) {
-        prefetch(cells + (index[i] < 0 ? 0 : index[i]) * stride, dim);
+        prefetch<kSecondCache>(cells + (index[i] < 0 ? 0 : index[i]) * stride, dim);
       }
     }
   }
