@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +25,7 @@ from dn_detr.modeling import Detector
 from dn_detr.modeling.denoising import Noise
 from dn_detr.modeling.losses import focal_loss
 from dn_detr.modeling.queries import ProposalQueries
+from dn_detr.ops import missing_kernels, use_kernels
 
 # The published treatment of padding and of empty denoising slots. Every model masks in backbone
 # and neck; the other options belong to a part that only these models have.
@@ -41,8 +42,17 @@ _PUBLISHED: dict[str, dict[str, bool]] = {
     "dn_deformable_encoder_only_r50": _EVERYWHERE | _DENOISING,
 }
 
-# How to run each kernel of deformable attention; a compiled one adds its own entry.
-ATTENTION_KERNELS: dict[str, Callable[[], AbstractContextManager[None]]] = {"pytorch": nullcontext}
+ATTENTION_KERNELS = ("compiled", "pytorch")
+
+
+@contextmanager
+def attention_kernels(name: str) -> Iterator[None]:
+    """Compute deformable attention with these kernels; skips where they are not built."""
+    problem = missing_kernels("cpu")
+    if name == "compiled" and problem is not None:
+        pytest.skip(problem)
+    with use_kernels("auto" if name == "compiled" else name):
+        yield
 
 
 def load_module(path: Path) -> ModuleType:

@@ -42,6 +42,7 @@ from .goldens import (
     Step,
     assert_kept_as,
     assert_near,
+    attention_kernels,
     build_published,
     embed_padding,
     empty_slots_as_negatives,
@@ -408,10 +409,10 @@ def _tolerance(gradient: Tensor, norm: float, golden: Golden) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
-def test_numbers_hold_with_another_thread_count(config, golden, kernel):
+@pytest.mark.parametrize("kernels", ATTENTION_KERNELS)
+def test_numbers_hold_with_another_thread_count(config, golden, kernels):
     threads = 1 if torch.get_num_threads() > 1 else 2
-    with number_of_threads(threads), ATTENTION_KERNELS[kernel]():
+    with number_of_threads(threads), attention_kernels(kernels):
         model = _build(config, golden.arrays, golden.rules)
         samples = _samples(golden.rules)[1:]
         evaluation = evaluate(model, *model.preprocess(samples))

@@ -32,6 +32,7 @@ from .goldens import (
     Step,
     assert_kept_as,
     assert_near,
+    attention_kernels,
     build_published,
     entry_tolerance,
     evaluate,
@@ -385,10 +386,10 @@ def test_float64_gives_the_official_float64_numbers(case, state, rules, batch, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
-def test_numbers_hold_with_another_thread_count(case, state, rules, batch, golden, meta, kernel):
+@pytest.mark.parametrize("kernels", ATTENTION_KERNELS)
+def test_numbers_hold_with_another_thread_count(case, state, rules, batch, golden, meta, kernels):
     threads = 1 if torch.get_num_threads() > 1 else 2
-    with number_of_threads(threads), ATTENTION_KERNELS[kernel]():
+    with number_of_threads(threads), attention_kernels(kernels):
         rebuilt = build_published(case.config, state, num_classes=91)
         evaluation = evaluate(rebuilt, *batch)
         step = _train(rebuilt, rules, batch)
