@@ -7,27 +7,17 @@
 #include "operators.h"
 
 #include <atomic>
-#include <climits>
 #include <cstdlib>
 #include <cstring>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
-
 #include "arguments.h"
+#include "inputs.h"
 
 namespace dn_detr {
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using Tensor = torch::stable::Tensor;
-using Sizes = std::vector<int64_t>;
-
-constexpr int64_t kMaxDim = 256;
 
 // ---- choice of the instruction set ----
 
@@ -71,115 +61,6 @@ std::atomic<const InstructionSet*>& active_instruction_set() {
   return active;
 }
 
-// ---- checks ----
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
-
-std::string text(const Sizes& sizes) {
-  std::ostringstream out;
-  out << '(';
-  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
-  out << ')';
-  return out.str();
-}
-
-Sizes sizes_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return Sizes(sizes.begin(), sizes.end());
-}
-
-void require_cpu(const char* name, const Tensor& tensor) {
-  if (!tensor.is_cpu()) fail(name, " must be on the CPU");
-}
-
-void require_type(const char* name, const Tensor& tensor, ScalarType type, const char* type_name) {
-  require_cpu(name, tensor);
-  if (tensor.scalar_type() != type) fail(name, " must be ", type_name);
-}
-
-void require_sizes(const char* name, const Tensor& tensor, const Sizes& expected) {
-  if (sizes_of(tensor) != expected) {
-    fail(name, " has the shape ", text(sizes_of(tensor)), ", expected ", text(expected));
-  }
-}
-
-void require_rank(const char* name, const Tensor& tensor, int64_t rank, const char* shape) {
-  if (tensor.dim() != rank) {
-    fail(name, " has the shape ", text(sizes_of(tensor)), ", expected ", shape);
-  }
-}
-
-// The tensor itself if its last `dims` dimensions lie in memory one after the other, else a copy.
-Tensor with_contiguous_rows(const Tensor& tensor, int dims) {
-  int64_t expected = 1;
-  for (int64_t d = tensor.dim() - 1; d >= tensor.dim() - dims; --d) {
-    if (tensor.size(d) != 1 && tensor.stride(d) != expected) {
-      return torch::stable::contiguous(tensor);
-    }
-    expected *= tensor.size(d);
-  }
-  return tensor;
-}
-
-ValueType value_type_of(const Tensor& value) {
-  switch (value.scalar_type()) {
-    case ScalarType::Float:
-      return ValueType::float32;
-    case ScalarType::Double:
-      return ValueType::float64;
-    case ScalarType::BFloat16:
-      return ValueType::bfloat16;
-    case ScalarType::Half:
-      return ValueType::float16;
-    default:
-      fail("value must be float32, float64, bfloat16 or float16");
-  }
-}
-
-int64_t value_bytes(ValueType type) {
-  if (type == ValueType::float64) return 8;
-  return type == ValueType::float32 ? 4 : 2;
-}
-
-std::vector<Level> read_levels(
-    const Tensor& spatial_shapes, const Tensor& level_start_index, int64_t cells) {
-  require_type("spatial_shapes", spatial_shapes, ScalarType::Long, "int64");
-  require_type("level_start_index", level_start_index, ScalarType::Long, "int64");
-  require_rank("spatial_shapes", spatial_shapes, 2, "(L, 2)");
-  require_sizes("spatial_shapes", spatial_shapes, {spatial_shapes.size(0), 2});
-  require_sizes("level_start_index", level_start_index, {spatial_shapes.size(0)});
-  const auto* shapes = static_cast<const int64_t*>(spatial_shapes.const_data_ptr());
-  const auto* starts = static_cast<const int64_t*>(level_start_index.const_data_ptr());
-  std::vector<Level> levels(spatial_shapes.size(0));
-  int64_t first = 0;
-  for (size_t l = 0; l < levels.size(); ++l) {
-    const int64_t* shape = shapes + l * spatial_shapes.stride(0);
-    const int64_t height = shape[0], width = shape[spatial_shapes.stride(1)];
-    if (height < 0 || width < 0 || height > INT_MAX || width > INT_MAX ||
-        height * width > cells - first) {
-      fail("spatial_shapes: level ", l, " of ", height, " x ", width,
-           " cells does not fit into the ", cells, " cells of value");
-    }
-    const int64_t start = starts[l * level_start_index.stride(0)];
-    if (start != first) {
-      fail("level_start_index: level ", l, " must start at ", first, ", not at ", start);
-    }
-    levels[l].height = int32_t(height);
-    levels[l].width = int32_t(width);
-    levels[l].first_cell = int32_t(first);
-    first += height * width;
-  }
-  if (first != cells) {
-    fail("spatial_shapes add up to ", first, " cells, but value has ", cells);
-  }
-  return levels;
-}
-
 // ---- arguments with the tensors that keep them alive ----
 
 struct Call {
@@ -196,122 +77,98 @@ struct Call {
   bool is_fused() const { return arguments.reference_dim != 0; }
   int64_t heads() const { return arguments.batch * arguments.heads; }
   int64_t samples() const { return int64_t(arguments.levels) * arguments.points; }
-  bool is_empty() const {
-    return heads() == 0 || arguments.queries == 0 || arguments.dim == 0 || samples() == 0;
-  }
   int64_t arithmetic_bytes() const {
     return arguments.value_type == ValueType::float64 ? 8 : 4;
   }
 };
 
+ValueType value_type_of(const Tensor& value) {
+  switch (value.scalar_type()) {
+    case ScalarType::Double:
+      return ValueType::float64;
+    case ScalarType::BFloat16:
+      return ValueType::bfloat16;
+    case ScalarType::Half:
+      return ValueType::float16;
+    default:
+      return ValueType::float32;
+  }
+}
+
+int64_t value_bytes(ValueType type) {
+  if (type == ValueType::float64) return 8;
+  return type == ValueType::float32 ? 4 : 2;
+}
+
 // Positions of cells in a head that is packed with a border of zeros around every level: one
 // cell before each row, which also ends the row above, and one row above and below.
-void place_packed_levels(Call& call) {
+void place_levels(Call& call, const std::vector<LevelSize>& levels) {
+  for (const LevelSize& size : levels) {
+    call.levels.push_back({size.height, size.width, size.first_cell, 0, 0});
+  }
+  MSDeformAttnArguments& a = call.arguments;
+  a.level = call.levels.data();
   int64_t first = 0;
   for (Level& level : call.levels) {
     const int64_t pitch = int64_t(level.width) + 1;
     const int64_t cells = (int64_t(level.height) + 2) * pitch + 1;
-    if (cells > INT_MAX / 4 - first) return;
+    if (cells > kMaxCells - first) return;
     level.packed_pitch = int32_t(pitch);
     level.packed_origin = int32_t(first + pitch + 1);
     first += cells;
   }
-  call.arguments.packed_cells = int32_t(first + 2);
+  a.packed_cells = int32_t(first + 2);
   // Worth its cost when cells are read about four times or more; not for levels that are all
   // border.
-  call.can_pack = call.arguments.queries >= call.arguments.cells / 4 &&
-                  first < 4 * call.arguments.cells + 1024;
+  call.can_pack = a.queries >= a.cells / 4 && first < 4 * a.cells + 1024;
 }
 
-void set_value(Call& call, const Tensor& value, const Tensor& spatial_shapes,
-               const Tensor& level_start_index) {
-  require_cpu("value", value);
-  require_rank("value", value, 4, "(B, S, H, D)");
+// Strides of the dimensions before the innermost ones, which lie one after the other.
+Strides strides_of(const Tensor& rows) {
+  return {rows.stride(0), rows.stride(1), rows.stride(2)};
+}
+
+Call call_of(const Inputs& inputs) {
+  Call call;
   MSDeformAttnArguments& a = call.arguments;
-  a.value_type = value_type_of(value);
-  a.batch = value.size(0);
-  a.cells = value.size(1);
-  a.heads = value.size(2);
-  a.dim = value.size(3);
-  if (a.dim % 4 != 0 || a.dim > kMaxDim) {
-    fail("value has head dim ", a.dim, ", which is not a multiple of 4 up to ", kMaxDim);
+  const InputSizes& sizes = inputs.sizes;
+  a.value_type = value_type_of(inputs.value);
+  a.batch = sizes.batch;
+  a.cells = sizes.cells;
+  a.heads = sizes.heads;
+  a.dim = sizes.dim;
+  a.queries = sizes.queries;
+  a.levels = int32_t(sizes.levels);
+  a.points = int32_t(sizes.points);
+  a.reference_dim = int32_t(sizes.coordinates);
+  place_levels(call, inputs.levels);
+  const Tensor value = with_contiguous_rows(inputs.value, 1);
+  const Tensor locations = with_contiguous_rows(inputs.locations, 3);
+  const Tensor weights = with_contiguous_rows(inputs.weights, inputs.weights.dim() - 3);
+  a.value = call.hold(value);
+  a.value_strides = strides_of(value);
+  a.locations = call.hold(locations);
+  a.location_strides = strides_of(locations);
+  a.weights = call.hold(weights);
+  a.weight_strides = strides_of(weights);
+  if (inputs.reference_points) {
+    const Tensor references = with_contiguous_rows(*inputs.reference_points, 2);
+    a.references = call.hold(references);
+    a.reference_strides = {references.stride(0), references.stride(1), 0};
   }
-  if (a.cells > INT_MAX / 4) fail("value has too many cells: ", a.cells);
-  call.levels = read_levels(spatial_shapes, level_start_index, a.cells);
-  a.level = call.levels.data();
-  a.levels = int32_t(call.levels.size());
-  const Tensor rows = with_contiguous_rows(value, 1);
-  a.value = call.hold(rows);
-  a.value_strides = {rows.stride(0), rows.stride(1), rows.stride(2)};
+  if (inputs.padding_mask) {
+    const Tensor mask = with_contiguous_rows(*inputs.padding_mask, 1);
+    a.padding_mask = static_cast<const bool*>(call.hold(mask));
+    a.padding_mask_stride = mask.stride(0);
+  }
   call.kernels = active_instruction_set().load()->kernels + int(a.value_type);
+  return call;
 }
 
-void require_coordinates(const Call& call, const char* name, const Tensor& tensor) {
-  if (call.arguments.value_type == ValueType::float64) {
-    require_type(name, tensor, ScalarType::Double, "float64, like value");
-  } else {
-    require_type(name, tensor, ScalarType::Float, "float32");
-  }
-}
-
-void set_samples(Call& call, const char* location_name, const Tensor& locations,
-                 const char* weight_name, const Tensor& weights, bool flat_weights) {
-  MSDeformAttnArguments& a = call.arguments;
-  require_coordinates(call, location_name, locations);
-  require_coordinates(call, weight_name, weights);
-  require_rank(location_name, locations, 6, "(B, Q, H, L, P, 2)");
-  a.queries = locations.size(1);
-  const int64_t points = locations.size(4);
-  require_sizes(location_name, locations, {a.batch, a.queries, a.heads, a.levels, points, 2});
-  if (points > INT_MAX / 64 / (a.levels ? a.levels : 1)) {
-    fail(location_name, " has too many points: ", points);
-  }
-  a.points = int32_t(points);
-  Sizes weight_sizes{a.batch, a.queries, a.heads, a.levels, points};
-  if (flat_weights) weight_sizes = {a.batch, a.queries, a.heads, a.levels * points};
-  require_sizes(weight_name, weights, weight_sizes);
-  const Tensor location_rows = with_contiguous_rows(locations, 3);
-  const Tensor weight_rows = with_contiguous_rows(weights, flat_weights ? 1 : 2);
-  a.locations = call.hold(location_rows);
-  a.location_strides = {location_rows.stride(0), location_rows.stride(1), location_rows.stride(2)};
-  a.weights = call.hold(weight_rows);
-  a.weight_strides = {weight_rows.stride(0), weight_rows.stride(1), weight_rows.stride(2)};
-  place_packed_levels(call);
-}
-
-void set_references(Call& call, const Tensor& references) {
-  MSDeformAttnArguments& a = call.arguments;
-  require_coordinates(call, "reference_points", references);
-  require_rank("reference_points", references, 4, "(B, Q, L, 2 or 4)");
-  a.reference_dim = int32_t(references.size(3));
-  if (references.size(3) != 2 && references.size(3) != 4) {
-    fail("reference_points have ", references.size(3), " coordinates, not 2 or 4");
-  }
-  require_sizes(
-      "reference_points", references, {a.batch, a.queries, a.levels, references.size(3)});
-  const Tensor rows = with_contiguous_rows(references, 2);
-  a.references = call.hold(rows);
-  a.reference_strides = {rows.stride(0), rows.stride(1), 0};
-}
-
-void set_padding_mask(Call& call, const std::optional<Tensor>& padding_mask) {
-  if (!padding_mask) return;
-  MSDeformAttnArguments& a = call.arguments;
-  require_type("padding_mask", *padding_mask, ScalarType::Bool, "bool");
-  require_sizes("padding_mask", *padding_mask, {a.batch, a.cells});
-  const Tensor rows = with_contiguous_rows(*padding_mask, 1);
-  a.padding_mask = static_cast<const bool*>(call.hold(rows));
-  a.padding_mask_stride = rows.stride(0);
-}
-
-void set_grad_output(Call& call, const Tensor& grad_output, const Tensor& value) {
-  MSDeformAttnArguments& a = call.arguments;
-  require_cpu("grad_output", grad_output);
-  if (grad_output.scalar_type() != value.scalar_type()) {
-    fail("grad_output must have the type of value");
-  }
-  require_sizes("grad_output", grad_output, {a.batch, a.queries, a.heads * a.dim});
+void set_grad_output(Call& call, const Inputs& inputs, const Tensor& grad_output) {
+  check_grad_output(inputs, grad_output);
   const Tensor rows = with_contiguous_rows(grad_output, 1);
+  MSDeformAttnArguments& a = call.arguments;
   a.grad_output = call.hold(rows);
   a.grad_output_strides = {rows.stride(0), rows.stride(1), a.dim};
 }
@@ -432,16 +289,17 @@ void forward_packed(const Call& call, const Tensor& value) {
   });
 }
 
-Tensor forward(Call& call, const Tensor& value) {
-  MSDeformAttnArguments& a = call.arguments;
-  const Sizes sizes{a.batch, a.queries, a.heads * a.dim};
-  if (call.is_empty()) return torch::stable::new_zeros(value, sizes);
-  Tensor output = torch::stable::new_empty(value, sizes);
-  a.output = output.mutable_data_ptr();
+Tensor forward(const Inputs& inputs) {
+  const InputSizes& sizes = inputs.sizes;
+  const Sizes output_sizes{sizes.batch, sizes.queries, sizes.heads * sizes.dim};
+  if (sizes.is_empty()) return torch::stable::new_zeros(inputs.value, output_sizes);
+  Call call = call_of(inputs);
+  Tensor output = torch::stable::new_empty(inputs.value, output_sizes);
+  call.arguments.output = output.mutable_data_ptr();
   if (call.can_pack) {
-    forward_packed(call, value);
+    forward_packed(call, inputs.value);
   } else {
-    forward_direct(call, value);
+    forward_direct(call, inputs.value);
   }
   return output;
 }
@@ -570,67 +428,43 @@ struct Gradients {
   Tensor value, references, locations, weights;
 };
 
-Gradients zero_gradients(
-    const Tensor& value, const Tensor* references, const Tensor& locations, const Tensor& weights) {
-  const auto zeros = [](const Tensor& like) {
-    return torch::stable::new_zeros(like, sizes_of(like));
-  };
-  return {zeros(value), references ? zeros(*references) : Tensor(), zeros(locations),
-          zeros(weights)};
+Tensor zeros_for(const Tensor& like) { return torch::stable::new_zeros(like, sizes_of(like)); }
+Tensor memory_for(const Tensor& like) { return torch::stable::new_empty(like, sizes_of(like)); }
+
+Gradients zero_gradients(const Inputs& inputs) {
+  return {zeros_for(inputs.value),
+          inputs.is_fused() ? zeros_for(*inputs.reference_points) : Tensor(),
+          zeros_for(inputs.locations), zeros_for(inputs.weights)};
 }
 
-Gradients backward(
-    Call& call, const Tensor& value, const Tensor* references, const Tensor& locations,
-    const Tensor& weights) {
-  if (call.is_empty()) return zero_gradients(value, references, locations, weights);
+Gradients backward(const Tensor& grad_output, const Inputs& inputs) {
+  Call call = call_of(inputs);
+  set_grad_output(call, inputs, grad_output);
+  if (inputs.sizes.is_empty()) return zero_gradients(inputs);
   MSDeformAttnArguments& a = call.arguments;
   Gradients gradients;
-  gradients.value = Backward::needs_zeroed_output(call)
-                        ? torch::stable::new_zeros(value, sizes_of(value))
-                        : torch::stable::new_empty(value, sizes_of(value));
-  gradients.locations = torch::stable::new_empty(locations, sizes_of(locations));
-  gradients.weights = torch::stable::new_empty(weights, sizes_of(weights));
+  gradients.value = Backward::needs_zeroed_output(call) ? zeros_for(inputs.value)
+                                                        : memory_for(inputs.value);
+  gradients.locations = memory_for(inputs.locations);
+  gradients.weights = memory_for(inputs.weights);
   a.grad_value = gradients.value.mutable_data_ptr();
   a.grad_locations = gradients.locations.mutable_data_ptr();
   a.grad_weights = gradients.weights.mutable_data_ptr();
-  Tensor per_head;
+  if (!inputs.is_fused()) {
+    Backward(call, inputs.value).run();
+    return gradients;
+  }
   const int64_t columns = int64_t(a.levels) * a.reference_dim;
-  if (references) {
-    gradients.references = torch::stable::new_empty(*references, sizes_of(*references));
-    per_head = torch::stable::new_empty(*references, {a.batch, a.queries, a.heads, columns});
-    a.grad_references = per_head.mutable_data_ptr();
-  }
-  Backward(call, value).run();
-  if (references) {
-    const auto sum = a.value_type == ValueType::float64 ? sum_over_heads<double>
-                                                        : sum_over_heads<float>;
-    sum(a.grad_references, gradients.references.mutable_data_ptr(), a.batch * a.queries, a.heads,
-        columns);
-  }
+  const Tensor per_head =
+      torch::stable::new_empty(inputs.locations, {a.batch, a.queries, a.heads, columns});
+  a.grad_references = per_head.mutable_data_ptr();
+  Backward(call, inputs.value).run();
+  gradients.references = memory_for(*inputs.reference_points);
+  const auto sum = a.value_type == ValueType::float64 ? sum_over_heads<double>
+                                                      : sum_over_heads<float>;
+  sum(a.grad_references, gradients.references.mutable_data_ptr(), a.batch * a.queries, a.heads,
+      columns);
   return gradients;
-}
-
-Call classic_call(
-    const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
-    const Tensor& sampling_locations, const Tensor& attention_weights) {
-  Call call;
-  set_value(call, value, spatial_shapes, level_start_index);
-  set_samples(
-      call, "sampling_locations", sampling_locations, "attention_weights", attention_weights,
-      false);
-  return call;
-}
-
-Call fused_call(
-    const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
-    const Tensor& reference_points, const Tensor& offsets, const Tensor& logits,
-    const std::optional<Tensor>& padding_mask) {
-  Call call;
-  set_value(call, value, spatial_shapes, level_start_index);
-  set_samples(call, "offsets", offsets, "logits", logits, true);
-  set_references(call, reference_points);
-  set_padding_mask(call, padding_mask);
-  return call;
 }
 
 }  // namespace
@@ -640,37 +474,32 @@ Call fused_call(
 Tensor ms_deform_attn_forward_cpu(
     Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations,
     Tensor attention_weights) {
-  Call call = classic_call(
-      value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
-  return forward(call, value);
+  return forward(classic_inputs(
+      value, spatial_shapes, level_start_index, sampling_locations, attention_weights));
 }
 
 std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward_cpu(
     Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index,
     Tensor sampling_locations, Tensor attention_weights) {
-  Call call = classic_call(
-      value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
-  set_grad_output(call, grad_output, value);
-  const Gradients gradients =
-      backward(call, value, nullptr, sampling_locations, attention_weights);
+  const Gradients gradients = backward(
+      grad_output, classic_inputs(value, spatial_shapes, level_start_index, sampling_locations,
+                                  attention_weights));
   return {gradients.value, gradients.locations, gradients.weights};
 }
 
 Tensor ms_deform_attn_fused_forward_cpu(
     Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor reference_points,
     Tensor offsets, Tensor logits, std::optional<Tensor> padding_mask) {
-  Call call = fused_call(
-      value, spatial_shapes, level_start_index, reference_points, offsets, logits, padding_mask);
-  return forward(call, value);
+  return forward(fused_inputs(value, spatial_shapes, level_start_index, reference_points, offsets,
+                              logits, padding_mask));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward_cpu(
     Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index,
     Tensor reference_points, Tensor offsets, Tensor logits, std::optional<Tensor> padding_mask) {
-  Call call = fused_call(
-      value, spatial_shapes, level_start_index, reference_points, offsets, logits, padding_mask);
-  set_grad_output(call, grad_output, value);
-  const Gradients gradients = backward(call, value, &reference_points, offsets, logits);
+  const Gradients gradients = backward(
+      grad_output, fused_inputs(value, spatial_shapes, level_start_index, reference_points,
+                                offsets, logits, padding_mask));
   return {gradients.value, gradients.references, gradients.locations, gradients.weights};
 }
 

@@ -41,6 +41,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of value, locations and weights; samples are computed again rather than kept."""
     shapes = check_inputs(value, spatial_shapes, starts, locations, weights)
+    _check_grad_output(grad_output, value, queries=locations.shape[1])
     batch, _, heads, dim = value.shape
     dtype = working_type(value)
     value_grad = torch.zeros_like(value, memory_format=torch.contiguous_format, dtype=dtype)
@@ -76,7 +77,7 @@ def fused_forward(
     padding_mask: Tensor | None,
 ) -> Tensor:
     """(B, Q, H * D); see ``ms_deform_attn_fused``."""
-    check_fused_inputs(value, spatial_shapes, references, offsets, logits, padding_mask)
+    check_fused_inputs(value, spatial_shapes, starts, references, offsets, logits, padding_mask)
     return forward(
         _without_padding(value, padding_mask),
         spatial_shapes,
@@ -97,7 +98,7 @@ def fused_backward(
     padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of value, reference points, offsets and logits."""
-    check_fused_inputs(value, spatial_shapes, references, offsets, logits, padding_mask)
+    check_fused_inputs(value, spatial_shapes, starts, references, offsets, logits, padding_mask)
     weights = _softmax(logits, offsets)
     value_grad, locations_grad, weights_grad = backward(
         grad_output,
@@ -154,16 +155,15 @@ def check_inputs(
 def check_fused_inputs(
     value: Tensor,
     spatial_shapes: Tensor,
+    starts: Tensor,
     references: Tensor,
     offsets: Tensor,
     logits: Tensor,
     padding_mask: Tensor | None,
 ) -> None:
-    """What is not yet checked by :func:`check_inputs`."""
-    _check_rank("value", value, 4, "(B, S, H, D)")
-    _check_rank("spatial_shapes", spatial_shapes, 2, "(L, 2)")
+    """The same for the fused operator."""
+    levels = len(_check_levels(value, spatial_shapes, starts))
     batch, cells, heads, _ = value.shape
-    levels = len(spatial_shapes)
     for name, tensor in (
         ("reference_points", references),
         ("offsets", offsets),
@@ -185,6 +185,16 @@ def check_fused_inputs(
         _check_device("padding_mask", padding_mask, value)
 
 
+def _check_grad_output(grad_output: Tensor, value: Tensor, queries: int) -> None:
+    if grad_output.dtype != value.dtype:
+        raise ValueError(
+            f"grad_output must have the type of value, {value.dtype}, not {grad_output.dtype}"
+        )
+    _check_device("grad_output", grad_output, value)
+    batch, _, heads, dim = value.shape
+    _check_shape("grad_output", grad_output, (batch, queries, heads * dim))
+
+
 def _check_levels(value: Tensor, spatial_shapes: Tensor, starts: Tensor) -> list[list[int]]:
     _check_rank("value", value, 4, "(B, S, H, D)")
     _check_float("value", value, value)
@@ -195,11 +205,14 @@ def _check_levels(value: Tensor, spatial_shapes: Tensor, starts: Tensor) -> list
         if tensor.dtype != torch.int64:
             raise ValueError(f"{name} must be int64, not {tensor.dtype}")
     shapes: list[list[int]] = spatial_shapes.tolist()
-    for level, (height, width) in enumerate(shapes):
-        if height < 0 or width < 0:
-            raise ValueError(f"spatial_shapes: level {level} has {height} x {width} cells")
-    sizes = [h * w for h, w in shapes]
     cells = value.shape[1]
+    for level, (height, width) in enumerate(shapes):
+        if height < 0 or width < 0 or height * width > cells:
+            raise ValueError(
+                f"spatial_shapes: level {level} of {height} x {width} cells does not fit into the "
+                f"{cells} cells of value"
+            )
+    sizes = [h * w for h, w in shapes]
     if sum(sizes) != cells:
         raise ValueError(
             f"spatial_shapes {shapes} add up to {sum(sizes)} cells, but value has {cells}"
