@@ -7,12 +7,6 @@ The same sources are compiled by a C++ compiler and registered for CPU tensors a
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,17 +14,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils import cpp_extension
 
 from dn_detr.ops import ms_deform_attn
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ROOT / "csrc" / "ms_deform_attn"
-EMULATOR = Path(__file__).parent / "emulator"
-FLAGS = ["-std=c++20", "-O2", "-fPIC", "-Wno-unknown-pragmas", "-DDN_DETR_EMULATED"]
-# Overflows, misaligned vectors and indices past an array end the process; `pytest -s` shows why.
-CHECKS = ["-fsanitize=undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # PyTorch 2.11
+from .emulator.building import library_path
+
+pytestmark = pytest.mark.slow  # compiling the kernels takes most of the time
 
 SMALL = ((5, 7), (3, 4), (1, 2))
 DECODER = ((100, 134), (50, 67), (25, 34), (13, 17))
@@ -39,58 +28,10 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, tor
 OUTSIDE = (float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 3e38)
 
 
-# ---- Building -----------------------------------------------------------------------------------
-
-
-def _library() -> Path:
-    """Where the library for these sources, this PyTorch and this compiler lies."""
-    digest = hashlib.sha256(f"{torch.__version__} {sys.platform} {FLAGS} {CHECKS}".encode())
-    for path in sorted([*SOURCES.glob("cuda*"), *EMULATOR.iterdir()]):
-        digest.update(path.read_bytes())
-    return ROOT / "build" / "emulator" / f"{digest.hexdigest()[:16]}.so"
-
-
-def _build(compiler: str, library: Path) -> None:
-    folder = library.with_suffix(f".{os.getpid()}")  # of this process: others may build as well
-    folder.mkdir(parents=True)
-    torch_includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-    units = {
-        "kernels": [*CHECKS, "-x", "c++", SOURCES / "cuda.cu"],
-        "binding": [STABLE_ABI, *torch_includes, SOURCES / "cuda.cpp"],
-        "emulator": [EMULATOR / "emulator.cpp"],
-    }
-    running = []
-    for name, arguments in units.items():
-        command = [compiler, *FLAGS, f"-I{EMULATOR}", *arguments, "-c", "-o", folder / f"{name}.o"]
-        running.append(subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate()[1] for process in running]
-    assert not any(process.returncode for process in running), "".join(errors)
-    objects = [folder / f"{name}.o" for name in units]
-    torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-    command = [compiler, "-shared", *CHECKS, *objects, *torch_libraries]
-    command += ["-ltorch", "-ltorch_cpu", "-lc10", "-ldl", "-o", folder / library.name]
-    subprocess.run(list(map(str, command)), check=True)
-    (folder / library.name).rename(library)
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="session")
-def operators() -> Any:
-    """``torch.ops.dn_detr_emulated``."""
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None or not sys.platform.startswith("linux"):
-        pytest.skip("needs g++ on Linux to compile the CUDA kernels for the CPU")
-    library = _library()
-    if not library.exists():
-        _build(compiler, library)
-    torch.ops.load_library(str(library))
-    return torch.ops.dn_detr_emulated
-
-
 @pytest.fixture
-def shuffle(operators: Any) -> Any:
+def shuffle(emulated: Any) -> Any:
     """A function that draws the order of blocks and threads from a seed; undone afterwards."""
-    function = ctypes.CDLL(str(_library())).dn_detr_emulator_shuffle
+    function = ctypes.CDLL(str(library_path())).dn_detr_emulator_shuffle
     yield function
     function(0)
 
@@ -153,17 +94,17 @@ def _expected(inputs: list[Tensor | None], grad: Tensor) -> tuple[Tensor, list[T
     return out.detach(), list(torch.autograd.grad(out, leaves, grad.double()))
 
 
-def _forward(operators: Any, inputs: list[Tensor | None]) -> Tensor:
+def _forward(emulated: Any, inputs: list[Tensor | None]) -> Tensor:
     name = "ms_deform_attn_fused_forward" if len(inputs) == 7 else "ms_deform_attn_forward"
-    return getattr(operators, name)(*inputs)
+    return getattr(emulated, name)(*inputs)
 
 
 def _backward(
-    operators: Any, inputs: list[Tensor | None], grad: Tensor, *, deterministic: bool = False
+    emulated: Any, inputs: list[Tensor | None], grad: Tensor, *, deterministic: bool = False
 ) -> list[Tensor]:
     name = "ms_deform_attn_fused_backward" if len(inputs) == 7 else "ms_deform_attn_backward"
     name += "_deterministic" if deterministic else ""
-    return list(getattr(operators, name)(grad, *inputs))
+    return list(getattr(emulated, name)(grad, *inputs))
 
 
 def _grad(inputs: list[Tensor | None], seed: int = 1) -> Tensor:
@@ -180,14 +121,14 @@ def _assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance * scale)
 
 
-def _check(operators: Any, inputs: list[Tensor | None]) -> None:
+def _check(emulated: Any, inputs: list[Tensor | None]) -> None:
     """Forward, backward and deterministic backward are near float64."""
     tolerance = TOLERANCE[inputs[0].dtype]
     grad = _grad(inputs)
     out, gradients = _expected(inputs, grad)
-    _assert_near(_forward(operators, inputs), out, tolerance)
+    _assert_near(_forward(emulated, inputs), out, tolerance)
     for deterministic in (False, True):
-        actual = _backward(operators, inputs, grad, deterministic=deterministic)
+        actual = _backward(emulated, inputs, grad, deterministic=deterministic)
         leaves = [x for x in inputs if x is not None and x.is_floating_point()]
         for got, wanted, leaf in zip(actual, gradients, leaves, strict=True):
             assert got.dtype == leaf.dtype
@@ -200,38 +141,38 @@ def _check(operators: Any, inputs: list[Tensor | None]) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("dim", [4, 16, 20, 32, 40, 64, 96, 256])
-def test_classic_operator_is_near_float64(operators, dtype, dim):
-    _check(operators, _inputs(Case(dim=dim), dtype))
+def test_classic_operator_is_near_float64(emulated, dtype, dim):
+    _check(emulated, _inputs(Case(dim=dim), dtype))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("dim", [16, 20, 32, 64])
 @pytest.mark.parametrize("reference", [2, 4])
 @pytest.mark.parametrize("mask", [False, True])
-def test_fused_operator_is_near_float64(operators, dtype, dim, reference, mask):
-    _check(operators, _inputs(Case(dim=dim, reference=reference, mask=mask), dtype))
+def test_fused_operator_is_near_float64(emulated, dtype, dim, reference, mask):
+    _check(emulated, _inputs(Case(dim=dim, reference=reference, mask=mask), dtype))
 
 
 @pytest.mark.parametrize("reference", [0, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_full_decoder_is_near_float64(operators, dtype, reference):
+def test_full_decoder_is_near_float64(emulated, dtype, reference):
     case = Case(32, reference, bool(reference), 1, heads=8, queries=500, points=4, shapes=DECODER)
-    _check(operators, _inputs(case, dtype))
+    _check(emulated, _inputs(case, dtype))
 
 
 @pytest.mark.parametrize("reference", [0, 2, 4])
-def test_gradients_are_finite_differences(operators, reference):
+def test_gradients_are_finite_differences(emulated, reference):
     inputs = _inputs(Case(dim=4, reference=reference, batch=1, queries=2), torch.float64)
 
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             ctx.save_for_backward(*inputs)
-            return _forward(operators, list(inputs))
+            return _forward(emulated, list(inputs))
 
         @staticmethod
         def backward(ctx, grad):
-            gradients = _backward(operators, list(ctx.saved_tensors), grad)
+            gradients = _backward(emulated, list(ctx.saved_tensors), grad)
             padding = (None,) if len(ctx.saved_tensors) == 7 else ()
             return (gradients[0], None, None, *gradients[1:], *padding)
 
@@ -261,12 +202,12 @@ def test_gradients_are_finite_differences(operators, reference):
     dtype=st.sampled_from(TYPES),
     seed=st.integers(0, 99),
 )
-def test_any_sizes_are_near_float64(operators, case, dtype, seed):
-    _check(operators, _inputs(case, dtype, seed))
+def test_any_sizes_are_near_float64(emulated, case, dtype, seed):
+    _check(emulated, _inputs(case, dtype, seed))
 
 
 @pytest.mark.parametrize("reference", [0, 2])
-def test_strided_inputs_are_read_in_place_or_copied(operators, reference):
+def test_strided_inputs_are_read_in_place_or_copied(emulated, reference):
     inputs = _inputs(Case(reference=reference, mask=bool(reference)), torch.float32)
     grad = _grad(inputs)
 
@@ -281,43 +222,26 @@ def test_strided_inputs_are_read_in_place_or_copied(operators, reference):
     for pad in (1, 4):
         views = [strided(x, pad) for x in inputs]
         views[0] = views[0].transpose(1, 2).contiguous().transpose(1, 2) if pad == 4 else views[0]
-        expected = [_forward(operators, inputs), *_backward(operators, inputs, grad)]
+        expected = [_forward(emulated, inputs), *_backward(emulated, inputs, grad)]
         actual = [
-            _forward(operators, views),
-            *_backward(operators, views, strided(grad, pad)),
+            _forward(emulated, views),
+            *_backward(emulated, views, strided(grad, pad)),
         ]
         for got, wanted in zip(actual, expected, strict=True):
             assert torch.equal(got, wanted)
 
 
-def test_half_coordinates_are_widened_and_their_gradients_narrowed(operators):
-    inputs = _inputs(Case(reference=2), torch.bfloat16)
-    narrow = [x.bfloat16() if x is not None and x.is_floating_point() else x for x in inputs]
-    wide = [narrow[0], *(x.float() if x is not None and x.is_floating_point() else x
-                         for x in narrow[1:])]  # fmt: skip
-    wide[1:3] = narrow[1:3]
-    assert torch.equal(_forward(operators, narrow), _forward(operators, wide))
-    grad = _grad(inputs)
-    for got, wanted in zip(
-        _backward(operators, narrow, grad), _backward(operators, wide, grad), strict=True
-    ):
-        assert torch.equal(got, wanted.bfloat16())
-
-
-# ---- Order --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("reference", [0, 4])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_order_of_threads_changes_nothing_but_atomic_sums(operators, shuffle, dtype, reference):
+def test_order_of_threads_changes_nothing_but_atomic_sums(emulated, shuffle, dtype, reference):
     inputs = _inputs(Case(reference=reference, mask=True, queries=70), dtype)
     grad = _grad(inputs)
 
     def run(seed):
         shuffle(seed)
-        out = _forward(operators, inputs)
-        fast = _backward(operators, inputs, grad)
-        return [out, *fast[1:], *_backward(operators, inputs, grad, deterministic=True)]
+        out = _forward(emulated, inputs)
+        fast = _backward(emulated, inputs, grad)
+        return [out, *fast[1:], *_backward(emulated, inputs, grad, deterministic=True)]
 
     first = run(0)
     for seed in (1, 2, 3):
@@ -325,18 +249,18 @@ def test_order_of_threads_changes_nothing_but_atomic_sums(operators, shuffle, dt
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
-def test_deterministic_gradients_keep_their_digits_at_any_scale(operators, scale):
+def test_deterministic_gradients_keep_their_digits_at_any_scale(emulated, scale):
     inputs = _inputs(Case(), torch.float32)
     grad = _grad(inputs) * scale
     _, (expected, *_) = _expected(inputs, grad)
-    actual = _backward(operators, inputs, grad, deterministic=True)[0]
+    actual = _backward(emulated, inputs, grad, deterministic=True)[0]
     torch.testing.assert_close(actual.double() / scale, expected / scale, rtol=0, atol=1e-5)
 
 
-def test_deterministic_backward_of_zeros_is_zero(operators):
+def test_deterministic_backward_of_zeros_is_zero(emulated):
     inputs = _inputs(Case(), torch.float32)
     grad = torch.zeros_like(_grad(inputs))
-    assert not any(x.any() for x in _backward(operators, inputs, grad, deterministic=True))
+    assert not any(x.any() for x in _backward(emulated, inputs, grad, deterministic=True))
 
 
 # ---- What is not finite -------------------------------------------------------------------------
@@ -345,7 +269,7 @@ def test_deterministic_backward_of_zeros_is_zero(operators):
 @pytest.mark.parametrize("reference", [0, 2, 4])
 @pytest.mark.parametrize("bad", OUTSIDE)
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_location_that_is_not_finite_samples_zero(operators, reference, bad, deterministic):
+def test_location_that_is_not_finite_samples_zero(emulated, reference, bad, deterministic):
     inputs = _inputs(Case(reference=reference), torch.float32)
     outside = [x.clone() if x is not None else None for x in inputs]
     points = 4 if reference else 3  # offsets or locations
@@ -353,10 +277,10 @@ def test_location_that_is_not_finite_samples_zero(operators, reference, bad, det
     spoilt[points][0, 1, :, 1, 2, 0] = bad
     outside[points][0, 1, :, 1, 2, 0] = 1e4
     grad = _grad(inputs)
-    assert torch.equal(_forward(operators, spoilt), _forward(operators, outside))
+    assert torch.equal(_forward(emulated, spoilt), _forward(emulated, outside))
     for got, wanted in zip(
-        _backward(operators, spoilt, grad, deterministic=deterministic),
-        _backward(operators, outside, grad, deterministic=deterministic),
+        _backward(emulated, spoilt, grad, deterministic=deterministic),
+        _backward(emulated, outside, grad, deterministic=deterministic),
         strict=True,
     ):
         assert torch.equal(got, wanted)
@@ -364,7 +288,7 @@ def test_location_that_is_not_finite_samples_zero(operators, reference, bad, det
 
 @pytest.mark.parametrize("reference", [0, 2])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_cells_without_weight_do_not_leak(operators, reference, bad):
+def test_cells_without_weight_do_not_leak(emulated, reference, bad):
     """Samples at cell centres give no weight to the neighbours; masked cells count as zeros."""
     shapes = ((4, 4),)
     case = Case(reference=reference, mask=bool(reference), batch=1, points=2, shapes=shapes)
@@ -383,20 +307,20 @@ def test_cells_without_weight_do_not_leak(operators, reference, bad):
         finite[:, 6] = 7
     grad = _grad(inputs)
     clean = [finite, *inputs[1:]]
-    assert torch.equal(_forward(operators, inputs), _forward(operators, clean))
-    gradients = _backward(operators, inputs, grad)
-    expected = _backward(operators, clean, grad)
+    assert torch.equal(_forward(emulated, inputs), _forward(emulated, clean))
+    gradients = _backward(emulated, inputs, grad)
+    expected = _backward(emulated, clean, grad)
     kept = range(len(gradients)) if reference else (0, 2)  # locations do depend on neighbours
     for index in kept:
         assert torch.equal(gradients[index], expected[index])
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_gradients_that_are_not_finite_reach_only_what_they_touch(operators, deterministic):
+def test_gradients_that_are_not_finite_reach_only_what_they_touch(emulated, deterministic):
     inputs = _inputs(Case(), torch.float32)
     grad = _grad(inputs)
     grad[1, 2, 3] = float("nan")
-    value_grad, *_ = _backward(operators, inputs, grad, deterministic=deterministic)
+    value_grad, *_ = _backward(emulated, inputs, grad, deterministic=deterministic)
     bad = value_grad.isnan()
     assert bad[1, :, 0, 3].any()
     bad[1, :, 0, 3] = False
@@ -412,99 +336,62 @@ def test_gradients_that_are_not_finite_reach_only_what_they_touch(operators, det
     [dict(queries=0), dict(batch=0), dict(heads=0), dict(points=0), dict(shapes=()),
      dict(shapes=((0, 3), (2, 0)))],
 )  # fmt: skip
-def test_empty_inputs_give_zeros(operators, reference, sizes):
+def test_empty_inputs_give_zeros(emulated, reference, sizes):
     inputs = _inputs(Case(reference=reference, mask=bool(reference))._replace(**sizes),
                      torch.float32)  # fmt: skip
     grad = _grad(inputs)
-    out = _forward(operators, inputs)
+    out = _forward(emulated, inputs)
     assert out.shape == grad.shape and not out.any()
     leaves = [x for x in inputs if x is not None and x.is_floating_point()]
     for deterministic in (False, True):
-        gradients = _backward(operators, inputs, grad, deterministic=deterministic)
+        gradients = _backward(emulated, inputs, grad, deterministic=deterministic)
         for got, leaf in zip(gradients, leaves, strict=True):
             assert got.shape == leaf.shape and not got.any()
 
 
-def test_empty_levels_beside_others_read_nothing(operators):
+def test_empty_levels_beside_others_read_nothing(emulated):
     inputs = _inputs(Case(shapes=((0, 3), (3, 4), (2, 0))), torch.float32)
     value, shapes, starts, locations, weights = inputs
     middle = [value, shapes[1:2], starts[1:2], locations[:, :, :, 1:2], weights[:, :, :, 1:2]]
-    assert torch.equal(_forward(operators, inputs), _forward(operators, middle))
+    assert torch.equal(_forward(emulated, inputs), _forward(emulated, middle))
     grad = _grad(inputs)
-    whole, part = _backward(operators, inputs, grad), _backward(operators, middle, grad)
+    whole, part = _backward(emulated, inputs, grad), _backward(emulated, middle, grad)
     assert torch.equal(whole[0], part[0])
     for got, wanted in zip(whole[1:], part[1:], strict=True):
         assert torch.equal(got[:, :, :, 1:2], wanted)
         assert not got[:, :, :, ::2].any()
 
 
-@pytest.mark.parametrize(
-    ("index", "change", "complaint"),
-    [
-        (0, lambda x: x[0], "value has 3 dimensions"),
-        (0, lambda x: x.int(), "value must have the type"),
-        (0, lambda x: x[..., :6], "value: head dim 6"),
-        (0, lambda x: x.repeat(1, 1, 1, 33), "value: head dim 264"),
-        (0, lambda x: x[:, :-1], "spatial_shapes do not add up"),
-        (1, lambda x: x.float(), "spatial_shapes must have the type int64"),
-        (1, lambda x: x[:, :1], "spatial_shapes has shape"),
-        (1, lambda x: -x, "spatial_shapes: level 0"),
-        (1, lambda x: x * 2**31, "spatial_shapes: level 0"),
-        (1, lambda x: x * 2**20, "spatial_shapes do not add up"),
-        (2, lambda x: x + 1, "level_start_index: level 0 starts at 1"),
-        (2, lambda x: x[1:], "level_start_index has shape"),
-        (3, lambda x: x[:, :, :, :1], "(sampling_locations|reference_points|attention_weights)"),
-        (3, lambda x: x[..., :1], "(sampling_locations has|reference_points have)"),
-        (4, lambda x: x[..., :1], "(attention_weights|offsets|logits) has shape"),
-        (4, lambda x: x[:1], "(attention_weights|offsets|logits) has shape"),
-        (5, lambda x: x[..., :1], "logits has shape"),
-        (6, lambda x: x[:, 1:], "padding_mask has shape"),
-        (6, lambda x: x.byte(), "padding_mask must have the type bool"),
-    ],
-)
-@pytest.mark.parametrize("reference", [0, 2])
-def test_wrong_arguments_are_named(operators, reference, index, change, complaint):
-    inputs = _inputs(Case(dim=8, reference=reference, mask=bool(reference)), torch.float32)
-    if index >= len(inputs):
-        pytest.skip("only the fused operator has this argument")
-    grad = _grad(inputs)
-    inputs[index] = change(inputs[index])
-    with pytest.raises(ValueError, match=complaint):
-        _forward(operators, inputs)
-    with pytest.raises(ValueError, match=complaint):
-        _backward(operators, inputs, grad)
-
-
-def test_gradient_of_the_output_must_fit(operators):
+def test_gradient_of_the_output_must_fit(emulated):
     inputs = _inputs(Case(), torch.float32)
-    with pytest.raises(ValueError, match="grad_output has shape"):
-        _backward(operators, inputs, _grad(inputs)[:, :-1])
+    with pytest.raises(ValueError, match="grad_output has the shape"):
+        _backward(emulated, inputs, _grad(inputs)[:, :-1])
 
 
 @pytest.mark.parametrize("reference", [0, 2, 4])
-def test_levels_that_do_not_fit_the_launch_are_read_from_a_table(operators, reference):
+def test_levels_that_do_not_fit_the_launch_are_read_from_a_table(emulated, reference):
     shapes = tuple((1 + i % 3, 1 + i % 4) for i in range(17))
-    _check(operators, _inputs(Case(4, reference, shapes=shapes), torch.float32))
+    _check(emulated, _inputs(Case(4, reference, shapes=shapes), torch.float32))
 
 
 @pytest.mark.parametrize("reference", [0, 2])
-def test_far_cells_of_a_large_map_keep_their_digits(operators, reference):
+def test_far_cells_of_a_large_map_keep_their_digits(emulated, reference):
     case = Case(4, reference, False, 1, 1, 40, 4, ((1, 20_000),))
     inputs = _inputs(case, torch.float32)
     inputs[3][..., 0] = 0.9 + inputs[3][..., 0] * 0.05
     inputs[3][..., 1] = 0.5
     if reference:
         inputs[4][..., 1] = 0
-    _assert_near(_forward(operators, inputs), _expected(inputs, _grad(inputs))[0], 1e-5)
+    _assert_near(_forward(emulated, inputs), _expected(inputs, _grad(inputs))[0], 1e-5)
 
 
 @pytest.mark.parametrize("points", [1, 7, 1000])
-def test_any_number_of_points_finds_its_level(operators, points):
+def test_any_number_of_points_finds_its_level(emulated, points):
     shapes = ((2, 3), (1, 1), (3, 2))
-    _check(operators, _inputs(Case(4, 0, False, 1, 1, 1, points, shapes), torch.float32))
+    _check(emulated, _inputs(Case(4, 0, False, 1, 1, 1, points, shapes), torch.float32))
 
 
-def test_too_many_points_are_named(operators):
+def test_too_many_points_are_named(emulated):
     inputs = _inputs(Case(4, 0, False, 1, 1, 1, 30_000, SMALL), torch.float32)
     with pytest.raises(ValueError, match="sampling_locations has too many points: 30000"):
-        _forward(operators, inputs)
+        _forward(emulated, inputs)
