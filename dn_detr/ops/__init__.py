@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .library import missing_kernels, use_kernels
+from .library import build_info, missing_kernels, use_kernels
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 
-__all__ = ["missing_kernels", "ms_deform_attn", "ms_deform_attn_fused", "use_kernels"]
+__all__ = ["build_info", "missing_kernels", "ms_deform_attn", "ms_deform_attn_fused", "use_kernels"]

@@ -1,11 +1,14 @@
-"""The compiled operators: the shared library ``dn_detr/_C.so`` that the installation builds.
+"""The compiled operators: the shared libraries that the installation builds.
 
-It is loaded when it is first asked for. Without it, or for a device that it was not built for, the
-operators compute in plain PyTorch; :func:`missing_kernels` says why.
+``dn_detr/_C.so`` registers the operators and their kernels for CPUs, ``dn_detr/_C_cuda.so`` adds
+those for CUDA. Each is loaded when it is first asked for. Where one is missing, the operators
+compute in plain PyTorch; :func:`missing_kernels` says why.
 """
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -16,7 +19,11 @@ from typing import Any
 
 import torch
 
-LIBRARY = Path(__file__).resolve().parents[1] / "_C.so"
+# Of the schemas in csrc/; to be raised when they change. setup.py gives it to the libraries.
+INTERFACE = 1
+CPU_LIBRARY, CUDA_LIBRARY = (
+    Path(__file__).resolve().parents[1] / name for name in ("_C.so", "_C_cuda.so")
+)
 
 KERNELS = ("auto", "pytorch")
 _chosen = os.environ.get("DN_DETR_KERNELS", "auto")
@@ -48,30 +55,81 @@ def _check_choice(kernels: str) -> None:
         raise ValueError(f"there are no kernels {kernels!r}; choose one of {', '.join(KERNELS)}")
 
 
+class LibraryMissingError(Exception):
+    """Why a library cannot be used."""
+
+
 @cache
-def loading_problem() -> str | None:
-    """Loads the library; why that is impossible, or None."""
-    if not LIBRARY.is_file():
-        return "dn_detr was installed without building its operators"
+def load(path: Path) -> ctypes.CDLL:
+    """The library, whose operators PyTorch knows from now on.
+
+    Raises:
+        LibraryMissingError: it was not built, cannot be loaded or belongs to another dn_detr.
+    """
+    if not path.is_file():
+        raise LibraryMissingError(_why_not_built(path))
     try:
-        torch.ops.load_library(str(LIBRARY))
+        torch.ops.load_library(str(path))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
-        return f"{LIBRARY} cannot be loaded: {error}"
-    return None
+        raise LibraryMissingError(f"{path} cannot be loaded ({error})") from error
+    found = library.dn_detr_interface() if hasattr(library, "dn_detr_interface") else 0
+    if found != INTERFACE:
+        raise LibraryMissingError(
+            f"{path} has interface {found}, but this dn_detr needs {INTERFACE}; install dn_detr "
+            "again"
+        )
+    return library
+
+
+def _why_not_built(path: Path) -> str:
+    """What the installation left in the place of a library."""
+    reason = path.with_suffix(".missing.txt")
+    if not reason.is_file():
+        return f"the installation built no {path.name}"
+    first, *others = reason.read_text(encoding="utf-8").strip().splitlines()
+    more = f" (all of it: {reason})" if others else ""
+    return f"the installation built no {path.name}: {first}{more}"
 
 
 @cache
 def missing_kernels(device: str) -> str | None:
     """Why there are no compiled kernels for a type of device ("cpu", "cuda", ...), or None."""
-    problem = loading_problem()
-    if problem is not None:
-        return problem
-    name = "dn_detr_C::ms_deform_attn_fused_forward"
-    if device in ("cpu", "cuda"):
-        if torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper()):
-            return None
-        return f"dn_detr's operators were built without {device.upper()}"
-    return f"dn_detr has no operators for {device}"
+    if device not in ("cpu", "cuda"):
+        return f"dn_detr has no kernels for {device}"
+    try:
+        load(CPU_LIBRARY)
+        return _cuda_problem() if device == "cuda" else None
+    except LibraryMissingError as error:
+        return str(error)
+
+
+def _cuda_problem() -> str | None:
+    library = load(CUDA_LIBRARY)
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    library.dn_detr_cuda_problem.restype = ctypes.c_char_p
+    words = library.dn_detr_cuda_problem()
+    return f"the kernels of {CUDA_LIBRARY} cannot run ({words.decode()})" if words else None
+
+
+def build_info() -> dict[str, dict[str, str]]:
+    """What built each library that can be used, by its name.
+
+    Returns:
+        Of ``"_C.so"`` and ``"_C_cuda.so"`` those that can be loaded, each with ``"torch"``,
+        ``"compiler"``, ``"sources"`` (a digest of csrc/) and, for CUDA, ``"nvcc"`` and
+        ``"architectures"``.
+    """
+    result = {}
+    for path in (CPU_LIBRARY, CUDA_LIBRARY):
+        try:
+            library = load(path)
+        except LibraryMissingError:
+            continue
+        library.dn_detr_build_info.restype = ctypes.c_char_p
+        result[path.name] = json.loads(library.dn_detr_build_info())
+    return result
 
 
 @cache
