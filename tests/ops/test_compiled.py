@@ -6,14 +6,13 @@ Legend: B batch, S cells of all levels, H heads, D head dim, Q queries, L levels
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import dn_detr
+from dn_detr.ops import missing_kernels
 
 from .cases import (
     DTYPES,
@@ -31,10 +30,8 @@ from .cases import (
     strided,
 )
 
-LIBRARY = Path(dn_detr.__file__).parent / "_C.so"
-if not LIBRARY.is_file():
-    pytest.skip("the compiled operators are not built", allow_module_level=True)
-torch.ops.load_library(str(LIBRARY))
+if (problem := missing_kernels("cpu")) is not None:
+    pytest.skip(problem, allow_module_level=True)
 COMPILED = torch.ops.dn_detr_C
 
 

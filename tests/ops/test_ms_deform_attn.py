@@ -289,8 +289,8 @@ def test_module_under_autocast_is_near_float32(kernels, attention, dtype):
 @pytest.fixture
 def no_library(monkeypatch, tmp_path):
     """As after an installation that built nothing."""
-    caches = (library.loading_problem, library.missing_kernels, library._warn_once)
-    monkeypatch.setattr(library, "LIBRARY", tmp_path / "_C.so")
+    caches = (library.load, library.missing_kernels, library._warn_once)
+    monkeypatch.setattr(library, "CPU_LIBRARY", tmp_path / "_C.so")
     for function in caches:
         function.cache_clear()
     yield tmp_path / "_C.so"
@@ -301,11 +301,17 @@ def no_library(monkeypatch, tmp_path):
 
 def test_a_missing_library_is_told_once_and_computed_without(no_library):
     case = make_case()
-    with pytest.warns(UserWarning, match="cpu uses slow PyTorch kernels, because .* building"):
+    with pytest.warns(UserWarning, match=r"cpu uses slow .* because the installation built no _C"):
         assert_agree(computed(case), expected(case))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         computed(case)
+
+
+def test_the_reason_for_a_missing_library_is_told(no_library):
+    no_library.with_suffix(".missing.txt").write_text("no C++ compiler was found\n")
+    with pytest.warns(UserWarning, match=r"built no _C\.so: no C\+\+ compiler was found"):
+        ms_deform_attn(*make_case().inputs)
 
 
 def test_a_library_that_cannot_be_loaded_is_told(no_library):
