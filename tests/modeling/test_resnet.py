@@ -10,7 +10,7 @@ import torch
 import torchvision
 
 from dn_detr.modeling import ResNet
-from dn_detr.modeling.backbones.padding import current_padding
+from dn_detr.modeling.backbones import resnet
 from dn_detr.structures import pad_images
 
 
@@ -85,12 +85,32 @@ def test_padding_is_seen_if_it_is_not_masked(published, weights_file):
     assert (batch - alone).abs().max() > 0.01
 
 
-def test_padding_is_forgotten_after_an_error():
-    backbone = ResNet("resnet18")
-    images = torch.randn(1, 3, 64, 64)
-    with pytest.raises(RuntimeError):
-        backbone(images[:, :1], ~_no_padding(images))
-    assert current_padding() is None
+def test_maps_without_padding_are_the_same_whether_it_is_looked_for(weights_file, monkeypatch):
+    backbone = ResNet("resnet18", weights=str(weights_file))
+    backbone.load_pretrained()
+    images = torch.randn(2, 3, 45, 61)
+    expected = backbone(images, _no_padding(images))
+    monkeypatch.setattr(resnet, "may_hold_padding", lambda mask: True)
+    for a, b in zip(backbone(images, _no_padding(images)), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "trainable"])
+def test_gradients_are_torchvisions(published, weights_file, batch_norm):
+    backbone = ResNet("resnet18", weights=str(weights_file), batch_norm=batch_norm).eval()
+    backbone.load_pretrained()
+    images = torch.randn(2, 3, 45, 61)
+    backbone(images, _no_padding(images))[-1].square().sum().backward()
+    x = published.maxpool(published.relu(published.bn1(published.conv1(images))))
+    for stage in (published.layer1, published.layer2, published.layer3, published.layer4):
+        x = stage(x)
+    published.zero_grad()
+    x.square().sum().backward()
+    expected = dict(published.named_parameters())
+    trained = [(name, p) for name, p in backbone.body.named_parameters() if p.requires_grad]
+    assert trained
+    for name, parameter in trained:
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-3)
 
 
 def test_exported_backbone_takes_other_sizes(weights_file):

@@ -2,18 +2,18 @@
 
 He et al., "Deep Residual Learning for Image Recognition", 2016 (https://arxiv.org/abs/1512.03385),
 in torchvision's variant (stride on the 3x3 convolution). Differs from torchvision: the classifier
-is dropped, batch normalisation is a constant affine map, the first stages do not train, and
-padding is kept at zero.
+is dropped, batch normalisation is a constant affine map, which the filters before it absorb, the
+first stages do not train, and padding is kept at zero.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
@@ -21,7 +21,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from dn_detr.checkpoint import describe_backbone, read_backbone
 
-from .padding import KnownPadding, dry_run, zero_padding_before
+from .padding import KnownPadding, may_hold_padding
 
 _STAGE_STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
 _PARTS = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
@@ -77,7 +77,6 @@ class ResNet(nn.Module):
         self.weights = weights
         self.mask_padding = mask_padding
         self._freeze(frozen_stages)
-        zero_padding_before(dry_run(self.body, 64, 96).filters.items())
 
     def forward(self, images: Tensor, mask: Tensor) -> list[Tensor]:
         """Features of the chosen stages.
@@ -90,8 +89,27 @@ class ResNet(nn.Module):
             One (B, C_i, ceil(H / stride_i), ceil(W / stride_i)) per stage, finest first, with
             C_i in ``out_channels`` and stride_i in ``out_strides``.
         """
-        with KnownPadding(mask) if self.mask_padding else nullcontext():
-            return list(self.body(images).values())
+        known = self.mask_padding and may_hold_padding(mask)
+        padding = KnownPadding(mask) if known else None
+        maps = []
+        x, stride = self._stem(images, padding), 4
+        for name, stage in self.body.items():
+            if name not in _STAGE_STRIDES:
+                continue
+            for block in stage:
+                x, stride = _residual_block(block, x, stride, padding)
+            if name in self.body.return_layers:
+                maps.append(x)
+        return maps
+
+    def _stem(self, images: Tensor, padding: KnownPadding | None) -> Tensor:
+        """(B, 3, H, W) -> (B, 64, ceil(H / 4), ceil(W / 4))."""
+        if padding is not None:
+            images = images * _keep(images, padding, 1)
+        if images.device.type == "cpu":  # oneDNN's filters read and write this layout
+            images = images.contiguous(memory_format=torch.channels_last)
+        x = _normalised(self.body.conv1, self.body.bn1, images)
+        return self.body.maxpool(_activated(x, padding, 2))
 
     def load_pretrained(self) -> bool:
         """Load ``weights`` into the backbone, for training that starts from no checkpoint.
@@ -120,6 +138,55 @@ class ResNet(nn.Module):
             for name in names:
                 if hasattr(self.body, name):
                     getattr(self.body, name).requires_grad_(False)
+
+
+def _residual_block(
+    block: nn.Module, x: Tensor, stride: int, padding: KnownPadding | None
+) -> tuple[Tensor, int]:
+    """Run a block of torchvision's on a map of this stride; the next map and its stride.
+
+    Filters that read neighbours find zeros in the padding, also those of a block that follows.
+    """
+    filters = [
+        (conv, getattr(block, f"bn{name[-1]}"))
+        for name, conv in block.named_children()
+        if isinstance(conv, nn.Conv2d)
+    ]
+    reads_neighbours = [conv.kernel_size != (1, 1) for conv, _ in filters]
+    out = x
+    for i, (conv, norm) in enumerate(filters):
+        if i > 0:
+            out = _activated(out, padding if reads_neighbours[i] else None, stride)
+        out = _normalised(conv, norm, out)
+        stride *= conv.stride[0]
+    downsample = getattr(block, "downsample", None)
+    out += x if downsample is None else _normalised(downsample[0], downsample[1], x)
+    return _activated(out, padding if reads_neighbours[0] else None, stride), stride
+
+
+def _normalised(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """Convolution and normalisation; a constant one is folded into the filter.
+
+    That saves two passes over the map. It is done in every call, because weights may train or be
+    loaded: a filter is small next to its maps.
+    """
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _activated(x: Tensor, padding: KnownPadding | None, stride: int) -> Tensor:
+    """ReLU, and zeros in the padding, both in place: no backward pass needs what was there."""
+    if padding is not None:
+        x *= _keep(x, padding, stride)
+    return F.relu_(x)
+
+
+def _keep(x: Tensor, padding: KnownPadding, stride: int) -> Tensor:
+    height, width = x.shape[-2:]
+    return padding.keep(stride, height, width, x.dtype)[:, None]
 
 
 def _stage_channels(stage: nn.Module) -> int:
