@@ -1,13 +1,15 @@
 # make demo    train a small detector on the embedded digits and draw what it finds
 # make test    the fast tests          make test-slow   the others
 # make lint    ruff and mypy           make clean       remove what the commands wrote
+# make env     .venv with everything   make cuda        compile the CUDA kernels, or fail
 #
-# Each of them creates .venv first, unless it is there and up to date. To use another Python:
-# make PYTHON=python3.12 env
+# Each of them creates .venv first, unless it is there and up to date, and builds the operators of
+# csrc/ again when they changed. To use another Python: make PYTHON=python3.12 env
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # One test process for each core, each with one thread; `make test PYTEST=".venv/bin/python -m pytest -x"`
 # runs them one after the other.
@@ -21,17 +23,28 @@ DEMO_OUTPUT := output/demo
 DEMO_DIGITS :=
 DEMO_OVERRIDES :=
 
-.PHONY: env demo test test-slow lint clean
+# What `make cuda` compiles for; no GPU is needed.
+CUDA_ARCHITECTURES := 8.0;9.0;10.0+PTX
+
+.PHONY: env cuda demo test test-slow lint clean
 
 env: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	@echo "Setting up .venv; this takes some minutes the first time."
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("dn_detr needs Python 3.10 or newer, but $(PYTHON) is %d.%d: make PYTHON=python3.12 env" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt -e '.[demo,dev]'
+	@$(PIP) -c constraints.txt torch setuptools
+	@$(PIP) -c constraints.txt --no-build-isolation -e '.[demo,dev]'
+	@cat dn_detr/_C*.missing.txt 2>/dev/null || true
 	@touch $@
+
+# The compiler comes from pip where the machine has none; torch brings the runtime it belongs to.
+cuda: $(INSTALLED)
+	@test -n "$$CUDA_HOME" || command -v nvcc >/dev/null || $(PIP) 'cuda-toolkit[nvcc]'
+	@DN_DETR_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" \
+		$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(BIN)/python -c "from dn_detr.ops import build_info; print(build_info()['_C_cuda.so'])"
 
 demo: $(INSTALLED)
 	@test ! -e $(DEMO_OUTPUT) || test -e $(DEMO_OUTPUT)/config.yaml || \

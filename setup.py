@@ -262,8 +262,9 @@ def cuda_library() -> Library:
     """The plan of `_C_cuda.so`; CUDA's runtime is linked into it."""
     if cuda_wish() == "0":
         raise CannotBuildError("DN_DETR_CUDA was 0")
-    torch, cxx = find_torch(), find_cxx()
+    torch = find_torch()
     toolkit = find_toolkit(torch.folder.parent)
+    cxx = find_cxx()
     targets = architectures(toolkit.nvcc)
     nvcc = [toolkit.nvcc, *NVCC_OPTIONS, f"--threads={jobs()}"]
     nvcc += [f"-I{folder}" for folder in toolkit.include_dirs]
@@ -284,7 +285,7 @@ def torch_unit(source: str, torch: Torch, cxx: list[str]) -> Unit:
 
 def build_info(torch: Torch, cxx: list[str], **others: str) -> Unit:
     """What a library tells about itself, as JSON, and the number of its interface."""
-    compiler = output_of(cxx[0], "--version").splitlines()[0]
+    compiler = output_of(cxx[0], "--version").partition("\n")[0]
     entries = {"torch": torch.version, "compiler": compiler, **others, "sources": source_digest()}
     text = json.dumps(json.dumps(entries))  # twice: a string of C++
     macros = [f"-DDN_DETR_INTERFACE={interface()}", f"-DDN_DETR_BUILD_INFO={text}"]
