@@ -199,7 +199,7 @@ DN_DETR_INLINE Vector<double, 4> four_sums(
 template <int N>
 DN_DETR_INLINE Vector<float, N> exp_of_negative(Vector<float, N> x) {
   using V = Vector<float, N>;
-  using I = Vector<int32_t, N>;
+  using U = Vector<uint32_t, N>;  // overflows for x below -87, where it is not used
   constexpr float round_to_integer = 12582912.0f;  // 1.5 * 2^23: the integer is in the low bits
   const V shifted = x * 1.44269504f + round_to_integer;
   const V n = shifted - round_to_integer;
@@ -211,7 +211,7 @@ DN_DETR_INLINE Vector<float, N> exp_of_negative(Vector<float, N> x) {
   series = series * r + 0.5f;
   series = series * r + 1.0f;
   series = series * r + 1.0f;
-  const V power = bits_as<V>((bits_as<I>(shifted) << 23) + 0x3f800000);
+  const V power = bits_as<V>((bits_as<U>(shifted) << 23) + 0x3f800000);
   return x < -87.0f ? V{} : series * power;
 }
 template <int N>
