@@ -139,7 +139,8 @@ inline std::vector<LevelSize> read_levels(
       fail("spatial_shapes: level ", l, " of ", height, " x ", width,
            " cells does not fit into the ", cells, " cells of value");
     }
-    levels.push_back({int32_t(height), int32_t(width), int32_t(sum)});
+    const bool is_empty = height * width == 0;  // then nobody walks through it in either direction
+    levels.push_back({is_empty ? 0 : int32_t(height), is_empty ? 0 : int32_t(width), int32_t(sum)});
     sum += height * width;
   }
   if (sum != cells) fail("spatial_shapes add up to ", sum, " cells, but value has ", cells);
