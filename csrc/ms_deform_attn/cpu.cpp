@@ -15,6 +15,10 @@
 #include "arguments.h"
 #include "inputs.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace dn_detr {
 
 namespace {
@@ -177,14 +181,24 @@ void set_grad_output(Call& call, const Inputs& inputs, const Tensor& grad_output
 
 int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Memory for temporary use, in `count` equal parts, each aligned to 64 bytes.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int64_t kGap = 64;
+void forbid(const char* memory, int64_t bytes) { __asan_poison_memory_region(memory, bytes); }
+#else
+constexpr int64_t kGap = 0;
+void forbid(const char*, int64_t) {}
+#endif
+
+// Memory for temporary use, in `count` equal parts, each aligned to 64 bytes. AddressSanitizer sees
+// it as one piece: to find who leaves a part, it is told of what lies between them.
 class Parts {
  public:
-  Parts(const Tensor& like, int64_t count, int64_t bytes) : bytes_(round_up(bytes)) {
+  Parts(const Tensor& like, int64_t count, int64_t bytes) : bytes_(round_up(bytes) + kGap) {
     if (bytes == 0) return;
     memory_ = torch::stable::new_empty(like, {count * bytes_ + 64}, ScalarType::Byte);
     const auto address = reinterpret_cast<uintptr_t>(memory_.mutable_data_ptr());
     first_ = reinterpret_cast<char*>((address + 63) / 64 * 64);
+    for (int64_t i = 0; i < count; ++i) forbid((*this)[i] + bytes, bytes_ - bytes);
   }
   char* operator[](int64_t i) const { return first_ ? first_ + i * bytes_ : nullptr; }
 
