@@ -2,6 +2,7 @@
 # make test    the fast tests          make test-slow   the others
 # make lint    ruff and mypy           make clean       remove what the commands wrote
 # make env     .venv with everything   make cuda        compile the CUDA kernels, or fail
+# make fuzz    random calls of the CPU operators under sanitizers; needs GCC
 #
 # Each of them creates .venv first, unless it is there and up to date, and builds the operators of
 # csrc/ again when they changed. To use another Python: make PYTHON=python3.12 env
@@ -26,7 +27,13 @@ DEMO_OVERRIDES :=
 # What `make cuda` compiles for; no GPU is needed.
 CUDA_ARCHITECTURES := 8.0;9.0;10.0+PTX
 
-.PHONY: env cuda demo test test-slow lint clean
+
+# For how long to fuzz, on every core, after a build of a minute or two; or the one case to repeat,
+# for instance make fuzz FUZZ_SEED=7
+FUZZ_SECONDS := 20
+FUZZ_SEED :=
+
+.PHONY: env cuda demo test test-slow lint fuzz clean
 
 env: $(INSTALLED)
 
@@ -67,6 +74,10 @@ lint: $(INSTALLED)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy --no-error-summary
+
+fuzz: $(INSTALLED)
+	@$(MAKE) --silent -j $$(nproc) -f tests/fuzz/library.mk PYTHON=$(BIN)/python
+	@$(BIN)/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_SEED:%=--seed=%)
 
 clean:
 	rm -rf output datasets/digits build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
