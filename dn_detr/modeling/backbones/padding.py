@@ -63,7 +63,7 @@ class KnownPadding:
         columns = torch.arange(width, device=self.mask.device) * stride
         return ~self.mask[:, rows[:, None], columns]
 
-    def keep(self, stride: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    def keep(self, stride: int, height: int, width: int, *, dtype: torch.dtype) -> Tensor:
         """``valid`` as factors (B, height, width): 0 in the padding, 1 elsewhere."""
         key = (stride, dtype)
         return self.derive(key, lambda: self.valid(stride, height, width).to(dtype))
@@ -73,19 +73,6 @@ class KnownPadding:
         if key not in self._derived:
             self._derived[key] = compute()
         return self._derived[key]
-
-
-def may_hold_padding(mask: Tensor) -> bool:
-    """Whether padding must be reckoned with; False only where looking at the mask costs nothing.
-
-    On an accelerator the look would wait for the device, and a traced graph must serve all masks.
-
-    Args:
-        mask: (B, H, W) bool, True = padding.
-    """
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return True
-    return bool(mask.any())
 
 
 def current_padding() -> KnownPadding | None:
@@ -195,7 +182,7 @@ def _zero_padding(
         return None
     (x,) = inputs
     height, width = x.shape[-2:] if dim == 1 else x.shape[1:3]
-    keep = padding.keep(stride, height, width, x.dtype)
+    keep = padding.keep(stride, height, width, dtype=x.dtype)
     return (x * keep.unsqueeze(dim),)
 
 

@@ -2,14 +2,16 @@
 
 He et al., "Deep Residual Learning for Image Recognition", 2016 (https://arxiv.org/abs/1512.03385),
 in torchvision's variant (stride on the 3x3 convolution). Differs from torchvision: the classifier
-is dropped, batch normalisation is a constant affine map, which the filters before it absorb, the
-first stages do not train, and padding is kept at zero.
+is dropped, batch normalisation is a constant affine map, the first stages do not train, padding is
+kept at zero, and maps are worked on in place.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,8 +22,9 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from dn_detr.checkpoint import describe_backbone, read_backbone
+from dn_detr.structures import may_hold_padding
 
-from .padding import KnownPadding, may_hold_padding
+from .padding import KnownPadding, current_padding
 
 _STAGE_STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
 _PARTS = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
@@ -76,6 +79,7 @@ class ResNet(nn.Module):
         self.name = name
         self.weights = weights
         self.mask_padding = mask_padding
+        _take_over_blocks(self.body)
         self._freeze(frozen_stages)
 
     def forward(self, images: Tensor, mask: Tensor) -> list[Tensor]:
@@ -90,26 +94,27 @@ class ResNet(nn.Module):
             C_i in ``out_channels`` and stride_i in ``out_strides``.
         """
         known = self.mask_padding and may_hold_padding(mask)
-        padding = KnownPadding(mask) if known else None
         maps = []
-        x, stride = self._stem(images, padding), 4
-        for name, stage in self.body.items():
-            if name not in _STAGE_STRIDES:
-                continue
-            for block in stage:
-                x, stride = _residual_block(block, x, stride, padding)
-            if name in self.body.return_layers:
-                maps.append(x)
+        with KnownPadding(mask) if known else nullcontext():
+            x = self._stem(images)
+            for name, stage in self.body.items():
+                if name in _STAGE_STRIDES:
+                    x = stage(x)
+                if name in self.body.return_layers:
+                    maps.append(x)
         return maps
 
-    def _stem(self, images: Tensor, padding: KnownPadding | None) -> Tensor:
+    def _stem(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 64, ceil(H / 4), ceil(W / 4))."""
-        if padding is not None:
-            images = images * _keep(images, padding, 1)
+        if (keep := _keep(images, 1)) is not None:
+            images = images * keep
         if images.device.type == "cpu":  # oneDNN's filters read and write this layout
             images = images.contiguous(memory_format=torch.channels_last)
         x = _normalised(self.body.conv1, self.body.bn1, images)
-        return self.body.maxpool(_activated(x, padding, 2))
+        x = self.body.maxpool(_activated(x, _keep(x, 2)))
+        if (keep := _keep(x, 4)) is not None:  # windows beside an image have seen it
+            x *= keep
+        return x
 
     def load_pretrained(self) -> bool:
         """Load ``weights`` into the backbone, for training that starts from no checkpoint.
@@ -140,53 +145,85 @@ class ResNet(nn.Module):
                     getattr(self.body, name).requires_grad_(False)
 
 
-def _residual_block(
-    block: nn.Module, x: Tensor, stride: int, padding: KnownPadding | None
-) -> tuple[Tensor, int]:
-    """Run a block of torchvision's on a map of this stride; the next map and its stride.
+class ResidualBlock(nn.Module):
+    """A block of torchvision's, with its parts under their names, that touches its maps less often.
 
     Filters that read neighbours find zeros in the padding, also those of a block that follows.
+
+    Args:
+        block: torchvision's basic or bottleneck block.
+        in_stride: of its input, in pixels.
     """
-    filters = [
-        (conv, getattr(block, f"bn{name[-1]}"))
-        for name, conv in block.named_children()
-        if isinstance(conv, nn.Conv2d)
-    ]
-    reads_neighbours = [conv.kernel_size != (1, 1) for conv, _ in filters]
-    out = x
-    for i, (conv, norm) in enumerate(filters):
-        if i > 0:
-            out = _activated(out, padding if reads_neighbours[i] else None, stride)
-        out = _normalised(conv, norm, out)
-        stride *= conv.stride[0]
-    downsample = getattr(block, "downsample", None)
-    out += x if downsample is None else _normalised(downsample[0], downsample[1], x)
-    return _activated(out, padding if reads_neighbours[0] else None, stride), stride
+
+    def __init__(self, block: nn.Module, in_stride: int) -> None:
+        super().__init__()
+        for name, part in block.named_children():
+            self.add_module(name, part)
+        self.in_stride = in_stride
+
+    @property
+    def out_stride(self) -> int:
+        """Stride of its output, in pixels."""
+        return self.in_stride * math.prod(conv.stride[0] for conv, _ in self._filters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), zero in the padding if the first filter reads neighbours -> the same."""
+        filters = self._filters()
+        reads_neighbours = [conv.kernel_size != (1, 1) for conv, _ in filters]
+        out, stride = x, self.in_stride
+        for i, (conv, norm) in enumerate(filters):
+            if i > 0:
+                out = _activated(out, _keep(out, stride) if reads_neighbours[i] else None)
+            out = _normalised(conv, norm, out)
+            stride *= conv.stride[0]
+        downsample = getattr(self, "downsample", None)
+        out += x if downsample is None else _normalised(downsample[0], downsample[1], x)
+        return _activated(out, _keep(out, stride) if reads_neighbours[0] else None)
+
+    def _filters(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        """Each convolution and the normalisation after it."""
+        return [
+            (part, getattr(self, f"bn{name[-1]}"))
+            for name, part in self.named_children()
+            if isinstance(part, nn.Conv2d)
+        ]
+
+
+def _take_over_blocks(body: nn.ModuleDict) -> None:
+    """Put a ``ResidualBlock`` in the place of each block of torchvision's."""
+    stride = 4
+    for name, stage in body.items():
+        if name in _STAGE_STRIDES:
+            for index, block in stage.named_children():
+                taken = ResidualBlock(block, stride)
+                stage.set_submodule(index, taken)
+                stride = taken.out_stride
 
 
 def _normalised(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """Convolution and normalisation; a constant one is folded into the filter.
+    """Convolution and normalisation, a constant one in place.
 
-    That saves two passes over the map. It is done in every call, because weights may train or be
-    loaded: a filter is small next to its maps.
+    Folding it into the filter instead was no faster, and rounds the filter itself: gradients then
+    differ from the published code's by more than that code's own rounding.
     """
     if not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    bias = norm.bias - norm.running_mean * scale
+    return conv(x).mul_(scale[:, None, None]).add_(bias[:, None, None])
 
 
-def _activated(x: Tensor, padding: KnownPadding | None, stride: int) -> Tensor:
+def _activated(x: Tensor, keep: Tensor | None) -> Tensor:
     """ReLU, and zeros in the padding, both in place: no backward pass needs what was there."""
-    if padding is not None:
-        x *= _keep(x, padding, stride)
+    if keep is not None:
+        x *= keep
     return F.relu_(x)
 
 
-def _keep(x: Tensor, padding: KnownPadding, stride: int) -> Tensor:
-    height, width = x.shape[-2:]
-    return padding.keep(stride, height, width, x.dtype)[:, None]
+def _keep(x: Tensor, stride: int) -> Tensor | None:
+    """Factors (B, 1, H, W) that make the padding zero, or None if there is none."""
+    padding = current_padding()
+    return None if padding is None else padding.keep(stride, *x.shape[-2:], dtype=x.dtype)[:, None]
 
 
 def _stage_channels(stage: nn.Module) -> int:
