@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .attention import MultiheadAttention, attend
 from .deformable_attention import MSDeformAttn
+from .linear import Linear
 from .mlp import MLP, FeedForward
 from .norm import MaskedGroupNorm
 from .position_embedding import PositionEmbeddingSine, sine_embed_boxes
@@ -11,6 +12,7 @@ from .position_embedding import PositionEmbeddingSine, sine_embed_boxes
 __all__ = [
     "MLP",
     "FeedForward",
+    "Linear",
     "MSDeformAttn",
     "MaskedGroupNorm",
     "MultiheadAttention",

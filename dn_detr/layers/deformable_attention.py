@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from dn_detr.ops import ms_deform_attn_fused
 
+from .linear import Linear
+
 
 class MSDeformAttn(nn.Module):
     """Each query looks at P points of each level and head, at offsets that it predicts.
@@ -37,10 +39,10 @@ class MSDeformAttn(nn.Module):
         self.num_levels = num_levels
         self.num_points = num_points
         samples = num_heads * num_levels * num_points
-        self.sampling_offsets = nn.Linear(embed_dim, samples * 2)
-        self.attention_weights = nn.Linear(embed_dim, samples)
-        self.value_proj = nn.Linear(embed_dim, embed_dim)
-        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.sampling_offsets = Linear(embed_dim, samples * 2)
+        self.attention_weights = Linear(embed_dim, samples)
+        self.value_proj = Linear(embed_dim, embed_dim)
+        self.output_proj = Linear(embed_dim, embed_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

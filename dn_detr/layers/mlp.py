@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "prelu": nn.PReLU, "gelu": nn.GELU}
+from .linear import Linear
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": partial(nn.ReLU, inplace=True),  # of a linear layer, which does not need its output
+    "prelu": nn.PReLU,
+    "gelu": nn.GELU,
+}
 
 
 class MLP(nn.Module):
@@ -28,7 +36,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_dim) -> (..., out_dim)."""
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+            x = F.relu_(layer(x))
         return self.layers[-1](x)
 
 
@@ -55,9 +63,9 @@ class FeedForward(nn.Module):
         super().__init__()
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation {activation!r}: choose from {sorted(_ACTIVATIONS)}")
-        self.linear1 = nn.Linear(embed_dim, feedforward_dim)
+        self.linear1 = Linear(embed_dim, feedforward_dim)
         self.activation = _ACTIVATIONS[activation]()
-        self.linear2 = nn.Linear(feedforward_dim, embed_dim)
+        self.linear2 = Linear(feedforward_dim, embed_dim)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(embed_dim)
 
