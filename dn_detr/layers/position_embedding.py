@@ -46,15 +46,25 @@ class PositionEmbeddingSine(nn.Module):
         self.eps = eps
 
     def forward(self, mask: Tensor) -> Tensor:
-        """(B, H, W) bool mask, True = padding -> (B, 2 * num_pos_feats, H, W) float32."""
-        valid = (~mask).float()
-        y, x = valid.cumsum(1), valid.cumsum(2)
-        y = (y + self.offset) / (y[:, -1:, :] + self.eps) * self.scale
-        x = (x + self.offset) / (x[:, :, -1:] + self.eps) * self.scale
-        # Columns of nothing but padding divide by eps; zero there is as good and keeps float16.
-        y, x = (axis.masked_fill(mask, 0.0) for axis in (y, x))
-        embedding = [_sine(axis, self.num_pos_feats, self.temperature) for axis in (y, x)]
-        return torch.cat(embedding, dim=-1).permute(0, 3, 1, 2)
+        """Embed a map's cells.
+
+        Args:
+            mask: (B, H, W) bool, True = padding, which lies at the bottom and right.
+
+        Returns:
+            (B, 2 * num_pos_feats, H, W) float32.
+        """
+        height, width = mask.shape[1:]
+        y = self._embed_axis(mask[:, :, 0])[:, :, None].expand(-1, -1, width, -1)
+        x = self._embed_axis(mask[:, 0, :])[:, None].expand(-1, height, -1, -1)
+        return torch.cat([y, x], dim=-1).permute(0, 3, 1, 2)
+
+    def _embed_axis(self, mask: Tensor) -> Tensor:
+        """(B, length) mask of a row or column -> (B, length, num_pos_feats)."""
+        position = (~mask).float().cumsum(1)
+        position = (position + self.offset) / (position[:, -1:] + self.eps) * self.scale
+        # An axis of nothing but padding divides by eps; zero there is as good and keeps float16.
+        return _sine(position.masked_fill(mask, 0.0), self.num_pos_feats, self.temperature)
 
 
 def sine_embed_boxes(
