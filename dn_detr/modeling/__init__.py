@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dn_detr.allocator import keep_freed_memory
+
 from .backbones import ResNet, TimmBackbone
 from .criterion import DetectionCriterion
 from .denoising import NoisedQueries, QueryDenoising
@@ -45,3 +47,5 @@ __all__ = [
     "TimmBackbone",
     "Transformer",
 ]
+
+keep_freed_memory()

@@ -1,0 +1,48 @@
+"""The allocator's setting, seen in page faults of a process of its own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+_FAULTS = """
+import resource, torch
+import dn_detr.modeling
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16, 2**20)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(min(faults() for _ in range(3)))
+"""
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
+
+
+def _run(**environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", _FAULTS],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@glibc
+def test_large_tensors_fault_once():
+    assert int(_run(DN_DETR_MALLOC="1").stdout) < 100
+
+
+@glibc
+def test_the_setting_can_be_refused():
+    assert int(_run(DN_DETR_MALLOC="0").stdout) > 10_000  # pages of 4 KiB
+
+
+def test_another_choice_is_an_error():
+    assert "DN_DETR_MALLOC is 'yes'; choose 0 or 1" in _run(DN_DETR_MALLOC="yes").stderr
