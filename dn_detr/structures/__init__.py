@@ -11,7 +11,7 @@ from .boxes import (
     inverse_sigmoid,
     pairwise_generalized_box_iou,
 )
-from .image_batch import downsample_mask, pad_images, valid_sizes
+from .image_batch import downsample_mask, may_hold_padding, pad_images, valid_sizes
 from .instances import Boxes, Instances
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "downsample_mask",
     "generalized_box_iou",
     "inverse_sigmoid",
+    "may_hold_padding",
     "pad_images",
     "pairwise_generalized_box_iou",
     "valid_sizes",

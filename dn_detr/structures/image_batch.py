@@ -50,3 +50,16 @@ def valid_sizes(mask: Tensor) -> Tensor:
     """Unpadded (width, height) of each image of a (B, H, W) mask; (B, 2) float32, in cells."""
     valid = ~mask
     return torch.stack([valid[:, 0, :].sum(1), valid[:, :, 0].sum(1)], dim=-1).float()
+
+
+def may_hold_padding(mask: Tensor) -> bool:
+    """Whether padding must be reckoned with; False only where looking at the mask costs nothing.
+
+    On an accelerator the look would wait for the device, and a traced graph must serve all masks.
+
+    Args:
+        mask: (B, H, W) bool, True = padding.
+    """
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return bool(mask.any())

@@ -41,3 +41,10 @@ def test_references_relative_to_the_image_become_relative_to_each_padded_map():
     padded = levels.to_padded(torch.tensor([[[0.5, 0.5, 0.2, 0.4]]]).expand(2, -1, -1))
     torch.testing.assert_close(padded[0, 0, 1], torch.tensor([0.5, 0.5, 0.2, 0.4]))
     torch.testing.assert_close(padded[1, 0, 0], torch.tensor([0.375, 0.25, 0.15, 0.2]))
+
+
+def test_nobody_is_kept_from_cells_of_a_batch_without_padding():
+    levels = _levels()
+    assert levels.attention_mask is levels.padding_mask
+    _, mask = pad_images([torch.zeros(1, 8, 8), torch.zeros(1, 8, 8)])
+    assert Levels.from_masks([mask, downsample_mask(mask, 2)]).attention_mask is None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dn_detr.layers import MaskedGroupNorm
-from dn_detr.structures import downsample_mask
+from dn_detr.structures import downsample_mask, may_hold_padding
 
 
 class ChannelMapper(nn.Module):
@@ -80,6 +80,7 @@ class ChannelMapper(nn.Module):
         """
         maps: list[Tensor] = []
         masks = [downsample_mask(mask, stride) for stride in self.out_strides]
+        masked = self.mask_padding and may_hold_padding(mask)
         for level, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             if level < len(features):
                 source, source_mask = features[level], masks[level]
@@ -87,10 +88,10 @@ class ChannelMapper(nn.Module):
                 source, source_mask = features[-1], masks[level - 1]
             else:
                 source, source_mask = maps[-1], masks[level - 1]
-            if self.mask_padding:
+            if masked:
                 source = source.masked_fill(source_mask[:, None], 0.0)
             projected = conv(source)
             if isinstance(norm, MaskedGroupNorm):
-                projected = norm(projected, masks[level] if self.mask_padding else None)
+                projected = norm(projected, masks[level] if masked else None)
             maps.append(projected)
         return maps, masks

@@ -112,18 +112,18 @@ class ConditionalCrossAttention(nn.Module):
             query, key = query + self.query_pos_proj(query_pos), key + key_pos
         query = self._side_by_side(query, self.query_pos_sine_proj(query_sine))
         key = self._side_by_side(key, key_pos)
-        value, padding = self.value_proj(memory.cells), memory.levels.padding_mask[:, None]
+        value, padding = self.value_proj(memory.cells), memory.levels.attention_mask
+        mask = None if padding is None else padding[:, None]
         if self.level_attn is None:
-            return self.out_proj(self._attend(query, key, value, padding))
+            return self.out_proj(self._attend(query, key, value, mask))
         sizes = memory.levels.sizes
-        parts = zip(
-            key.split(sizes, 1), value.split(sizes, 1), padding.split(sizes, 2), strict=True
-        )
+        masks = [None] * len(sizes) if mask is None else mask.split(sizes, 2)
+        parts = zip(key.split(sizes, 1), value.split(sizes, 1), masks, strict=True)
         per_level = torch.stack([self._attend(query, *part) for part in parts], dim=-1)
         weights = self.level_attn(asked).softmax(-1)  # (B, Q, L)
         return self.out_proj((per_level * weights[:, :, None]).sum(-1))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         return attend(query, key, value, self.num_heads, mask=mask, dropout=dropout)
 

@@ -55,7 +55,7 @@ class DeformableEncoderLayer(nn.Module):
             x,
             levels.spatial_shapes,
             levels.level_start_index,
-            levels.padding_mask,
+            levels.attention_mask,
         )
         return self.ffn(self.norm(x + self.dropout(attended)))
 
@@ -137,7 +137,7 @@ class DeformableDecoderLayer(nn.Module):
             memory.cells,
             levels.spatial_shapes,
             levels.level_start_index,
-            levels.padding_mask,
+            levels.attention_mask,
         )
         return self.ffn(self.cross_norm(x + self.dropout(sampled)))
 

@@ -40,10 +40,10 @@ class DenseEncoderLayer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, dropout=dropout, **ffn)
 
-    def forward(self, x: Tensor, pos: Tensor, padding_mask: Tensor) -> Tensor:
-        """(B, S, C) cells, (B, S, C) positions, (B, S) bool, True = padding -> (B, S, C)."""
+    def forward(self, x: Tensor, pos: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, S, C) cells, (B, S, C) positions, (B, 1, S) bool, True = blocked -> (B, S, C)."""
         positioned = x + pos
-        attended = self.self_attn(positioned, positioned, x, mask=padding_mask[:, None])
+        attended = self.self_attn(positioned, positioned, x, mask=mask)
         return self.ffn(self.norm(x + self.dropout(attended)))
 
 
@@ -65,8 +65,10 @@ class DenseEncoder(nn.Module):
 
     def forward(self, x: Tensor, pos: Tensor, levels: Levels) -> Tensor:
         """(B, S, C) cells and (B, S, C) positions -> (B, S, C) memory."""
+        padding = levels.attention_mask
+        mask = None if padding is None else padding[:, None]
         for layer in self.layers:
-            x = layer(x, pos * self.query_scale(x), levels.padding_mask)
+            x = layer(x, pos * self.query_scale(x), mask)
         return x
 
 

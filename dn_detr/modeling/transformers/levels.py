@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dn_detr.structures import valid_sizes
+from dn_detr.structures import may_hold_padding, valid_sizes
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,14 @@ class Levels:
         level_start_index: (L,) int64 on the CPU, first cell of each level.
         padding_mask: (B, S) bool, True = padding, S cells of all levels.
         valid_ratios: (B, L, 2) float32, share (x, y) of each map that is image, in (0, 1].
+        has_padding: False where ``padding_mask`` is known to be False throughout.
     """
 
     spatial_shapes: Tensor
     level_start_index: Tensor
     padding_mask: Tensor
     valid_ratios: Tensor
+    has_padding: bool = True
 
     @classmethod
     def from_masks(cls, masks: Sequence[Tensor]) -> Levels:
@@ -42,7 +44,13 @@ class Levels:
             level_start_index=sizes.cumsum(0) - sizes,
             padding_mask=torch.cat([mask.flatten(1) for mask in masks], dim=1),
             valid_ratios=torch.stack(ratios, dim=1),
+            has_padding=any(may_hold_padding(mask) for mask in masks),
         )
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """(B, S) bool, True = nobody may attend to the cell; None if everybody may."""
+        return self.padding_mask if self.has_padding else None
 
     @property
     def sizes(self) -> list[int]:
