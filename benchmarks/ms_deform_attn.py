@@ -1,18 +1,24 @@
 """Speed and memory of multi-scale deformable attention: the compiled operators against grid_sample.
 
     python benchmarks/ms_deform_attn.py --threads 1 2 --json ms_deform_attn.json
+    python benchmarks/ms_deform_attn.py --device cuda
 
 Shapes: an 800 x 1066 image with four levels; the encoder has one query per cell (17 821), the
-decoder 500. Ours and the reference run in turns, and the medians are compared. The reference is
-what every project falls back to, grid_sample per level in float32 (in bfloat16 rows too: its half
-types are wrong on CPUs). Cases:
+decoder 500. Ours, through the public functions of dn_detr.ops, and the reference run in turns, and
+the medians are compared. The reference is what every project falls back to, grid_sample per level:
+on CPUs in float32 (in bfloat16 rows too: its half types are wrong there), on GPUs in float32 or in
+the row's type, whichever is faster. Cases:
 
     encoder, decoder     the operator, sampling locations and attention weights given
     ... fused            the operator from offsets, reference points and logits, softmax included
-    module encoder       MSDeformAttn with its four linear layers; `linears` is their time alone
+    module encoder       MSDeformAttn's four linear layers around it; /linears: over their time
 
-Peak memory is what a pass needs beyond its inputs, of a process of its own. Errors are the largest
-of a tensor over its largest number, against float64.
+"must" and "aim" are limits of the ratio, of "/linears", or with two threads of "/1 thread", the
+speed over that of one thread; "reached" says which of them is met. Peak memory is what a pass needs
+beyond its inputs, on a CPU of a process of its own. Errors are the largest of a tensor over its
+largest number, against float64. GPU times are those of calls queued one after the other, without
+launching them; "launch" is the program's own time for one call; "/floor" is the time over the least
+that an H200 can take.
 """
 
 from __future__ import annotations
@@ -20,394 +26,247 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import platform
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from functools import cache
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from attention_cases import BACKWARD, BOTH, FORWARD, largest_error, make_inputs, make_pass
+from attention_targets import floor_ms, peak_must_mb, target
+from timing import (
+    gpu_seconds,
+    launch_seconds,
+    machine,
+    medians,
+    memory_mb,
+    seconds,
+    thread_seconds,
+)
 
-import dn_detr
+from dn_detr.ops import missing_kernels, ms_deform_attn
 
-SHAPES = [(100, 134), (50, 67), (25, 34), (13, 17)]
-HEADS, DIM, LEVELS, POINTS = 8, 32, 4, 4
-CHANNELS = HEADS * DIM
-DECODER_QUERIES = 500
-
-SPATIAL_SHAPES = torch.tensor(SHAPES)
-SIZES = SPATIAL_SHAPES.prod(1)
-STARTS = SIZES.cumsum(0) - SIZES
-CELLS = int(SIZES.sum())
-
-
-class Inputs(NamedTuple):
-    """Legend: B batch, S cells, H heads, D head dim, Q queries, L levels, P points."""
-
-    value: Tensor  # (B, S, H, D)
-    reference_points: Tensor  # (B, Q, L, 2)
-    offsets: Tensor  # (B, Q, H, L, P, 2)
-    logits: Tensor  # (B, Q, H, L * P)
-    locations: Tensor  # (B, Q, H, L, P, 2)
-    weights: Tensor  # (B, Q, H, L, P)
-    grad_output: Tensor  # (B, Q, H * D)
+Row = dict[str, Any]
+CASES = ("encoder", "encoder fused", "decoder", "decoder fused", "module encoder")
+DTYPES = {"cpu": ["float32", "bfloat16"], "cuda": ["float32", "float16", "bfloat16"]}
+DIRECTIONS = {"cpu": (FORWARD, BOTH), "cuda": (FORWARD, BACKWARD, BOTH)}
 
 
-def _cell_centres() -> Tensor:
-    """(S, 2) as (x, y) in [0, 1]."""
-    levels = []
-    for height, width in SHAPES:
-        y, x = torch.meshgrid(
-            (torch.arange(height) + 0.5) / height,
-            (torch.arange(width) + 0.5) / width,
-            indexing="ij",
-        )
-        levels.append(torch.stack([x, y], -1).flatten(0, 1))
-    return torch.cat(levels)
+# ---- memory ----
 
 
-def _off_borders(references: Tensor, offsets: Tensor) -> Tensor:
-    """Moves samples away from borders, where the gradient jumps and rounding decides the side."""
-    size_wh = SPATIAL_SHAPES.flip(-1)[:, None]
-    positions = references[:, :, None, :, None] * size_wh + offsets - 0.5
-    fractions = positions - positions.floor()
-    return offsets + fractions.clamp(0.01, 0.99) - fractions
-
-
-def make_inputs(case: str, batch: int) -> Inputs:
-    """Random inputs; offsets of about two cells, no sample on the border of a cell."""
-    generator = torch.Generator().manual_seed(0)
-    if "encoder" in case:
-        points = _cell_centres().expand(batch, -1, -1)
-    else:
-        points = torch.rand(batch, DECODER_QUERIES, 2, generator=generator)
-    references = points[:, :, None].expand(-1, -1, LEVELS, -1).contiguous()
-    grid = (batch, points.shape[1], HEADS, LEVELS, POINTS)
-    offsets = _off_borders(references, 2 * torch.randn(*grid, 2, generator=generator))
-    logits = torch.randn(*grid[:3], LEVELS * POINTS, generator=generator)
-    locations = references[:, :, None, :, None] + offsets / SPATIAL_SHAPES.flip(-1)[:, None]
-    weights = logits.softmax(-1).unflatten(-1, (LEVELS, POINTS))
-    value = torch.randn(batch, CELLS, HEADS, DIM, generator=generator)
-    grad_output = torch.randn(batch, grid[1], CHANNELS, generator=generator)
-    return Inputs(value, references, offsets, logits, locations, weights, grad_output)
-
-
-# ---- the two contestants ----
-
-
-def eager(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """The grid_sample formulation."""
-    batch, queries, heads, levels, points, _ = locations.shape
-    grids = 2 * locations - 1
-    sampled = []
-    for level, cells in enumerate(value.split(SIZES.tolist(), dim=1)):
-        maps = cells.flatten(2).transpose(1, 2).reshape(batch * heads, -1, *SHAPES[level])
-        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
-        sampled.append(F.grid_sample(maps, grid, align_corners=False))
-    flat = weights.transpose(1, 2).reshape(batch * heads, 1, queries, levels * points)
-    out = (torch.stack(sampled, -2).flatten(-2) * flat).sum(-1)
-    return out.view(batch, -1, queries).transpose(1, 2).contiguous()
-
-
-def eager_fused(value: Tensor, references: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-    """Softmax and location arithmetic as separate operations, then `eager`."""
-    locations = references[:, :, None, :, None] + offsets / SPATIAL_SHAPES.flip(-1)[:, None]
-    return eager(value, locations, logits.softmax(-1).unflatten(-1, (LEVELS, POINTS)))
-
-
-@cache
-def _operators() -> Any:
-    torch.ops.load_library(str(Path(dn_detr.__file__).parent / "_C.so"))
-    return torch.ops.dn_detr_C
-
-
-class _Classic(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        inputs = (value, SPATIAL_SHAPES, STARTS, locations, weights)
-        ctx.save_for_backward(*inputs)
-        return _operators().ms_deform_attn_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return _operators().ms_deform_attn_backward(grad, *ctx.saved_tensors)
-
-
-class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, references: Tensor, offsets: Tensor, logits: Tensor
-    ) -> Tensor:
-        inputs = (value, SPATIAL_SHAPES, STARTS, references, offsets, logits)
-        ctx.save_for_backward(*inputs)
-        return _operators().ms_deform_attn_fused_forward(*inputs, None)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return _operators().ms_deform_attn_fused_backward(grad, *ctx.saved_tensors, None)
-
-
-Core = Callable[..., Tensor]
-
-
-def _operator_pass(core: Core, inputs: Inputs, case: str, gradients: bool, dtype: Any) -> Any:
-    fields = (0, 1, 2, 3) if "fused" in case else (0, 4, 5)
-    tensors = [inputs[i] for i in fields]
-    tensors[0] = tensors[0].to(dtype)
-    grad_output = inputs.grad_output.to(dtype)
-    wanted = [i for i, field in enumerate(fields) if field != 1]  # reference points are constants
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return core(*tensors)
-
-    def forward_backward() -> tuple[Tensor, ...]:
-        leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
-        out = core(*leaves)
-        return torch.autograd.grad(out, [leaves[i] for i in wanted], grad_output)
-
-    return forward_backward if gradients else forward
-
-
-def _module_pass(core: Core | None, inputs: Inputs, gradients: bool) -> Any:
-    """The module around `core`; None: its linear layers alone, each with its gradients."""
-    generator = torch.Generator().manual_seed(1)
-    outputs = {"value": CHANNELS, "offsets": HEADS * LEVELS * POINTS * 2,
-               "logits": HEADS * LEVELS * POINTS, "out": CHANNELS}  # fmt: skip
-    matrices = {
-        name: (torch.randn(n, CHANNELS, generator=generator) / 16).requires_grad_(gradients)
-        for name, n in outputs.items()
-    }
-    batch, queries = inputs.offsets.shape[:2]
-    query = torch.randn(batch, queries, CHANNELS, generator=generator)
-    memory = inputs.value.flatten(2)
-
-    def run() -> Any:
-        with torch.set_grad_enabled(gradients):
-            x, m = (t.detach().requires_grad_(gradients) for t in (query, memory))
-            value = F.linear(m, matrices["value"])
-            offsets = F.linear(x, matrices["offsets"])
-            logits = F.linear(x, matrices["logits"])
-            if core is None:
-                inner = inputs.grad_output.detach().requires_grad_(gradients)
-            else:
-                inner = core(
-                    value.view(batch, CELLS, HEADS, DIM),
-                    inputs.reference_points,
-                    offsets.view(inputs.offsets.shape),
-                    logits.view(inputs.logits.shape),
-                )
-            out = F.linear(inner, matrices["out"])
-            if not gradients:
-                return out
-            leaves = [x, m, *matrices.values()]
-            if core is not None:
-                return torch.autograd.grad(out, leaves, inputs.grad_output)
-            roots = (out, value, offsets, logits)
-            starts = (inputs.grad_output, inputs.value.flatten(2), inputs.offsets.flatten(2),
-                      inputs.logits.flatten(2))  # fmt: skip
-            return torch.autograd.grad(roots, [*leaves, inner], starts)
-
-    return run
-
-
-def make_pass(core: str, case: str, inputs: Inputs, gradients: bool, dtype: Any) -> Any:
-    """The function to time; `core` is "ours", "reference" or "linears"."""
-    if "module" in case:
-        cores = {"ours": _Fused.apply, "reference": eager_fused, "linears": None}
-        return _module_pass(cores[core], inputs, gradients)
-    fused = "fused" in case
-    if core == "ours":
-        apply = _Fused.apply if fused else _Classic.apply
-        return _operator_pass(apply, inputs, case, gradients, dtype)
-    reference = eager_fused if fused else eager
-    return _operator_pass(reference, inputs, case, gradients, torch.float32)
-
-
-# ---- measurements ----
-
-
-def medians_ms(passes: dict[str, Any], rounds: int) -> dict[str, float]:
-    """Median times of functions that run in turns, after one round to warm up.
-
-    One thread is timed by the processor time that it gets, so that other programs do not count.
-    """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in passes}
-    for number in range(rounds + 1):
-        for name, run in passes.items():
-            start = clock()
-            run()
-            if number:
-                times[name].append(1e3 * (clock() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+def _warm_up() -> None:
+    """Loads what every pass needs."""
+    x = torch.randn(1, 4, 8, 8, requires_grad=True)
+    F.grid_sample(x, torch.zeros(1, 8, 8, 2), align_corners=False).sum().backward()
+    F.linear(x, torch.randn(8, 8)).softmax(-1).sum().backward()
+    one = torch.ones(1, 1, dtype=torch.int64)
+    value = torch.randn(1, 1, 1, 4, requires_grad=True)
+    weights = torch.ones(1, 1, 1, 1, 1)
+    locations = torch.zeros(1, 1, 1, 1, 1, 2)
+    ms_deform_attn(value, one.expand(1, 2), one[0] - 1, locations, weights).sum().backward()
 
 
 def _peak_in_this_process(
-    core: str, case: str, batch: int, gradients: bool, dtype: Any, channel: Any
+    core: str, case: str, batch: int, direction: str, dtype: torch.dtype, channel: Any
 ) -> None:
     torch.set_num_threads(1)
-    run = make_pass(core, case, make_inputs(case, batch), gradients, dtype)
-    if core == "ours":
-        _operators()
-    warm_up = torch.randn(1, 4, 8, 8, requires_grad=True)  # loads what every backward pass needs
-    F.grid_sample(warm_up, torch.zeros(1, 8, 8, 2), align_corners=False).sum().backward()
-    F.linear(warm_up, torch.randn(8, 8)).softmax(-1).sum().backward()
+    run = make_pass(core, case, make_inputs(case, batch), direction, dtype)
+    _warm_up()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again without counting
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _status_kb("VmRSS")
+    before = memory_mb("VmRSS")
     kept = run()
-    channel.send((_status_kb("VmHWM") - before) / 1024)
+    channel.send(memory_mb("VmHWM") - before)
     del kept
 
 
-def _status_kb(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-
-def peak_mb(core: str, case: str, batch: int, gradients: bool, dtype: Any) -> float | None:
+def peak_mb(
+    core: str, case: str, batch: int, direction: str, dtype: torch.dtype, device: str
+) -> float | None:
     """Memory that a pass needs beyond its inputs, in MiB; None where Linux's /proc is missing."""
+    if device == "cuda":
+        return _gpu_peak_mb(core, case, batch, direction, dtype)
     if not Path("/proc/self/clear_refs").exists():
         return None
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    arguments = (core, case, batch, gradients, dtype, sender)
+    arguments = (core, case, batch, direction, dtype, sender)
     process = context.Process(target=_peak_in_this_process, args=arguments)
     process.start()
     process.join()
     return receiver.recv() if receiver.poll() else None
 
 
-def largest_error(case: str, batch: int, gradients: bool, dtype: Any) -> float:
-    """Of ours against the reference in float64 on the same (rounded) inputs."""
-    inputs = make_inputs(case, batch)
-    rounded = inputs._replace(
-        value=inputs.value.to(dtype).float(), grad_output=inputs.grad_output.to(dtype).float()
-    )
-    ours = make_pass("ours", case, rounded, gradients, dtype)()
-    wide = Inputs(*(t.double() for t in rounded))
-    reference = eager_fused if "fused" in case else eager
-    exact = _operator_pass(reference, wide, case, gradients, torch.float64)()
-    pairs = zip(ours, exact, strict=True) if gradients else [(ours, exact)]
-    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
+def _gpu_peak_mb(core: str, case: str, batch: int, direction: str, dtype: torch.dtype) -> float:
+    run = make_pass(core, case, make_inputs(case, batch, "cuda"), direction, dtype)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+# ---- rows ----
+
+
+def _times_ms(
+    case: str, direction: str, batch: int, dtype: torch.dtype, rounds: int, device: str
+) -> dict[str, float]:
+    """Medians of "ours", of "reference" and, for a module, of "linears"; on a GPU of "launch"."""
+    inputs = make_inputs(case, batch, device)
+    types = {"ours": dtype, "reference": torch.float32}
+    if "module" in case:
+        types["linears"] = dtype
+    passes = {name: make_pass(name, case, inputs, direction, t) for name, t in types.items()}
+    if device == "cpu":
+        measure = thread_seconds if torch.get_num_threads() == 1 else seconds
+        times = medians(passes, rounds, measure)
+    else:
+        if dtype != torch.float32:
+            passes["half"] = make_pass("reference", case, inputs, direction, dtype)
+        times = medians(passes, rounds, gpu_seconds)
+        times["reference"] = min(times["reference"], times.pop("half", float("inf")))
+        times["launch"] = medians({"ours": passes["ours"]}, rounds, launch_seconds)["ours"]
+    return {name: 1e3 * value for name, value in times.items()}
 
 
 def measure(
-    case: str, gradients: bool, batch: int, threads: int, dtype: Any, rounds: int, *, memory: bool
-) -> dict[str, Any]:
-    torch.set_num_threads(threads)
-    inputs = make_inputs(case, batch)
-    names = ["ours", "reference"] + (["linears"] if "module" in case else [])
-    passes = {name: make_pass(name, case, inputs, gradients, dtype) for name in names}
-    times = medians_ms(passes, rounds)
-    row: dict[str, Any] = {
+    case: str, direction: str, batch: int, threads: int | None, dtype: torch.dtype, rounds: int,
+    *, device: str, memory: bool,
+) -> Row:  # fmt: skip
+    """One row of the table but its targets."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    times = _times_ms(case, direction, batch, dtype, rounds, device)
+    linears = times.get("linears")
+    row: Row = {
+        "device": device,
         "case": case,
-        "pass": "forward+backward" if gradients else "forward",
+        "pass": direction,
         "batch": batch,
         "threads": threads,
         "dtype": str(dtype).removeprefix("torch."),
         "ours_ms": times["ours"],
         "reference_ms": times["reference"],
         "ratio": times["reference"] / times["ours"],
-        "linears_ms": times.get("linears"),
-        "over_linears": times["ours"] / times["linears"] if "linears" in times else None,
+        "linears_ms": linears,
+        "over_linears": times["ours"] / linears if linears else None,
+        "launch_ms": times.get("launch"),
         "ours_peak_mb": None,
         "reference_peak_mb": None,
         "max_error": None,
     }
     if memory:
-        row["ours_peak_mb"] = peak_mb("ours", case, batch, gradients, dtype)
-        row["reference_peak_mb"] = peak_mb("reference", case, batch, gradients, dtype)
+        row["ours_peak_mb"] = peak_mb("ours", case, batch, direction, dtype, device)
+        row["reference_peak_mb"] = peak_mb(
+            "reference", case, batch, direction, torch.float32, device
+        )
     if "module" not in case:
-        row["max_error"] = largest_error(case, batch, gradients, dtype)
+        row["max_error"] = largest_error(case, batch, direction, dtype, device)
     return row
+
+
+def judge(row: Row, kernels: str, earlier: list[Row]) -> None:
+    """Adds what follows from the other numbers: speed over one thread, targets, floors."""
+    same = ("case", "pass", "batch", "dtype")
+    alone = [x for x in earlier if x["threads"] == 1 and all(x[k] == row[k] for k in same)]
+    several = row["threads"] is not None and row["threads"] > 1
+    row["over_one_thread"] = alone[0]["ours_ms"] / row["ours_ms"] if alone and several else None
+    row.update(target(row, kernels))
+    row["peak_must_mb"] = peak_must_mb(row) if kernels != "cuda" else None
+    floor = floor_ms(row) if kernels == "cuda" else None
+    row["over_floor"] = row["ours_ms"] / floor if floor else None
 
 
 # ---- the table ----
 
-COLUMNS = {  # name: width and format
-    "case": (15, ""),
-    "pass": (16, ""),
-    "batch": (5, "d"),
-    "threads": (7, "d"),
-    "dtype": (8, ""),
-    "ours_ms": (8, ".2f"),
-    "reference_ms": (12, ".1f"),
-    "ratio": (6, ".1f"),
-    "over_linears": (12, ".2f"),
-    "ours_peak_mb": (12, ".0f"),
-    "reference_peak_mb": (17, ".0f"),
-    "max_error": (9, ".1e"),
+COLUMNS = {  # field: heading, width, format
+    "case": ("case", 14, ""),
+    "pass": ("pass", 16, ""),
+    "batch": ("batch", 5, "d"),
+    "threads": ("threads", 7, "d"),
+    "dtype": ("dtype", 8, ""),
+    "ours_ms": ("ours ms", 8, ".3f"),
+    "reference_ms": ("reference ms", 12, ".2f"),
+    "ratio": ("ratio", 6, ".1f"),
+    "over_linears": ("/linears", 8, ".2f"),
+    "over_one_thread": ("/1 thread", 9, ".2f"),
+    "must": ("must", 5, "g"),
+    "aim": ("aim", 5, "g"),
+    "reached": ("reached", 7, ""),
+    "launch_ms": ("launch ms", 9, ".3f"),
+    "over_floor": ("/floor", 6, ".2f"),
+    "ours_peak_mb": ("ours MB", 7, ".0f"),
+    "peak_must_mb": ("must", 4, "d"),
+    "reference_peak_mb": ("reference MB", 12, ".0f"),
+    "max_error": ("error", 7, ".1e"),
 }
+ONLY_CPU = ("threads", "over_one_thread", "peak_must_mb")
+ONLY_CUDA = ("launch_ms", "over_floor")
 
 
-def _print_line(cells: dict[str, str]) -> None:
-    texts = (
-        cells[name].rjust(width) if kind else cells[name].ljust(width)
-        for name, (width, kind) in COLUMNS.items()
+def _print_line(texts: dict[str, str], device: str) -> None:
+    columns = {k: v for k, v in COLUMNS.items() if k not in (ONLY_CPU, ONLY_CUDA)[device == "cpu"]}
+    cells = (
+        texts[name].rjust(width) if kind else texts[name].ljust(width)
+        for name, (_, width, kind) in columns.items()
     )
-    print("  ".join(texts), flush=True)
+    print("  ".join(cells), flush=True)
 
 
-def _print_row(row: dict[str, Any]) -> None:
-    _print_line({
+def _print_row(row: Row) -> None:
+    texts = {
         name: "-" if row[name] is None else format(row[name], kind)
-        for name, (_, kind) in COLUMNS.items()
-    })  # fmt: skip
+        for name, (_, _, kind) in COLUMNS.items()
+    }
+    _print_line(texts, row["device"])
 
 
-def machine() -> str:
-    """Processor, kernels, torch, commit."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    kernels = _operators().cpu_kernels()
-    date = time.strftime("%Y-%m-%d")
-    return f"{cpu}, {kernels}, torch {torch.__version__}, {date}, commit {git.stdout.strip()}"
-
-
-def main() -> None:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of the CPU")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--cases", nargs="+", default=[
-        "encoder", "encoder fused", "decoder", "decoder fused", "module encoder"])  # fmt: skip
+    parser.add_argument("--dtypes", nargs="+", help="default: float32, bfloat16, on a GPU float16")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--kernels", default="", help="portable, avx2 or avx512; default: the best")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     args = parser.parse_args()
-    _operators().use_cpu_kernels(args.kernels)
-    print(machine(), file=sys.stderr)
-    rows = []
-    _print_line({name: name for name in COLUMNS})
-    for threads in args.threads:
-        for batch in args.batches:
-            for case in args.cases:
-                for dtype in args.dtypes if "module" not in case else ["float32"]:
-                    for gradients in (False, True):
-                        row = measure(
-                            case, gradients, batch, threads, getattr(torch, dtype), args.rounds,
-                            memory=not args.no_memory,
-                        )  # fmt: skip
-                        rows.append(row)
-                        _print_row(row)
+    if (problem := missing_kernels(args.device)) is not None:
+        parser.exit(1, f"There is nothing to measure: {problem}.\n")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(1, "There is nothing to measure: PyTorch finds no NVIDIA GPU.\n")
+    return args
+
+
+def main() -> None:
+    args = _arguments()
+    device, kernels = args.device, "cuda"
+    if device == "cpu":
+        torch.ops.dn_detr_C.use_cpu_kernels(args.kernels)
+        kernels = torch.ops.dn_detr_C.cpu_kernels()
+    print(machine(kernels), file=sys.stderr)
+    rows: list[Row] = []
+    _print_line({name: heading for name, (heading, _, _) in COLUMNS.items()}, device)
+    all_threads = args.threads if device == "cpu" else [None]
+    for threads, batch, case in product(all_threads, args.batches, args.cases):
+        dtypes = ["float32"] if "module" in case else args.dtypes or DTYPES[device]
+        for dtype, direction in product(dtypes, DIRECTIONS[device]):
+            if "module" in case and direction == BACKWARD:
+                continue
+            row = measure(
+                case, direction, batch, threads, getattr(torch, dtype), args.rounds,
+                device=device, memory=not args.no_memory,
+            )  # fmt: skip
+            judge(row, kernels, rows)
+            rows.append(row)
+            _print_row(row)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
