@@ -81,3 +81,12 @@ fuzz: $(INSTALLED)
 
 clean:
 	rm -rf output datasets/digits build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# Builds, tests and measures the CUDA operators where there is an NVIDIA GPU, with a Python that has
+# PyTorch; downloads nothing. GPU_WHEELS names a folder of wheels of the packages that it lacks.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_WHEELS ?=
+
+.PHONY: gpu-check
+gpu-check:
+	@$(GPU_PYTHON) tests/gpu/check.py $(if $(GPU_WHEELS),--wheels $(GPU_WHEELS))
