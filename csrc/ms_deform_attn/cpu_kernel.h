@@ -540,17 +540,16 @@ DN_DETR_INLINE void sample_block(
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
       const A weight = item.weight[c * n + i];
+      V row[kVectors];
+      read_block<N, kVectors>(rows[c] + channel, row);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        sums[c % kSets][v] += weight * read<N>(rows[c] + channel + v * N);
-      }
+      for (int v = 0; v < kVectors; ++v) sums[c % kSets][v] += weight * row[v];
     }
   }
   for (int v = 0; v < kVectors; ++v) {
-    V sum = sums[0][v];
-    for (int s = 1; s < kSets; ++s) sum += sums[s][v];
-    write<N>(output + channel + v * N, sum);
+    for (int s = 1; s < kSets; ++s) sums[0][v] += sums[s][v];
   }
+  write_block<N, kVectors>(output + channel, sums[0]);
 }
 
 template <class T, int kDim, bool kPacked>
@@ -593,7 +592,7 @@ DN_DETR_INLINE void scatter_block(
   using V = Vector<A, N>;
   const int64_t n = samples.padded_count;
   V gradient[kVectors];
-  for (int v = 0; v < kVectors; ++v) gradient[v] = read<N>(grad_output + channel + v * N);
+  read_block<N, kVectors>(grad_output + channel, gradient);
   for (int64_t i = first; i < last; ++i) {
     const T* rows[4];
     A* sums[4];
@@ -604,10 +603,12 @@ DN_DETR_INLINE void scatter_block(
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
       const A weight = item.weight[c * n + i];
+      V row[kVectors];
+      read_block<N, kVectors>(rows[c] + channel, row);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         A* sum = sums[c] + channel + v * N;
-        products[c] += gradient[v] * read<N>(rows[c] + channel + v * N);
+        products[c] += gradient[v] * row[v];
         store(sum, load<N>(sum) + weight * gradient[v]);
       }
     }
@@ -852,14 +853,12 @@ bool pack_head(const MSDeformAttnArguments& arguments, int64_t batch, int64_t he
         prefetch(from + kPrefetchCells * arguments.value_strides.row, dim);
         int64_t channel = 0;
         for (; channel + N <= dim; channel += N) {
-          const auto numbers = read<N>(from + channel);
-          write<N>(to + channel, numbers);
-          wide_check += numbers * 0;
+          wide_check += read<N>(from + channel) * 0;
+          memcpy(to + channel, from + channel, N * sizeof(T));
         }
         for (; channel < dim; channel += 4) {
-          const auto numbers = read<4>(from + channel);
-          write<4>(to + channel, numbers);
-          check += numbers * 0;
+          check += read<4>(from + channel) * 0;
+          memcpy(to + channel, from + channel, 4 * sizeof(T));
         }
       }
     }
@@ -874,7 +873,6 @@ void unpack_head(
     const MSDeformAttnArguments& arguments, int64_t batch, int64_t head, const void* grad_rows,
     bool is_packed) {
   using A = Arithmetic<T>;
-  constexpr int N = kLanes<A>;
   const int64_t dim = kDim > 0 ? kDim : arguments.dim;
   const bool* mask = arguments.padding_mask
                          ? arguments.padding_mask + batch * arguments.padding_mask_stride
@@ -893,9 +891,12 @@ void unpack_head(
           memset(to, 0, sizeof(T) * dim);
           continue;
         }
-        int64_t channel = 0;
-        for (; channel + N <= dim; channel += N) write<N>(to + channel, load<N>(from + channel));
-        for (; channel < dim; channel += 4) write<4>(to + channel, load<4>(from + channel));
+        for_each_block<A>(dim, [&](auto lanes, auto vectors, int64_t channel) {
+          constexpr int kLanes = decltype(lanes)::value, kVectors = decltype(vectors)::value;
+          Vector<A, kLanes> block[kVectors];
+          for (int v = 0; v < kVectors; ++v) block[v] = load<kLanes>(from + channel + v * kLanes);
+          write_block<kLanes, kVectors>(to + channel, block);
+        });
       }
     }
   }

@@ -65,13 +65,17 @@ DN_DETR_INLINE Vector<uint16_t, N> narrow_halves(Vector<float, N> numbers) {
   return halves;
 }
 
+// The bfloat16 is in the upper half of each result.
 template <int N>
-DN_DETR_INLINE Vector<uint16_t, N> narrow_bfloat16(Vector<float, N> numbers) {
+DN_DETR_INLINE Vector<uint32_t, N> round_to_bfloat16(Vector<float, N> numbers) {
   using U = Vector<uint32_t, N>;
   const U bits = bits_as<U>(numbers);
   const U rounded = bits + 0x7fff + (bits >> 16 & 1);
-  const U result = numbers == numbers ? rounded : bits | 0x400000;  // NaN stays NaN
-  return __builtin_convertvector(result >> 16, Vector<uint16_t, N>);
+  return numbers == numbers ? rounded : bits | 0x400000;  // NaN stays NaN
+}
+template <int N>
+DN_DETR_INLINE Vector<uint16_t, N> narrow_bfloat16(Vector<float, N> numbers) {
+  return __builtin_convertvector(round_to_bfloat16<N>(numbers) >> 16, Vector<uint16_t, N>);
 }
 
 template <int N>
@@ -107,6 +111,45 @@ DN_DETR_INLINE void write(BFloat16* to, Vector<float, N> numbers) {
 template <int N>
 DN_DETR_INLINE void write(Float16* to, Vector<float, N> numbers) {
   store(&to->bits, narrow_halves<N>(numbers));
+}
+
+// A block is kVectors vectors of neighbouring channels. Blocks of bfloat16 are read two numbers at a
+// time, the lower and the upper half of 32 bits: numbers 0, 2, 4, ... of every 2 N become one vector,
+// 1, 3, 5, ... the next. The order matters to nobody who adds and multiplies whole blocks, and
+// write_block() restores it.
+template <class T, int kVectors>
+constexpr bool kPaired = false;
+template <int kVectors>
+constexpr bool kPaired<BFloat16, kVectors> = kVectors % 2 == 0;
+
+template <int N, int kVectors, class T>
+DN_DETR_INLINE void read_block(const T* from, Vector<Arithmetic<T>, N>* block) {
+  if constexpr (kPaired<T, kVectors>) {
+    using V = Vector<float, N>;
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; v += 2) {
+      Vector<uint32_t, N> pairs;
+      memcpy(&pairs, from + v * N, sizeof(pairs));
+      block[v] = bits_as<V>(pairs << 16);
+      block[v + 1] = bits_as<V>(pairs & 0xffff0000);
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) block[v] = read<N>(from + v * N);
+  }
+}
+
+template <int N, int kVectors, class T>
+DN_DETR_INLINE void write_block(T* to, const Vector<Arithmetic<T>, N>* block) {
+  if constexpr (kPaired<T, kVectors>) {
+    for (int v = 0; v < kVectors; v += 2) {
+      const auto lower = round_to_bfloat16<N>(block[v]), upper = round_to_bfloat16<N>(block[v + 1]);
+      const Vector<uint32_t, N> pairs = lower >> 16 | (upper & 0xffff0000);
+      memcpy(to + v * N, &pairs, sizeof(pairs));
+    }
+  } else {
+    for (int v = 0; v < kVectors; ++v) write<N>(to + v * N, block[v]);
+  }
 }
 
 }  // namespace
