@@ -7,10 +7,9 @@
 
 #include <cstdint>
 
-namespace dn_detr {
+#include "value_type.h"
 
-enum class ValueType { float32, float64, bfloat16, float16 };
-constexpr int kValueTypes = 4;
+namespace dn_detr {
 
 // One feature level: cell (y, x) is cell first_cell + y * width + x of `value`, and cell
 // packed_origin + y * packed_pitch + x of a head packed with a border of zeros.

@@ -1,4 +1,4 @@
-// Multi-scale deformable attention for CPU tensors: checks, memory and the division of the work.
+// Multi-scale deformable attention for CPU tensors: memory and the division of the work.
 //
 // Every sum has one owner and one order, so results do not depend on the number of threads: a
 // query's output and its gradients belong to one task, and so does the gradient of each cell,
@@ -7,10 +7,13 @@
 #include "operators.h"
 
 #include <atomic>
+#include <climits>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
+
+#include <torch/csrc/stable/ops.h>
 
 #include "arguments.h"
 #include "inputs.h"
@@ -22,6 +25,11 @@
 namespace dn_detr {
 
 namespace {
+
+using inputs::ScalarType;
+using inputs::Sizes;
+using inputs::sizes_of;
+using inputs::Tensor;
 
 // ---- choice of the instruction set ----
 
@@ -67,6 +75,11 @@ std::atomic<const InstructionSet*>& active_instruction_set() {
 
 // ---- arguments with the tensors that keep them alive ----
 
+int64_t value_bytes(ValueType type) {
+  if (type == ValueType::float64) return 8;
+  return type == ValueType::float32 ? 4 : 2;
+}
+
 struct Call {
   MSDeformAttnArguments arguments = {};
   std::vector<Level> levels;
@@ -81,98 +94,90 @@ struct Call {
   bool is_fused() const { return arguments.reference_dim != 0; }
   int64_t heads() const { return arguments.batch * arguments.heads; }
   int64_t samples() const { return int64_t(arguments.levels) * arguments.points; }
+  bool is_empty() const {
+    return heads() == 0 || arguments.queries == 0 || arguments.dim == 0 || samples() == 0;
+  }
   int64_t arithmetic_bytes() const {
     return arguments.value_type == ValueType::float64 ? 8 : 4;
   }
 };
 
-ValueType value_type_of(const Tensor& value) {
-  switch (value.scalar_type()) {
-    case ScalarType::Double:
-      return ValueType::float64;
-    case ScalarType::BFloat16:
-      return ValueType::bfloat16;
-    case ScalarType::Half:
-      return ValueType::float16;
-    default:
-      return ValueType::float32;
-  }
-}
-
-int64_t value_bytes(ValueType type) {
-  if (type == ValueType::float64) return 8;
-  return type == ValueType::float32 ? 4 : 2;
-}
-
 // Positions of cells in a head that is packed with a border of zeros around every level: one
 // cell before each row, which also ends the row above, and one row above and below.
-void place_levels(Call& call, const std::vector<LevelSize>& levels) {
-  for (const LevelSize& size : levels) {
-    call.levels.push_back({size.height, size.width, size.first_cell, 0, 0});
-  }
-  MSDeformAttnArguments& a = call.arguments;
-  a.level = call.levels.data();
+void place_packed_levels(Call& call) {
   int64_t first = 0;
   for (Level& level : call.levels) {
     const int64_t pitch = int64_t(level.width) + 1;
     const int64_t cells = (int64_t(level.height) + 2) * pitch + 1;
-    if (cells > kMaxCells - first) return;
+    if (cells > INT_MAX / 4 - first) return;
     level.packed_pitch = int32_t(pitch);
     level.packed_origin = int32_t(first + pitch + 1);
     first += cells;
   }
-  a.packed_cells = int32_t(first + 2);
+  call.arguments.packed_cells = int32_t(first + 2);
   // Worth its cost when cells are read about four times or more; not for levels that are all
   // border.
-  call.can_pack = a.queries >= a.cells / 4 && first < 4 * a.cells + 1024;
+  call.can_pack = call.arguments.queries >= call.arguments.cells / 4 &&
+                  first < 4 * call.arguments.cells + 1024;
 }
 
-// Strides of the dimensions before the innermost ones, which lie one after the other.
-Strides strides_of(const Tensor& rows) {
-  return {rows.stride(0), rows.stride(1), rows.stride(2)};
+Strides strides_of(const Tensor& tensor) {
+  return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-Call call_of(const Inputs& inputs) {
-  Call call;
+void set_value(Call& call, const Tensor& value, const std::vector<inputs::LevelExtent>& levels) {
   MSDeformAttnArguments& a = call.arguments;
-  const InputSizes& sizes = inputs.sizes;
-  a.value_type = value_type_of(inputs.value);
-  a.batch = sizes.batch;
-  a.cells = sizes.cells;
-  a.heads = sizes.heads;
-  a.dim = sizes.dim;
-  a.queries = sizes.queries;
-  a.levels = int32_t(sizes.levels);
-  a.points = int32_t(sizes.points);
-  a.reference_dim = int32_t(sizes.coordinates);
-  place_levels(call, inputs.levels);
-  const Tensor value = with_contiguous_rows(inputs.value, 1);
-  const Tensor locations = with_contiguous_rows(inputs.locations, 3);
-  const Tensor weights = with_contiguous_rows(inputs.weights, inputs.weights.dim() - 3);
-  a.value = call.hold(value);
-  a.value_strides = strides_of(value);
-  a.locations = call.hold(locations);
-  a.location_strides = strides_of(locations);
-  a.weights = call.hold(weights);
-  a.weight_strides = strides_of(weights);
-  if (inputs.reference_points) {
-    const Tensor references = with_contiguous_rows(*inputs.reference_points, 2);
-    a.references = call.hold(references);
-    a.reference_strides = {references.stride(0), references.stride(1), 0};
+  a.value_type = inputs::value_type_of(value);
+  a.batch = value.size(0);
+  a.cells = value.size(1);
+  a.heads = value.size(2);
+  a.dim = value.size(3);
+  for (const auto& level : levels) {
+    call.levels.push_back({level.height, level.width, level.first_cell, 0, 0});
   }
-  if (inputs.padding_mask) {
-    const Tensor mask = with_contiguous_rows(*inputs.padding_mask, 1);
-    a.padding_mask = static_cast<const bool*>(call.hold(mask));
-    a.padding_mask_stride = mask.stride(0);
-  }
+  a.level = call.levels.data();
+  a.levels = int32_t(levels.size());
+  const Tensor rows = inputs::with_inner_contiguous(value, 1);
+  a.value = call.hold(rows);
+  a.value_strides = strides_of(rows);
   call.kernels = active_instruction_set().load()->kernels + int(a.value_type);
-  return call;
 }
 
-void set_grad_output(Call& call, const Inputs& inputs, const Tensor& grad_output) {
-  check_grad_output(inputs, grad_output);
-  const Tensor rows = with_contiguous_rows(grad_output, 1);
+// `inner`: dimensions of the weights of one query and head.
+void set_samples(Call& call, const Tensor& locations, const Tensor& weights, int64_t inner) {
   MSDeformAttnArguments& a = call.arguments;
+  a.queries = locations.size(1);
+  a.points = int32_t(locations.size(4));
+  const Tensor location_rows = inputs::with_inner_contiguous(locations, 3);
+  const Tensor weight_rows = inputs::with_inner_contiguous(weights, inner);
+  a.locations = call.hold(location_rows);
+  a.location_strides = strides_of(location_rows);
+  a.weights = call.hold(weight_rows);
+  a.weight_strides = strides_of(weight_rows);
+  place_packed_levels(call);
+}
+
+void set_references(Call& call, const Tensor& references) {
+  MSDeformAttnArguments& a = call.arguments;
+  a.reference_dim = int32_t(references.size(3));
+  const Tensor rows = inputs::with_inner_contiguous(references, 2);
+  a.references = call.hold(rows);
+  a.reference_strides = {rows.stride(0), rows.stride(1), 0};
+}
+
+void set_padding_mask(Call& call, const std::optional<Tensor>& padding_mask) {
+  if (!padding_mask) return;
+  MSDeformAttnArguments& a = call.arguments;
+  const Tensor rows = inputs::with_inner_contiguous(*padding_mask, 1);
+  a.padding_mask = static_cast<const bool*>(call.hold(rows));
+  a.padding_mask_stride = rows.stride(0);
+}
+
+void set_grad_output(
+    Call& call, const Tensor& grad_output, const Tensor& value, const Tensor& locations) {
+  inputs::check_grad_output(grad_output, value, locations);
+  MSDeformAttnArguments& a = call.arguments;
+  const Tensor rows = inputs::with_inner_contiguous(grad_output, 1);
   a.grad_output = call.hold(rows);
   a.grad_output_strides = {rows.stride(0), rows.stride(1), a.dim};
 }
@@ -303,17 +308,16 @@ void forward_packed(const Call& call, const Tensor& value) {
   });
 }
 
-Tensor forward(const Inputs& inputs) {
-  const InputSizes& sizes = inputs.sizes;
-  const Sizes output_sizes{sizes.batch, sizes.queries, sizes.heads * sizes.dim};
-  if (sizes.is_empty()) return torch::stable::new_zeros(inputs.value, output_sizes);
-  Call call = call_of(inputs);
-  Tensor output = torch::stable::new_empty(inputs.value, output_sizes);
-  call.arguments.output = output.mutable_data_ptr();
+Tensor forward(Call& call, const Tensor& value) {
+  MSDeformAttnArguments& a = call.arguments;
+  const Sizes sizes{a.batch, a.queries, a.heads * a.dim};
+  if (call.is_empty()) return torch::stable::new_zeros(value, sizes);
+  Tensor output = torch::stable::new_empty(value, sizes);
+  a.output = output.mutable_data_ptr();
   if (call.can_pack) {
-    forward_packed(call, inputs.value);
+    forward_packed(call, value);
   } else {
-    forward_direct(call, inputs.value);
+    forward_direct(call, value);
   }
   return output;
 }
@@ -442,43 +446,69 @@ struct Gradients {
   Tensor value, references, locations, weights;
 };
 
-Tensor zeros_for(const Tensor& like) { return torch::stable::new_zeros(like, sizes_of(like)); }
-Tensor memory_for(const Tensor& like) { return torch::stable::new_empty(like, sizes_of(like)); }
-
-Gradients zero_gradients(const Inputs& inputs) {
-  return {zeros_for(inputs.value),
-          inputs.is_fused() ? zeros_for(*inputs.reference_points) : Tensor(),
-          zeros_for(inputs.locations), zeros_for(inputs.weights)};
+Gradients zero_gradients(
+    const Tensor& value, const Tensor* references, const Tensor& locations, const Tensor& weights) {
+  const auto zeros = [](const Tensor& like) {
+    return torch::stable::new_zeros(like, sizes_of(like));
+  };
+  return {zeros(value), references ? zeros(*references) : Tensor(), zeros(locations),
+          zeros(weights)};
 }
 
-Gradients backward(const Tensor& grad_output, const Inputs& inputs) {
-  Call call = call_of(inputs);
-  set_grad_output(call, inputs, grad_output);
-  if (inputs.sizes.is_empty()) return zero_gradients(inputs);
+Gradients backward(
+    Call& call, const Tensor& value, const Tensor* references, const Tensor& locations,
+    const Tensor& weights) {
+  if (call.is_empty()) return zero_gradients(value, references, locations, weights);
   MSDeformAttnArguments& a = call.arguments;
   Gradients gradients;
-  gradients.value = Backward::needs_zeroed_output(call) ? zeros_for(inputs.value)
-                                                        : memory_for(inputs.value);
-  gradients.locations = memory_for(inputs.locations);
-  gradients.weights = memory_for(inputs.weights);
+  gradients.value = Backward::needs_zeroed_output(call)
+                        ? torch::stable::new_zeros(value, sizes_of(value))
+                        : torch::stable::new_empty(value, sizes_of(value));
+  gradients.locations = torch::stable::new_empty(locations, sizes_of(locations));
+  gradients.weights = torch::stable::new_empty(weights, sizes_of(weights));
   a.grad_value = gradients.value.mutable_data_ptr();
   a.grad_locations = gradients.locations.mutable_data_ptr();
   a.grad_weights = gradients.weights.mutable_data_ptr();
-  if (!inputs.is_fused()) {
-    Backward(call, inputs.value).run();
-    return gradients;
-  }
+  Tensor per_head;
   const int64_t columns = int64_t(a.levels) * a.reference_dim;
-  const Tensor per_head =
-      torch::stable::new_empty(inputs.locations, {a.batch, a.queries, a.heads, columns});
-  a.grad_references = per_head.mutable_data_ptr();
-  Backward(call, inputs.value).run();
-  gradients.references = memory_for(*inputs.reference_points);
-  const auto sum = a.value_type == ValueType::float64 ? sum_over_heads<double>
-                                                      : sum_over_heads<float>;
-  sum(a.grad_references, gradients.references.mutable_data_ptr(), a.batch * a.queries, a.heads,
-      columns);
+  if (references) {
+    gradients.references = torch::stable::new_empty(*references, sizes_of(*references));
+    per_head = torch::stable::new_empty(*references, {a.batch, a.queries, a.heads, columns});
+    a.grad_references = per_head.mutable_data_ptr();
+  }
+  Backward(call, value).run();
+  if (references) {
+    const auto sum = a.value_type == ValueType::float64 ? sum_over_heads<double>
+                                                        : sum_over_heads<float>;
+    sum(a.grad_references, gradients.references.mutable_data_ptr(), a.batch * a.queries, a.heads,
+        columns);
+  }
   return gradients;
+}
+
+Call classic_call(
+    const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
+    const Tensor& sampling_locations, const Tensor& attention_weights) {
+  Call call;
+  set_value(call, value,
+            inputs::check_classic(value, spatial_shapes, level_start_index, sampling_locations,
+                                  attention_weights));
+  set_samples(call, sampling_locations, attention_weights, 2);
+  return call;
+}
+
+Call fused_call(
+    const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
+    const Tensor& reference_points, const Tensor& offsets, const Tensor& logits,
+    const std::optional<Tensor>& padding_mask) {
+  Call call;
+  set_value(call, value,
+            inputs::check_fused(value, spatial_shapes, level_start_index, reference_points,
+                                offsets, logits, padding_mask));
+  set_samples(call, offsets, logits, 1);
+  set_references(call, reference_points);
+  set_padding_mask(call, padding_mask);
+  return call;
 }
 
 }  // namespace
@@ -488,32 +518,37 @@ Gradients backward(const Tensor& grad_output, const Inputs& inputs) {
 Tensor ms_deform_attn_forward_cpu(
     Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations,
     Tensor attention_weights) {
-  return forward(classic_inputs(
-      value, spatial_shapes, level_start_index, sampling_locations, attention_weights));
+  Call call = classic_call(
+      value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
+  return forward(call, value);
 }
 
 std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward_cpu(
     Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index,
     Tensor sampling_locations, Tensor attention_weights) {
-  const Gradients gradients = backward(
-      grad_output, classic_inputs(value, spatial_shapes, level_start_index, sampling_locations,
-                                  attention_weights));
+  Call call = classic_call(
+      value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
+  set_grad_output(call, grad_output, value, sampling_locations);
+  const Gradients gradients =
+      backward(call, value, nullptr, sampling_locations, attention_weights);
   return {gradients.value, gradients.locations, gradients.weights};
 }
 
 Tensor ms_deform_attn_fused_forward_cpu(
     Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor reference_points,
     Tensor offsets, Tensor logits, std::optional<Tensor> padding_mask) {
-  return forward(fused_inputs(value, spatial_shapes, level_start_index, reference_points, offsets,
-                              logits, padding_mask));
+  Call call = fused_call(
+      value, spatial_shapes, level_start_index, reference_points, offsets, logits, padding_mask);
+  return forward(call, value);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward_cpu(
     Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index,
     Tensor reference_points, Tensor offsets, Tensor logits, std::optional<Tensor> padding_mask) {
-  const Gradients gradients = backward(
-      grad_output, fused_inputs(value, spatial_shapes, level_start_index, reference_points,
-                                offsets, logits, padding_mask));
+  Call call = fused_call(
+      value, spatial_shapes, level_start_index, reference_points, offsets, logits, padding_mask);
+  set_grad_output(call, grad_output, value, offsets);
+  const Gradients gradients = backward(call, value, &reference_points, offsets, logits);
   return {gradients.value, gradients.references, gradients.locations, gradients.weights};
 }
 
@@ -521,7 +556,7 @@ std::string cpu_kernels() { return active_instruction_set().load()->name; }
 
 void use_cpu_kernels(std::string name) {
   const InstructionSet* set = find_instruction_set(name);
-  if (!set) fail("name: this processor has no kernels called ", name);
+  if (!set) inputs::fail("name: this processor has no kernels called ", name);
   active_instruction_set().store(set);
 }
 

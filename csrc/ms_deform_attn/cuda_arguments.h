@@ -8,11 +8,15 @@
 
 #include <cstdint>
 
-#include "level_size.h"
+#include "value_type.h"
 
 namespace dn_detr::cuda {
 
-enum class ValueType { float32, float64, float16, bfloat16 };
+struct Level {
+  int32_t height;
+  int32_t width;
+  int32_t start;  // first cell within S
+};
 
 // Levels travel with the kernel's parameters; only unusual models have more than fit.
 constexpr int inline_levels = 16;
@@ -38,8 +42,8 @@ struct Arguments {
   int32_t points;
   uint32_t points_reciprocal;  // ceil(2^reciprocal_bits / P): division by a multiplication
 
-  LevelSize level[inline_levels];
-  const LevelSize* level_table;  // on the device, all levels; null when they fit into `level`
+  Level level[inline_levels];
+  const Level* level_table;  // on the device, all levels; null when they fit into `level`
 
   const void* value;  // (B, S, H, D), D contiguous, see `value_alignment`
   int64_t value_batch_stride;

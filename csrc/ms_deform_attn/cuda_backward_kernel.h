@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(max_threads)
   const int level_index = static_cast<int>(thread % args.levels);
   const int64_t query = thread / args.levels % args.queries;
   const int64_t batch = thread / args.levels / args.queries;
-  const LevelSize level = level_of(args, level_index);
+  const Level level = level_of(args, level_index);
   const T size[2] = {T(level.width), T(level.height)};
   const bool boxes = args.reference_size == 4;
   const T* reference = static_cast<const T*>(args.reference_points) +

@@ -19,6 +19,8 @@
 
 namespace dn_detr::cuda {
 
+inline bool on_device(const torch::stable::Tensor&) { return true; }
+
 struct OnDevice {
   explicit OnDevice(const torch::stable::Tensor&) {}
   Stream stream() const { return nullptr; }
@@ -32,6 +34,8 @@ struct OnDevice {
 #define DN_DETR_DEVICE_KEY CUDA
 
 namespace dn_detr::cuda {
+
+inline bool on_device(const torch::stable::Tensor& x) { return x.is_cuda(); }
 
 // Makes a tensor's device the current one while it lives.
 class __attribute__((visibility("hidden"))) OnDevice {  // as the guard that it holds

@@ -102,7 +102,7 @@ __device__ __forceinline__ Row<T> row_of(const Arguments& args, const Team<LANES
   return row;
 }
 
-__device__ __forceinline__ LevelSize level_of(const Arguments& args, int index) {
+__device__ __forceinline__ Level level_of(const Arguments& args, int index) {
   return args.level_table == nullptr ? args.level[index] : args.level_table[index];
 }
 
@@ -152,7 +152,7 @@ struct Point {
   int index;    // within the row, clamped to the last one
   bool exists;  // false past the last one
   int level_index;
-  LevelSize level;
+  Level level;
   Footprint<T> around;
 };
 
@@ -163,7 +163,7 @@ __device__ __forceinline__ bool within(const Coordinate<T>& x, int size) {
 }
 
 template <typename T, bool FUSED>
-__device__ __forceinline__ Footprint<T> footprint(const LevelSize& level, Coordinate<T> x,
+__device__ __forceinline__ Footprint<T> footprint(const Level& level, Coordinate<T> x,
                                                   Coordinate<T> y, bool wanted,
                                                   const bool* padding) {
   wanted = wanted && within(x, level.width) && within(y, level.height);
@@ -178,7 +178,7 @@ __device__ __forceinline__ Footprint<T> footprint(const LevelSize& level, Coordi
   for (int corner = 0; corner < 4; ++corner) {
     const int column = first_column + corner % 2;
     const int line = first_line + corner / 2;
-    const int cell = level.first_cell + line * level.width + column;
+    const int cell = level.start + line * level.width + column;
     bool readable = wanted && column >= 0 && line >= 0 && column < level.width &&
                     line < level.height;
     if (FUSED && readable && padding != nullptr) readable = !padding[cell];

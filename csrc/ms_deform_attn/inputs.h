@@ -1,4 +1,7 @@
-// Checks of the operators' inputs, the same for all devices: every error names the argument.
+// What the operators demand of their inputs, on every device, in the words of dn_detr/ops/eager.py.
+//
+// A failed check throws std::invalid_argument, a ValueError in Python, that begins with the name of
+// the argument. What passes lies within the limits below, so that kernels need not fear overflows.
 //
 // Legend: B batch, S cells of all levels, H heads, D head dim, Q queries, L levels, P points.
 #pragma once
@@ -9,24 +12,28 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "level_size.h"
+#include "value_type.h"
 
-namespace dn_detr {
+namespace dn_detr::inputs {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
+constexpr int64_t kInt32 = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxDim = 256;
-// Cells and points are counted in 32 bits, with room for a border around packed levels.
-constexpr int64_t kMaxCells = std::numeric_limits<int32_t>::max() / 4;
-constexpr int64_t kMaxSamples = std::numeric_limits<int32_t>::max() / 64;
+constexpr int64_t kMaxChannels = kInt32 / 8;  // H * D: a row of float64 counts its bytes in 32 bits
+constexpr int64_t kMaxCells = kInt32 / 4;     // packed cells, more by a border, fit into 32 bits
+constexpr int64_t kMaxSide = 1 << 24;         // whole numbers up to here are exact in float32
+constexpr int64_t kMaxLevels = 1 << 16;
+constexpr int64_t kMaxIndices = kInt32;  // L * P * P, for a division by multiplication
+
+// ---- complaints ----
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -36,209 +43,225 @@ template <class... Parts>
 }
 
 inline Sizes sizes_of(const Tensor& tensor) {
-  return {tensor.sizes().begin(), tensor.sizes().end()};
+  const auto sizes = tensor.sizes();
+  return Sizes(sizes.begin(), sizes.end());
 }
 
 inline std::string text(const Sizes& sizes) {
   std::ostringstream out;
   out << '(';
   for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
-  out << ')';
+  out << (sizes.size() == 1 ? ",)" : ")");
   return out.str();
 }
 
-inline void require_rank(const char* name, const Tensor& tensor, int64_t rank, const char* legend) {
+inline std::string device_text(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "the CPU";
+  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
+  return "another kind of device";
+}
+
+// ---- single tensors ----
+
+inline void check_device(const char* name, const Tensor& tensor, const Tensor& value) {
+  if (tensor.device() != value.device()) {
+    fail(name, " is on ", device_text(tensor), ", but value on ", device_text(value));
+  }
+}
+
+inline void check_rank(const char* name, const Tensor& tensor, int64_t rank, const char* legend) {
   if (tensor.dim() != rank) {
     fail(name, " has the shape ", text(sizes_of(tensor)), ", expected ", legend);
   }
 }
 
-inline void require_sizes(const char* name, const Tensor& tensor, const Sizes& expected) {
+inline void check_shape(const char* name, const Tensor& tensor, const Sizes& expected) {
   if (sizes_of(tensor) != expected) {
     fail(name, " has the shape ", text(sizes_of(tensor)), ", expected ", text(expected));
   }
 }
 
-inline void require_type(
-    const char* name, const Tensor& tensor, ScalarType type, const char* type_name) {
-  if (tensor.scalar_type() != type) fail(name, " must be ", type_name);
-}
-
-inline void require_beside(const char* name, const Tensor& tensor, const Tensor& value) {
-  if (tensor.device() != value.device()) fail(name, " must be on the device of value");
-}
-
-// The type of the arithmetic, and so of everything but value, output and their gradients.
-inline ScalarType arithmetic_type(const Tensor& value) {
-  return value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-inline void require_coordinates(const char* name, const Tensor& tensor, const Tensor& value) {
-  const bool wide = arithmetic_type(value) == ScalarType::Double;
-  require_type(name, tensor, arithmetic_type(value), wide ? "float64, like value" : "float32");
-  require_beside(name, tensor, value);
-}
-
-// Sizes that the arguments of a call agree on.
-struct InputSizes {
-  int64_t batch, cells, heads, dim, queries, levels, points;
-  int64_t coordinates;  // of a reference point; 0: classic operator
-
-  bool is_empty() const {
-    return batch == 0 || heads == 0 || queries == 0 || dim == 0 || levels * points == 0;
+// A tensor whose storage has been resized since may count more elements than it has.
+inline void check_memory(const char* name, const Tensor& tensor) {
+  int64_t last = 0, offset = 0, bytes = 0;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) == 0) return;
+    last += (tensor.size(d) - 1) * tensor.stride(d);
   }
-};
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  if ((offset + last + 1) * int64_t(tensor.element_size()) > bytes) {
+    fail(name, " reaches past the end of its storage");
+  }
+}
 
-inline InputSizes check_value(const Tensor& value) {
+inline ValueType value_type_of(const Tensor& value) {
   switch (value.scalar_type()) {
     case ScalarType::Float:
+      return ValueType::float32;
     case ScalarType::Double:
+      return ValueType::float64;
     case ScalarType::BFloat16:
+      return ValueType::bfloat16;
     case ScalarType::Half:
-      break;
+      return ValueType::float16;
     default:
       fail("value must be float32, float64, float16 or bfloat16");
   }
-  require_rank("value", value, 4, "(B, S, H, D)");
-  InputSizes sizes = {};
-  sizes.batch = value.size(0);
-  sizes.cells = value.size(1);
-  sizes.heads = value.size(2);
-  sizes.dim = value.size(3);
-  if (sizes.dim % 4 != 0 || sizes.dim > kMaxDim) {
-    fail("value has head dim ", sizes.dim, ", which is not a multiple of 4 up to ", kMaxDim);
-  }
-  if (sizes.cells > kMaxCells) fail("value has too many cells: ", sizes.cells);
-  return sizes;
 }
 
-inline Sizes integers(const char* name, const Tensor& tensor) {
-  require_type(name, tensor, ScalarType::Long, "int64");
+// The type of the arithmetic, and of everything that is no value.
+inline ScalarType real_type(const Tensor& value) {
+  return value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_real(const char* name, const Tensor& tensor, const Tensor& value) {
+  check_device(name, tensor, value);
+  if (tensor.scalar_type() != real_type(value)) {
+    fail(name, " must be ",
+         real_type(value) == ScalarType::Double ? "float64, like value" : "float32");
+  }
+  check_memory(name, tensor);
+}
+
+inline void check_value(const Tensor& value) {
+  check_rank("value", value, 4, "(B, S, H, D)");
+  value_type_of(value);
+  const int64_t dim = value.size(3), heads = value.size(2), cells = value.size(1);
+  if (dim % 4 != 0 || dim > kMaxDim) {
+    fail("value has head dim ", dim, ", which is not a multiple of 4 up to ", kMaxDim);
+  }
+  if (cells > kMaxCells) fail("value has too many cells: ", cells);
+  if (heads > kMaxChannels / kMaxDim) fail("value has too many heads: ", heads);
+  if (value.size(0) > kInt32) fail("value has too large a batch: ", value.size(0));
+  check_memory("value", value);
+}
+
+// ---- levels ----
+
+struct LevelExtent {
+  int32_t height;
+  int32_t width;
+  int32_t first_cell;
+};
+
+inline std::vector<int64_t> integers_of(const char* name, const Tensor& tensor) {
+  if (tensor.scalar_type() != ScalarType::Long) fail(name, " must be int64");
+  check_memory(name, tensor);
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  const Tensor here =
-      torch::stable::contiguous(tensor.is_cpu() ? tensor : torch::stable::to(tensor, cpu));
+  Tensor here = tensor.is_cpu() ? tensor : torch::stable::to(tensor, cpu);
+  if (!here.is_contiguous()) here = torch::stable::contiguous(here);
   const auto* first = static_cast<const int64_t*>(here.const_data_ptr());
   return {first, first + here.numel()};
 }
 
-inline std::vector<LevelSize> read_levels(
-    const Tensor& spatial_shapes, const Tensor& level_start_index, int64_t cells) {
-  require_rank("spatial_shapes", spatial_shapes, 2, "(L, 2)");
-  const int64_t count = spatial_shapes.size(0);
-  require_sizes("spatial_shapes", spatial_shapes, {count, 2});
-  require_sizes("level_start_index", level_start_index, {count});
-  const Sizes shapes = integers("spatial_shapes", spatial_shapes);
-  const Sizes starts = integers("level_start_index", level_start_index);
-  constexpr int64_t limit = std::numeric_limits<int32_t>::max();
-  std::vector<LevelSize> levels;
-  int64_t sum = 0;
+inline std::vector<LevelExtent> read_levels(
+    const Tensor& spatial_shapes, const Tensor& level_start_index, const Tensor& value) {
+  check_rank("spatial_shapes", spatial_shapes, 2, "(L, 2)");
+  const int64_t count = spatial_shapes.size(0), cells = value.size(1);
+  check_shape("spatial_shapes", spatial_shapes, {count, 2});
+  check_shape("level_start_index", level_start_index, {count});
+  if (count > kMaxLevels) fail("spatial_shapes has too many levels: ", count);
+  const std::vector<int64_t> shapes = integers_of("spatial_shapes", spatial_shapes);
+  const std::vector<int64_t> starts = integers_of("level_start_index", level_start_index);
+  std::vector<LevelExtent> levels;
+  int64_t first = 0;
   for (int64_t l = 0; l < count; ++l) {
     const int64_t height = shapes[2 * l], width = shapes[2 * l + 1];
-    if (height < 0 || width < 0 || height > limit || width > limit ||
-        height * width > cells - sum) {
-      fail("spatial_shapes: level ", l, " of ", height, " x ", width,
-           " cells does not fit into the ", cells, " cells of value");
+    if (height < 0 || width < 0 || height > kMaxSide || width > kMaxSide) {
+      fail("spatial_shapes: level ", l, " has ", height, " x ", width,
+           " cells, not 0 to 2^24 along each side");
+    }
+    if (height * width > cells - first) {
+      fail("spatial_shapes add up to more than the ", cells, " cells of value");
+    }
+    if (starts[l] != first) {
+      fail("level_start_index: level ", l, " starts at ", starts[l], ", expected ", first,
+           ": levels lie one after the other");
     }
     const bool is_empty = height * width == 0;  // then nobody walks through it in either direction
-    levels.push_back({is_empty ? 0 : int32_t(height), is_empty ? 0 : int32_t(width), int32_t(sum)});
-    sum += height * width;
+    levels.push_back(
+        {is_empty ? 0 : int32_t(height), is_empty ? 0 : int32_t(width), int32_t(first)});
+    first += height * width;
   }
-  if (sum != cells) fail("spatial_shapes add up to ", sum, " cells, but value has ", cells);
-  for (int64_t l = 0; l < count; ++l) {
-    if (starts[l] != levels[l].first_cell) {
-      fail("level_start_index: level ", l, " must start at ", levels[l].first_cell, ", not at ",
-           starts[l]);
-    }
+  if (first != cells) {
+    fail("spatial_shapes add up to ", first, " cells, but value has ", cells);
   }
   return levels;
 }
 
-// Locations and weights, or offsets and logits.
+// ---- all inputs of an operator ----
+
+// Locations and weights, or offsets and logits, by the names that the caller knows them by.
 inline void check_samples(
-    InputSizes& sizes, const Tensor& value, const char* location_name, const Tensor& locations,
-    const char* weight_name, const Tensor& weights, bool flat_weights) {
-  require_coordinates(location_name, locations, value);
-  require_coordinates(weight_name, weights, value);
-  require_rank(location_name, locations, 6, "(B, Q, H, L, P, 2)");
-  sizes.queries = locations.size(1);
-  sizes.points = locations.size(4);
-  Sizes expected{sizes.batch, sizes.queries, sizes.heads, sizes.levels, sizes.points, 2};
-  require_sizes(location_name, locations, expected);
-  if (sizes.levels > 0 && sizes.points > kMaxSamples / sizes.levels) {
-    fail(location_name, " has too many points: ", sizes.points);
+    const Tensor& value, int64_t levels, const char* locations_name, const Tensor& locations,
+    const char* weights_name, const Tensor& weights, bool flat_weights) {
+  check_real(locations_name, locations, value);
+  check_real(weights_name, weights, value);
+  check_rank(locations_name, locations, 6, "(B, Q, H, L, P, 2)");
+  const int64_t batch = value.size(0), queries = locations.size(1), heads = value.size(2);
+  const int64_t points = locations.size(4);
+  check_shape(locations_name, locations, {batch, queries, heads, levels, points, 2});
+  if (queries > kInt32) fail(locations_name, " has too many queries: ", queries);
+  if (levels > 0 && points > 0 && points > kMaxIndices / levels / points) {
+    fail(locations_name, " has too many points: ", points);
   }
-  expected.pop_back();
-  if (flat_weights) {
-    expected = {sizes.batch, sizes.queries, sizes.heads, sizes.levels * sizes.points};
-  }
-  require_sizes(weight_name, weights, expected);
+  Sizes expected{batch, queries, heads, levels, points};
+  if (flat_weights) expected = {batch, queries, heads, levels * points};
+  check_shape(weights_name, weights, expected);
 }
 
-inline void check_references(
-    InputSizes& sizes, const Tensor& value, const Tensor& reference_points) {
-  require_coordinates("reference_points", reference_points, value);
-  require_rank("reference_points", reference_points, 4, "(B, Q, L, 2 or 4)");
-  sizes.coordinates = reference_points.size(3);
-  if (sizes.coordinates != 2 && sizes.coordinates != 4) {
-    fail("reference_points have ", sizes.coordinates, " coordinates, not 2 or 4");
-  }
-  require_sizes("reference_points", reference_points,
-                {sizes.batch, sizes.queries, sizes.levels, sizes.coordinates});
-}
-
-inline void check_padding_mask(
-    const InputSizes& sizes, const Tensor& value, const Tensor& padding_mask) {
-  require_type("padding_mask", padding_mask, ScalarType::Bool, "bool");
-  require_beside("padding_mask", padding_mask, value);
-  require_sizes("padding_mask", padding_mask, {sizes.batch, sizes.cells});
-}
-
-// The inputs of either operator: sampling_locations and attention_weights of the classic one are
-// called locations and weights here, and so are offsets and logits of the fused one.
-struct Inputs {
-  InputSizes sizes;
-  std::vector<LevelSize> levels;
-  Tensor value, locations, weights;
-  std::optional<Tensor> reference_points, padding_mask;
-
-  bool is_fused() const { return reference_points.has_value(); }
-};
-
-inline Inputs classic_inputs(
+inline std::vector<LevelExtent> check_classic(
     const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
     const Tensor& sampling_locations, const Tensor& attention_weights) {
-  InputSizes sizes = check_value(value);
-  std::vector<LevelSize> levels = read_levels(spatial_shapes, level_start_index, sizes.cells);
-  sizes.levels = int64_t(levels.size());
-  check_samples(sizes, value, "sampling_locations", sampling_locations, "attention_weights",
-                attention_weights, false);
-  return {sizes, std::move(levels), value, sampling_locations, attention_weights, {}, {}};
+  check_value(value);
+  auto levels = read_levels(spatial_shapes, level_start_index, value);
+  check_samples(value, int64_t(levels.size()), "sampling_locations", sampling_locations,
+                "attention_weights", attention_weights, false);
+  return levels;
 }
 
-inline Inputs fused_inputs(
+inline std::vector<LevelExtent> check_fused(
     const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
     const Tensor& reference_points, const Tensor& offsets, const Tensor& logits,
     const std::optional<Tensor>& padding_mask) {
-  InputSizes sizes = check_value(value);
-  std::vector<LevelSize> levels = read_levels(spatial_shapes, level_start_index, sizes.cells);
-  sizes.levels = int64_t(levels.size());
-  check_samples(sizes, value, "offsets", offsets, "logits", logits, true);
-  check_references(sizes, value, reference_points);
-  if (padding_mask) check_padding_mask(sizes, value, *padding_mask);
-  return {sizes, std::move(levels), value, offsets, logits, reference_points, padding_mask};
+  check_value(value);
+  auto levels = read_levels(spatial_shapes, level_start_index, value);
+  const auto count = int64_t(levels.size());
+  check_samples(value, count, "offsets", offsets, "logits", logits, true);
+  check_real("reference_points", reference_points, value);
+  check_rank("reference_points", reference_points, 4, "(B, Q, L, 2 or 4)");
+  const int64_t coordinates = reference_points.size(3);
+  if (coordinates != 2 && coordinates != 4) {
+    fail("reference_points have ", coordinates, " coordinates, not 2 or 4");
+  }
+  check_shape("reference_points", reference_points,
+              {value.size(0), offsets.size(1), count, coordinates});
+  if (padding_mask) {
+    if (padding_mask->scalar_type() != ScalarType::Bool) fail("padding_mask must be bool");
+    check_device("padding_mask", *padding_mask, value);
+    check_shape("padding_mask", *padding_mask, {value.size(0), value.size(1)});
+    check_memory("padding_mask", *padding_mask);
+  }
+  return levels;
 }
 
-inline void check_grad_output(const Inputs& inputs, const Tensor& grad_output) {
-  if (grad_output.scalar_type() != inputs.value.scalar_type()) {
+// `locations` are the offsets of the fused operator. To be called after the checks above.
+inline void check_grad_output(
+    const Tensor& grad_output, const Tensor& value, const Tensor& locations) {
+  check_device("grad_output", grad_output, value);
+  if (grad_output.scalar_type() != value.scalar_type()) {
     fail("grad_output must have the type of value");
   }
-  require_beside("grad_output", grad_output, inputs.value);
-  const InputSizes& sizes = inputs.sizes;
-  require_sizes("grad_output", grad_output, {sizes.batch, sizes.queries, sizes.heads * sizes.dim});
+  check_memory("grad_output", grad_output);
+  check_shape("grad_output", grad_output,
+              {value.size(0), locations.size(1), value.size(2) * value.size(3)});
 }
 
+// ---- strides ----
+
 // Whether the last `count` dimensions lie in memory one after the other.
-inline bool has_contiguous_rows(const Tensor& tensor, int64_t count) {
+inline bool inner_contiguous(const Tensor& tensor, int64_t count) {
   int64_t expected = 1;
   for (int64_t d = tensor.dim() - 1; d >= tensor.dim() - count; --d) {
     if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
@@ -247,8 +270,8 @@ inline bool has_contiguous_rows(const Tensor& tensor, int64_t count) {
   return true;
 }
 
-inline Tensor with_contiguous_rows(const Tensor& tensor, int64_t count) {
-  return has_contiguous_rows(tensor, count) ? tensor : torch::stable::contiguous(tensor);
+inline Tensor with_inner_contiguous(const Tensor& tensor, int64_t count) {
+  return inner_contiguous(tensor, count) ? tensor : torch::stable::contiguous(tensor);
 }
 
-}  // namespace dn_detr
+}  // namespace dn_detr::inputs

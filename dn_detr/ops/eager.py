@@ -15,13 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+MAX_SIDE = 2**24  # whole numbers up to here are exact in float32
 
 
 def forward(
     value: Tensor, spatial_shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
 ) -> Tensor:
     """(B, Q, H * D); see ``ms_deform_attn``."""
-    shapes = check_inputs(value, spatial_shapes, starts, locations, weights)
+    return _forward(
+        value, check_inputs(value, spatial_shapes, starts, locations, weights), locations, weights
+    )
+
+
+def _forward(value: Tensor, shapes: list[list[int]], locations: Tensor, weights: Tensor) -> Tensor:
     batch, _, heads, dim = value.shape
     queries = locations.shape[1]
     out_NDQ = value.new_zeros(batch * heads, dim, queries, dtype=working_type(value))
@@ -41,7 +47,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of value, locations and weights; samples are computed again rather than kept."""
     shapes = check_inputs(value, spatial_shapes, starts, locations, weights)
-    _check_grad_output(grad_output, value, queries=locations.shape[1])
+    _check_grad_output(grad_output, value, locations)
+    return _backward(grad_output, value, shapes, locations, weights)
+
+
+def _backward(
+    grad_output: Tensor,
+    value: Tensor,
+    shapes: list[list[int]],
+    locations: Tensor,
+    weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, heads, dim = value.shape
     dtype = working_type(value)
     value_grad = torch.zeros_like(value, memory_format=torch.contiguous_format, dtype=dtype)
@@ -77,11 +93,12 @@ def fused_forward(
     padding_mask: Tensor | None,
 ) -> Tensor:
     """(B, Q, H * D); see ``ms_deform_attn_fused``."""
-    check_fused_inputs(value, spatial_shapes, starts, references, offsets, logits, padding_mask)
-    return forward(
+    shapes = check_fused_inputs(
+        value, spatial_shapes, starts, references, offsets, logits, padding_mask
+    )
+    return _forward(
         _without_padding(value, padding_mask),
-        spatial_shapes,
-        starts,
+        shapes,
         _locations(references, offsets, spatial_shapes),
         _softmax(logits, offsets),
     )
@@ -98,13 +115,15 @@ def fused_backward(
     padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of value, reference points, offsets and logits."""
-    check_fused_inputs(value, spatial_shapes, starts, references, offsets, logits, padding_mask)
+    shapes = check_fused_inputs(
+        value, spatial_shapes, starts, references, offsets, logits, padding_mask
+    )
+    _check_grad_output(grad_output, value, offsets)
     weights = _softmax(logits, offsets)
-    value_grad, locations_grad, weights_grad = backward(
+    value_grad, locations_grad, weights_grad = _backward(
         grad_output,
         _without_padding(value, padding_mask),
-        spatial_shapes,
-        starts,
+        shapes,
         _locations(references, offsets, spatial_shapes),
         weights,
     )
@@ -133,7 +152,7 @@ def working_type(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-# ---- checks ----
+# ---- checks, in the words of csrc/ms_deform_attn/inputs.h ----
 
 
 def check_inputs(
@@ -141,13 +160,8 @@ def check_inputs(
 ) -> list[list[int]]:
     """The levels' [height, width] as integers, after checking that all inputs fit together."""
     shapes = _check_levels(value, spatial_shapes, starts)
-    batch, _, heads, _ = value.shape
-    _check_float("sampling_locations", locations, value)
+    _check_locations("sampling_locations", locations, value, len(shapes))
     _check_float("attention_weights", weights, value)
-    _check_rank("sampling_locations", locations, 6, "(B, Q, H, L, P, 2)")
-    queries, points = locations.shape[1], locations.shape[4]
-    expected = (batch, queries, heads, len(shapes), points, 2)
-    _check_shape("sampling_locations", locations, expected)
     _check_shape("attention_weights", weights, tuple(locations.shape[:-1]))
     return shapes
 
@@ -160,59 +174,60 @@ def check_fused_inputs(
     offsets: Tensor,
     logits: Tensor,
     padding_mask: Tensor | None,
-) -> None:
-    """The same for the fused operator."""
-    levels = len(_check_levels(value, spatial_shapes, starts))
-    batch, cells, heads, _ = value.shape
-    for name, tensor in (
-        ("reference_points", references),
-        ("offsets", offsets),
-        ("logits", logits),
-    ):
-        _check_float(name, tensor, value)
-    _check_rank("offsets", offsets, 6, "(B, Q, H, L, P, 2)")
-    queries, points = offsets.shape[1], offsets.shape[4]
-    _check_shape("offsets", offsets, (batch, queries, heads, levels, points, 2))
+) -> list[list[int]]:
+    """:func:`check_inputs` for the fused operator."""
+    shapes = _check_levels(value, spatial_shapes, starts)
+    _check_locations("offsets", offsets, value, len(shapes))
+    batch, queries, heads, levels, points, _ = offsets.shape
+    _check_float("logits", logits, value)
     _check_shape("logits", logits, (batch, queries, heads, levels * points))
-    _check_rank("reference_points", references, 4, "(B, Q, L, 2 or 4)")
+    _check_float("reference_points", references, value)
+    check_rank("reference_points", references, 4, "(B, Q, L, 2 or 4)")
     if references.shape[-1] not in (2, 4):
         raise ValueError(f"reference_points have {references.shape[-1]} coordinates, not 2 or 4")
     _check_shape("reference_points", references, (batch, queries, levels, references.shape[-1]))
     if padding_mask is not None:
         if padding_mask.dtype != torch.bool:
             raise ValueError(f"padding_mask must be bool, not {padding_mask.dtype}")
-        _check_shape("padding_mask", padding_mask, (batch, cells))
-        _check_device("padding_mask", padding_mask, value)
+        check_device("padding_mask", padding_mask, value)
+        _check_shape("padding_mask", padding_mask, tuple(value.shape[:2]))
+    return shapes
 
 
-def _check_grad_output(grad_output: Tensor, value: Tensor, queries: int) -> None:
+def _check_locations(name: str, locations: Tensor, value: Tensor, levels: int) -> None:
+    _check_float(name, locations, value)
+    check_rank(name, locations, 6, "(B, Q, H, L, P, 2)")
+    queries, points = locations.shape[1], locations.shape[4]
+    expected = (value.shape[0], queries, value.shape[2], levels, points, 2)
+    _check_shape(name, locations, expected)
+
+
+def _check_grad_output(grad_output: Tensor, value: Tensor, locations: Tensor) -> None:
+    check_device("grad_output", grad_output, value)
     if grad_output.dtype != value.dtype:
-        raise ValueError(
-            f"grad_output must have the type of value, {value.dtype}, not {grad_output.dtype}"
-        )
-    _check_device("grad_output", grad_output, value)
+        raise ValueError(f"grad_output is {grad_output.dtype}, but value {value.dtype}")
     batch, _, heads, dim = value.shape
-    _check_shape("grad_output", grad_output, (batch, queries, heads * dim))
+    _check_shape("grad_output", grad_output, (batch, locations.shape[1], heads * dim))
 
 
 def _check_levels(value: Tensor, spatial_shapes: Tensor, starts: Tensor) -> list[list[int]]:
-    _check_rank("value", value, 4, "(B, S, H, D)")
+    check_rank("value", value, 4, "(B, S, H, D)")
     _check_float("value", value, value)
-    _check_rank("spatial_shapes", spatial_shapes, 2, "(L, 2)")
+    check_rank("spatial_shapes", spatial_shapes, 2, "(L, 2)")
     _check_shape("spatial_shapes", spatial_shapes, (len(spatial_shapes), 2))
     _check_shape("level_start_index", starts, (len(spatial_shapes),))
     for name, tensor in (("spatial_shapes", spatial_shapes), ("level_start_index", starts)):
         if tensor.dtype != torch.int64:
             raise ValueError(f"{name} must be int64, not {tensor.dtype}")
     shapes: list[list[int]] = spatial_shapes.tolist()
-    cells = value.shape[1]
     for level, (height, width) in enumerate(shapes):
-        if height < 0 or width < 0 or height * width > cells:
+        if not (0 <= height <= MAX_SIDE and 0 <= width <= MAX_SIDE):
             raise ValueError(
-                f"spatial_shapes: level {level} of {height} x {width} cells does not fit into the "
-                f"{cells} cells of value"
+                f"spatial_shapes: level {level} has {height} x {width} cells, not 0 to 2^24 along "
+                "each side"
             )
     sizes = [h * w for h, w in shapes]
+    cells = value.shape[1]
     if sum(sizes) != cells:
         raise ValueError(
             f"spatial_shapes {shapes} add up to {sum(sizes)} cells, but value has {cells}"
@@ -231,15 +246,15 @@ def _check_float(name: str, tensor: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"{name} must be float32, float64, float16 or bfloat16, not {tensor.dtype}"
         )
-    _check_device(name, tensor, value)
+    check_device(name, tensor, value)
 
 
-def _check_device(name: str, tensor: Tensor, value: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, value: Tensor) -> None:
     if tensor.device != value.device:
         raise ValueError(f"{name} is on {tensor.device}, but value on {value.device}")
 
 
-def _check_rank(name: str, tensor: Tensor, rank: int, legend: str) -> None:
+def check_rank(name: str, tensor: Tensor, rank: int, legend: str) -> None:
     if tensor.dim() != rank:
         raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, expected {legend}")
 
@@ -261,7 +276,8 @@ def _softmax(logits: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _sizes_wh(spatial_shapes: Tensor, like: Tensor) -> Tensor:
-    return spatial_shapes.flip(-1).to(like)[:, None]  # (L, 1, 2)
+    """(L, 1, 2); a size of zero, which divides nothing, is that of a level without cells."""
+    return spatial_shapes.flip(-1).to(like)[:, None].clamp_min(1)
 
 
 def _locations(references: Tensor, offsets: Tensor, spatial_shapes: Tensor) -> Tensor:

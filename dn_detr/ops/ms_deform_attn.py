@@ -92,10 +92,17 @@ def _compiled(value: Tensor) -> Any | None:
     return operators if dim % 4 == 0 and dim <= 256 else None
 
 
-def _coordinates(value: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """In the type that they are computed in."""
+def _coordinates(value: Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the type that they are computed in; the dispatcher wants them on the device of value."""
     dtype = eager.working_type(value)
-    return tuple(x.to(dtype) if x.is_floating_point() else x for x in tensors)
+    for name, tensor in tensors.items():
+        eager.check_device(name, tensor, value)
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in tensors.values())
+
+
+def _levels(value: Tensor, *levels: Tensor) -> tuple[Tensor, ...]:
+    """Shapes and starts of levels may lie on the CPU, or with ``value``."""
+    return levels if value.is_cuda else tuple(x.cpu() for x in levels)
 
 
 def _as(likes: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -111,10 +118,13 @@ def _forward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    inputs = _coordinates(value, sampling_locations, attention_weights)
+    levels = _levels(value, spatial_shapes, level_start_index)
+    inputs = _coordinates(
+        value, sampling_locations=sampling_locations, attention_weights=attention_weights
+    )
     operators = _compiled(value)
     compute: Any = operators.ms_deform_attn_forward if operators else eager.forward
-    out: Tensor = compute(value, spatial_shapes, level_start_index, *inputs)
+    out: Tensor = compute(value, *levels, *inputs)
     return out
 
 
@@ -127,7 +137,10 @@ def _backward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = _coordinates(value, sampling_locations, attention_weights)
+    levels = _levels(value, spatial_shapes, level_start_index)
+    inputs = _coordinates(
+        value, sampling_locations=sampling_locations, attention_weights=attention_weights
+    )
     operators = _compiled(value)
     compute: Any
     if operators is None:
@@ -136,7 +149,7 @@ def _backward(
         compute = operators.ms_deform_attn_backward_deterministic
     else:
         compute = operators.ms_deform_attn_backward
-    gradients = compute(grad_output, value, spatial_shapes, level_start_index, *inputs)
+    gradients = compute(grad_output, value, *levels, *inputs)
     g_value, g_locations, g_weights = _as((value, sampling_locations, attention_weights), gradients)
     return g_value, g_locations, g_weights
 
@@ -151,10 +164,13 @@ def _fused_forward(
     logits: Tensor,
     padding_mask: Tensor | None,
 ) -> Tensor:
-    inputs = _coordinates(value, reference_points, offsets, logits)
+    levels = _levels(value, spatial_shapes, level_start_index)
+    inputs = _coordinates(value, reference_points=reference_points, offsets=offsets, logits=logits)
+    if padding_mask is not None:
+        eager.check_device("padding_mask", padding_mask, value)
     operators = _compiled(value)
     compute: Any = operators.ms_deform_attn_fused_forward if operators else eager.fused_forward
-    out: Tensor = compute(value, spatial_shapes, level_start_index, *inputs, padding_mask)
+    out: Tensor = compute(value, *levels, *inputs, padding_mask)
     return out
 
 
@@ -169,7 +185,10 @@ def _fused_backward(
     logits: Tensor,
     padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = _coordinates(value, reference_points, offsets, logits)
+    levels = _levels(value, spatial_shapes, level_start_index)
+    inputs = _coordinates(value, reference_points=reference_points, offsets=offsets, logits=logits)
+    if padding_mask is not None:
+        eager.check_device("padding_mask", padding_mask, value)
     operators = _compiled(value)
     compute: Any
     if operators is None:
@@ -178,9 +197,7 @@ def _fused_backward(
         compute = operators.ms_deform_attn_fused_backward_deterministic
     else:
         compute = operators.ms_deform_attn_fused_backward
-    gradients = compute(
-        grad_output, value, spatial_shapes, level_start_index, *inputs, padding_mask
-    )
+    gradients = compute(grad_output, value, *levels, *inputs, padding_mask)
     g_value, g_references, g_offsets, g_logits = _as(
         (value, reference_points, offsets, logits), gradients
     )
@@ -199,11 +216,48 @@ def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in tensors)
 
 
+def _check_traced(value: Tensor, **tensors: Tensor | None) -> None:
+    """What can be said without reading numbers, and without binding sizes to each other."""
+    eager.check_rank("value", value, 4, "(B, S, H, D)")
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            eager.check_device(name, tensor, value)
+
+
 @_forward.register_fake
+def _(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    _check_traced(value, sampling_locations=sampling_locations, attention_weights=attention_weights)
+    eager.check_rank("sampling_locations", sampling_locations, 6, "(B, Q, H, L, P, 2)")
+    batch, _, heads, dim = value.shape
+    return value.new_empty(batch, sampling_locations.shape[1], heads * dim)
+
+
 @_fused_forward.register_fake
-def _(value: Tensor, *others: Any) -> Tensor:
-    queries = others[2].shape[1]  # of the locations or the reference points
-    return value.new_empty(value.shape[0], queries, value.shape[2] * value.shape[3])
+def _(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    padding_mask: Tensor | None,
+) -> Tensor:
+    _check_traced(
+        value,
+        reference_points=reference_points,
+        offsets=offsets,
+        logits=logits,
+        padding_mask=padding_mask,
+    )
+    eager.check_rank("offsets", offsets, 6, "(B, Q, H, L, P, 2)")
+    batch, _, heads, dim = value.shape
+    return value.new_empty(batch, offsets.shape[1], heads * dim)
 
 
 @_backward.register_fake

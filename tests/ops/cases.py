@@ -1,67 +1,78 @@
-"""Random inputs of the deformable-attention operators, and what they give in float64.
+"""Inputs of the deformable-attention operators, what they give in float64, and how to compare.
 
 Legend: B batch, S cells of all levels, H heads, D head dim, Q queries, L levels, P points.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-TOLERANCE = {  # of the largest number of a tensor
-    torch.float32: 1e-5,
-    torch.float64: 1e-13,
-    torch.bfloat16: 2**-8,  # half a unit in the last place
-    torch.float16: 2**-11,
-}
+from dn_detr.ops import ms_deform_attn, ms_deform_attn_fused
+
+TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Of the largest number of a tensor. Half types are float32 rounded once: half a unit of each number
+# more, which is 3e-3 or less of the root mean square.
+TOLERANCE = {torch.float64: 1e-12}
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 # Few queries read the values as they lie, many a packed copy.
 FEW, MANY = 3, 60
-SHAPES = [(5, 7), (3, 4), (1, 2), (1, 1)]
+SHAPES = ((5, 7), (3, 4), (1, 2), (1, 1))
+NOT_INSIDE = (float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 1e9)
 
 
-class Case(NamedTuple):
-    value: Tensor
-    spatial_shapes: Tensor
-    level_start_index: Tensor
-    locations: Tensor
-    weights: Tensor
+@dataclass(frozen=True)
+class Case:
+    """Arguments of the classic or of the fused operator, by name and in order, and a gradient."""
+
+    inputs: Mapping[str, Tensor | None]
     grad_output: Tensor
 
     @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return tuple(self[:5])
-
-
-class FusedCase(NamedTuple):
-    value: Tensor
-    spatial_shapes: Tensor
-    level_start_index: Tensor
-    reference_points: Tensor
-    offsets: Tensor
-    logits: Tensor
-    padding_mask: Tensor | None
-    grad_output: Tensor
+    def is_fused(self) -> bool:
+        return "offsets" in self.inputs
 
     @property
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        return tuple(self[:7])
+    def arguments(self) -> list[Tensor | None]:
+        return list(self.inputs.values())
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What has gradients, as the operators return them."""
+        integers = ("spatial_shapes", "level_start_index", "padding_mask")
+        return {k: x for k, x in self.inputs.items() if x is not None and k not in integers}
+
+    @property
+    def sampled(self) -> str:
+        """The argument that moves the samples."""
+        return "offsets" if self.is_fused else "sampling_locations"
+
+    def __getitem__(self, name: str) -> Any:
+        return self.inputs[name]
+
+    def changed(self, **changes: Tensor | None) -> Case:
+        """The case with other inputs; an unknown name is an error."""
+        assert changes.keys() <= self.inputs.keys()
+        return replace(self, inputs={**self.inputs, **changes})
 
 
-def _coordinate_type(dtype: torch.dtype) -> torch.dtype:
+def real_type(dtype: torch.dtype) -> torch.dtype:
+    """Of coordinates and weights."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _cells(grid: tuple[int, ...], shapes: Tensor, generator: torch.Generator) -> Tensor:
+def _cells(grid: tuple[int, ...], sizes_wh: Tensor, generator: torch.Generator) -> Tensor:
     """Sampling positions in cells, up to two cells outside, none near a kink of the samples.
 
     Where the fraction of a cell is zero the gradient jumps, and rounding decides the side.
     """
-    size_wh = shapes.flip(-1).double()[:, None]  # (L, 1, 2)
-    position = torch.rand(*grid, 2, generator=generator, dtype=torch.float64) * (size_wh + 3) - 2
+    position = torch.rand(*grid, 2, generator=generator, dtype=torch.float64) * (sizes_wh + 3) - 2
     fraction = torch.rand(*grid, 2, generator=generator, dtype=torch.float64) * 0.8 + 0.1
     return position.floor() + fraction
 
@@ -69,6 +80,8 @@ def _cells(grid: tuple[int, ...], shapes: Tensor, generator: torch.Generator) ->
 def make_case(
     dtype: torch.dtype = torch.float32,
     *,
+    coordinates: int = 0,
+    masked: bool = False,
     shapes: Any = SHAPES,
     batch: int = 2,
     queries: int = FEW,
@@ -77,113 +90,139 @@ def make_case(
     points: int = 4,
     seed: int = 0,
 ) -> Case:
+    """A random case; ``coordinates`` of a reference point are 2 or 4, or 0 for the classic one."""
     generator = torch.Generator().manual_seed(seed)
     spatial_shapes = torch.tensor(shapes, dtype=torch.int64).reshape(-1, 2)
-    sizes = spatial_shapes.prod(1)
-    starts = sizes.cumsum(0) - sizes
-    value = torch.randn(batch, int(sizes.sum()), heads, dim, generator=generator).to(dtype)
+    cells = spatial_shapes.prod(1)
+    value = torch.randn(batch, int(cells.sum()), heads, dim, generator=generator).to(dtype)
+    levels = {"spatial_shapes": spatial_shapes, "level_start_index": cells.cumsum(0) - cells}
     grid = (batch, queries, heads, len(shapes), points)
-    size_wh = spatial_shapes.flip(-1).double()[:, None].clamp_min(1)
-    locations = (_cells(grid, spatial_shapes, generator) + 0.5) / size_wh
-    weights = torch.rand(grid, generator=generator)
+    sizes_wh = spatial_shapes.flip(-1).double()[:, None]  # (L, 1, 2)
+    locations = (_cells(grid, sizes_wh, generator) + 0.5) / sizes_wh.clamp_min(1)
     grad_output = torch.randn(batch, queries, heads * dim, generator=generator).to(dtype)
-    wide = _coordinate_type(dtype)
-    return Case(value, spatial_shapes, starts, locations.to(wide), weights.to(wide), grad_output)
-
-
-def make_fused_case(
-    dtype: torch.dtype = torch.float32, *, coordinates: int, masked: bool, **kwargs: Any
-) -> FusedCase:
-    case = make_case(dtype, **kwargs)
-    generator = torch.Generator().manual_seed(kwargs.get("seed", 0) + 1)
-    batch, queries, _, levels, points, _ = case.locations.shape
-    wide = _coordinate_type(dtype)
-    references = torch.rand(batch, queries, levels, coordinates, generator=generator).to(wide)
-    references = references * 0.5 + 0.2
-    size_wh = case.spatial_shapes.flip(-1).double()[:, None]
+    wide = real_type(dtype)
+    if coordinates == 0:
+        weights = torch.rand(grid, generator=generator).to(wide)
+        samples = {"sampling_locations": locations.to(wide), "attention_weights": weights}
+        return Case({"value": value, **levels, **samples}, grad_output)
+    references = torch.rand(batch, queries, len(shapes), coordinates, generator=generator)
+    references = (references * 0.5 + 0.2).to(wide)
     around = references.double()[:, :, None, :, None]
-    offsets = case.locations.double() - around[..., :2]
-    offsets = offsets * (size_wh if coordinates == 2 else 2 * points / around[..., 2:])
-    logits = torch.randn(*case.weights.shape[:3], levels * points, generator=generator).to(wide)
-    mask = torch.rand(case.value.shape[:2], generator=generator) < 0.3 if masked else None
-    return FusedCase(
-        *case.inputs[:3], references, offsets.to(wide), 2 * logits, mask, case.grad_output
-    )
+    scale = sizes_wh if coordinates == 2 else 2 * points / around[..., 2:]
+    logits = 2 * torch.randn(*grid[:3], len(shapes) * points, generator=generator)
+    mask = torch.rand(value.shape[:2], generator=generator) < 0.3 if masked else None
+    samples = {
+        "reference_points": references,
+        "offsets": ((locations - around[..., :2]) * scale).to(wide),
+        "logits": logits.to(wide),
+        "padding_mask": mask,
+    }
+    return Case({"value": value, **levels, **samples}, grad_output)
 
 
-def reference_forward(case: Case) -> Tensor:
-    """float64, differentiable: one grid_sample per level."""
-    batch, queries, heads, _, _, _ = case.locations.shape
-    out = case.value.new_zeros(batch, queries, heads, case.value.shape[-1], dtype=torch.float64)
-    for level, (height, width) in enumerate(case.spatial_shapes.tolist()):
+# ---- float64, independent of the library's own PyTorch kernels ----
+
+
+def _classic(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor):
+    """One differentiable grid_sample per level."""
+    batch, queries, heads, _, _, _ = locations.shape
+    out = value.new_zeros(batch, queries, heads, value.shape[-1])
+    for level, (height, width) in enumerate(shapes.tolist()):
         if height * width == 0:
             continue
-        start = int(case.level_start_index[level])
-        cells = case.value[:, start : start + height * width].double()
+        start = int(starts[level])
+        cells = value[:, start : start + height * width]
         maps = cells.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, (height, width))
-        grid = (2 * case.locations[:, :, :, level].double() - 1).transpose(1, 2).flatten(0, 1)
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)
         samples = F.grid_sample(maps, grid, align_corners=False)  # (B * H, D, Q, P)
-        weights = case.weights[:, :, :, level].double().transpose(1, 2).flatten(0, 1)[:, None]
-        out = out + (samples * weights).sum(-1).unflatten(0, (batch, heads)).permute(0, 3, 1, 2)
+        weight = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]
+        out = out + (samples * weight).sum(-1).unflatten(0, (batch, heads)).permute(0, 3, 1, 2)
     return out.flatten(2)
 
 
-def reference_fused(case: FusedCase) -> Tensor:
-    value = case.value.double()
-    if case.padding_mask is not None:
-        value = value.masked_fill(case.padding_mask[..., None, None], 0.0)
-    _, _, _, levels, points, _ = case.offsets.shape
-    references = case.reference_points.double()[:, :, None, :, None]
+def _fused(value, shapes, starts, references, offsets, logits, mask) -> Tensor:
+    if mask is not None:
+        value = value.masked_fill(mask[..., None, None], 0.0)
+    levels, points = offsets.shape[3:5]
+    around = references[:, :, None, :, None]
     if references.shape[-1] == 2:
-        locations = references + case.offsets / case.spatial_shapes.flip(-1)[:, None].double()
+        locations = around + offsets / shapes.flip(-1)[:, None].double().clamp_min(1)
     else:
-        locations = references[..., :2] + case.offsets / points * references[..., 2:] * 0.5
-    weights = case.logits.double().softmax(-1).unflatten(-1, (levels, points))
-    shapes_and_starts = (case.spatial_shapes, case.level_start_index)
-    return reference_forward(Case(value, *shapes_and_starts, locations, weights, case.grad_output))
+        locations = around[..., :2] + offsets / points * around[..., 2:] * 0.5
+    weights = logits.softmax(-1).unflatten(-1, (levels, points))
+    return _classic(value, shapes, starts, locations, weights)
 
 
-def with_gradients(case: Any, reference: Any, wanted: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """The reference's output and its gradients with respect to the fields `wanted`."""
-    fields = [x.double() if i in wanted else x for i, x in enumerate(case)]
-    for i in wanted:
-        fields[i] = fields[i].detach().requires_grad_()
-    out = reference(type(case)(*fields))
-    leaves = [fields[i] for i in wanted]
+def _with_gradients(compute: Any, case: Case) -> dict[str, Tensor]:
+    leaves = {k: x.detach().requires_grad_() for k, x in case.leaves.items()}
+    out = compute(*{**case.inputs, **leaves}.values())
+    if not out.requires_grad:  # no level has a cell
+        return {"output": out, **{k: torch.zeros_like(x) for k, x in case.leaves.items()}}
     gradients = torch.autograd.grad(
-        out, leaves, case.grad_output.double(), allow_unused=True, materialize_grads=True
+        out, list(leaves.values()), case.grad_output, allow_unused=True, materialize_grads=True
     )
-    return (out.detach(), *gradients)
+    return {"output": out.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def expected(case: Case) -> tuple[Tensor, ...]:
-    return with_gradients(case, reference_forward, (0, 3, 4))
+def expected(case: Case) -> dict[str, Tensor]:
+    """The output and the gradients, by the names of what they belong to, in float64."""
+    wide = {k: x.double() for k, x in case.leaves.items()}
+    case = replace(case.changed(**wide), grad_output=case.grad_output.double())
+    return _with_gradients(_fused if case.is_fused else _classic, case)
 
 
-def expected_fused(case: FusedCase) -> tuple[Tensor, ...]:
-    return with_gradients(case, reference_fused, (0, 3, 4, 5))
+# ---- what is compared with it ----
+
+
+def computed(case: Case) -> dict[str, Tensor]:
+    """As :func:`expected`, by the public functions with whatever kernels are active."""
+    return _with_gradients(ms_deform_attn_fused if case.is_fused else ms_deform_attn, case)
+
+
+def computed_by(operators: Any, case: Case, *, deterministic: bool = False) -> dict[str, Tensor]:
+    """As :func:`expected`, by the operators of a compiled library."""
+    name = "ms_deform_attn_fused" if case.is_fused else "ms_deform_attn"
+    backward = f"{name}_backward_deterministic" if deterministic else f"{name}_backward"
+    out = getattr(operators, f"{name}_forward")(*case.arguments)
+    gradients = getattr(operators, backward)(case.grad_output, *case.arguments)
+    return {"output": out, **dict(zip(case.leaves, gradients, strict=True))}
+
+
+def assert_near(results: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> None:
+    """Within the tolerance of the largest number of each tensor, and the rounding of each."""
+    assert results.keys() == references.keys()
+    for name, reference in references.items():
+        result = results[name]
+        assert result.shape == reference.shape
+        if reference.numel():
+            error = (result.double() - reference).abs()
+            largest = reference.abs().max().clamp_min(1e-3)
+            rounding = 1.01 * ROUNDING.get(result.dtype, 0) * reference.abs()
+            excess = (error - rounding).max() / largest
+            assert excess <= TOLERANCE.get(result.dtype, 1e-5), f"{name}: {excess:.2e}"
+            if result.dtype in ROUNDING and reference.any():
+                assert error.square().mean() <= 9e-6 * reference.square().mean(), name
+
+
+def assert_same_bits(results: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    assert results.keys() == others.keys()
+    for name, result in results.items():
+        assert torch.equal(result.nan_to_num(), others[name].nan_to_num()), name
 
 
 def strided(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
-    """The same numbers with the dimensions in memory in another order, and gaps between them."""
-    wide = torch.stack([tensor.permute(order)] * 2)[0]
-    wide = torch.cat([wide, wide], 0)[: wide.shape[0]].contiguous()
+    """The same numbers with dimensions in memory in another order, and NaN or ones in gaps."""
+    wide = tensor.permute(order)
+    gaps = torch.full_like(wide, float("nan") if tensor.is_floating_point() else 1)
     inverse = [order.index(i) for i in range(tensor.dim())]
-    return wide.permute(inverse)
+    return torch.stack([wide, gaps], wide.dim() - 1)[..., 0, :].permute(inverse)
 
 
-def assert_agree(results: tuple[Tensor, ...], references: tuple[Tensor, ...]) -> None:
-    for number, (result, reference) in enumerate(zip(results, references, strict=True)):
-        assert result.shape == reference.shape
-        if reference.numel():
-            error = (result.double() - reference).abs().max()
-            largest = reference.abs().max().clamp_min(1e-3)
-            limit = TOLERANCE[result.dtype] * 1.05 + TOLERANCE[torch.float32]
-            if result.dtype == torch.float64:
-                limit = TOLERANCE[torch.float64]
-            assert error / largest <= limit, f"result {number}: error {error / largest:.2e}"
-
-
-def assert_same_bits(results: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> None:
-    for result, other in zip(results, others, strict=True):
-        assert torch.equal(result.nan_to_num(), other.nan_to_num())
+@contextmanager
+def number_of_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,8 @@
-"""Compiles the CUDA operators for the CPU, over the launch emulator beside this file."""
+"""Builds the CUDA kernels and their binding for the CPU, over a small launch emulator (emulator/).
+
+The same sources are compiled by a C++ compiler and registered for CPU tensors as the library
+``dn_detr_emulated``.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +12,48 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "ms_deform_attn"
-EMULATOR = Path(__file__).parent
+EMULATOR = Path(__file__).parent / "emulator"
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-Wno-unknown-pragmas", "-DDN_DETR_EMULATED"]
 # Overflows, misaligned vectors and indices past an array end the process; `pytest -s` shows why.
 CHECKS = ["-fsanitize=undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # PyTorch 2.11
 
 
-def compiler() -> str | None:
-    """The C++ compiler, if one is here that is known to do."""
-    return os.environ.get("CXX") or shutil.which("g++") if sys.platform == "linux" else None
+@cache
+def library() -> Path | None:
+    """The library of these sources, built if it is not there yet; None without a compiler."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None or not sys.platform.startswith("linux"):
+        return None
+    path = ROOT / "build" / "emulator" / f"{_digest()}.so"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / "lock").open("w") as lock:  # test processes wait for the one that builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _build(compiler, path)
+    return path
 
 
-def library_path() -> Path:
-    """Where the library for these sources, this PyTorch and this compiler lies."""
+def _digest() -> str:
+    """Of these sources, this PyTorch and these flags."""
     digest = hashlib.sha256(f"{torch.__version__} {sys.platform} {FLAGS} {CHECKS}".encode())
-    for path in sorted([*SOURCES.iterdir(), *EMULATOR.glob("*.[ch]*")]):
+    sources = [*SOURCES.glob("cuda*"), SOURCES / "inputs.h", SOURCES / "value_type.h"]
+    for path in sorted([*sources, *EMULATOR.iterdir()]):
         digest.update(path.read_bytes())
-    return ROOT / "build" / "emulator" / f"{digest.hexdigest()[:16]}.so"
+    return digest.hexdigest()[:16]
 
 
 def _build(compiler: str, library: Path) -> None:
     folder = library.with_suffix(".building")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     torch_includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     units = {
         "kernels": [*CHECKS, "-x", "c++", SOURCES / "cuda.cu"],
@@ -58,16 +73,3 @@ def _build(compiler: str, library: Path) -> None:
     subprocess.run(list(map(str, command)), check=True)
     (folder / library.name).rename(library)
     shutil.rmtree(folder)
-
-
-def build() -> Path:
-    """The library ``dn_detr_emulated``, compiled unless these sources were compiled before."""
-    library, program = library_path(), compiler()
-    if program is None:
-        raise RuntimeError("needs g++ on Linux")
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with open(library.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the other test processes wait for the first one
-        if not library.exists():
-            _build(program, library)
-    return library

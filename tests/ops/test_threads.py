@@ -1,0 +1,34 @@
+"""The CPU operators give the same bits for any number of threads, and to many callers at once."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from .cases import FEW, MANY, assert_same_bits, computed, make_case, number_of_threads
+
+pytestmark = pytest.mark.usefixtures("cpu_operators")
+
+
+@pytest.mark.parametrize("queries", [FEW, MANY, 1000])
+@pytest.mark.parametrize("coordinates", [0, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_for_any_number_of_threads(dtype, coordinates, queries):
+    case = make_case(dtype, queries=queries, coordinates=coordinates, masked=True)
+    heads = case["value"].shape[0] * case["value"].shape[2]
+    with number_of_threads(1):
+        alone = computed(case)
+    for count in (2, 3, 8, 40):
+        assert heads < 8  # the larger counts leave heads to several threads
+        with number_of_threads(count):
+            assert_same_bits(computed(case), alone)
+
+
+def test_callers_in_several_threads_do_not_disturb_each_other():
+    cases = [make_case(queries=n, coordinates=n % 2 * 2, seed=n) for n in (3, 60, 4, 61) * 8]
+    alone = [computed(case) for case in cases]
+    with ThreadPoolExecutor(8) as pool:
+        for results, others in zip(pool.map(computed, cases), alone, strict=True):
+            assert_same_bits(results, others)
