@@ -38,7 +38,7 @@ FUZZ_SEED :=
 env: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
-	@echo "Setting up .venv; this takes some minutes the first time."
+	@echo "Setting up .venv and building the operators; the first time takes some minutes."
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("dn_detr needs Python 3.10 or newer, but $(PYTHON) is %d.%d: make PYTHON=python3.12 env" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) -c constraints.txt torch setuptools

@@ -12,9 +12,10 @@ import tarfile
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from dn_detr import collect_env
 from dn_detr.ops import library
@@ -339,6 +340,27 @@ def test_words_of_cuda_are_passed_on(folder, monkeypatch):
     assert library.missing_kernels("cuda") == expected
 
 
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (RuntimeError("offsets has the shape ()"), ValueError),  # torch 2.15
+        (ValueError("offsets has the shape ()"), ValueError),  # older
+        (RuntimeError("ms_deform_attn: no kernel image is available"), RuntimeError),
+        (torch.OutOfMemoryError("value does not fit"), torch.OutOfMemoryError),
+    ],
+)
+def test_complaints_about_arguments_are_value_errors(monkeypatch, raised, expected):
+    def operator(*arguments: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(
+        library.torch, "ops", SimpleNamespace(dn_detr_C=SimpleNamespace(f=operator))
+    )
+    with pytest.raises(expected, match=re.escape(str(raised))) as caught:
+        library.CompiledOperators().f(1, 2)
+    assert caught.type is expected
+
+
 # ---- python -m dn_detr.collect_env ----
 
 
@@ -425,6 +447,9 @@ def test_pip_installs_without_a_compiler_and_models_run(checkout, tmp_path):
 @NEEDS_GXX
 def test_a_wheel_has_the_library_and_serves_every_python(checkout, tmp_path):
     wheels = tmp_path / "wheels"
+    compiled = ROOT / "build" / "operators"
+    if compiled.is_dir():  # what is up to date there need not be compiled again
+        shutil.copytree(compiled, checkout / "build" / "operators")
     result = run(*PIP, "wheel", *OFFLINE, "--wheel-dir", wheels, ".", cwd=checkout)
     assert result.returncode == 0, result.stdout
     (wheel,) = wheels.iterdir()

@@ -10,8 +10,9 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -132,6 +133,32 @@ def build_info() -> dict[str, dict[str, str]]:
     return result
 
 
+_COMPLAINT = re.compile(
+    "value|spatial_shapes|level_start_index|sampling_locations|attention_weights|"
+    "reference_points|offsets|logits|padding_mask|grad_output"
+)
+
+
+class CompiledOperators:
+    """``torch.ops.dn_detr_C``, whose complaints about arguments are always ValueErrors.
+
+    PyTorch 2.15 makes a RuntimeError of C++'s std::invalid_argument; older ones a ValueError.
+    """
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operator = getattr(torch.ops.dn_detr_C, name)
+
+        def call(*arguments: Any) -> Any:
+            try:
+                return operator(*arguments)
+            except RuntimeError as error:
+                if type(error) is RuntimeError and _COMPLAINT.match(str(error)):
+                    raise ValueError(str(error)) from None
+                raise
+
+        return call
+
+
 @cache
 def _warn_once(device: str, problem: str) -> None:
     warnings.warn(
@@ -141,8 +168,8 @@ def _warn_once(device: str, problem: str) -> None:
     )
 
 
-def compiled_operators(device: torch.device) -> Any | None:
-    """``torch.ops.dn_detr_C`` where its kernels are to be used, else None.
+def compiled_operators(device: torch.device) -> CompiledOperators | None:
+    """The operators where their kernels are to be used, else None.
 
     Warns, once for each type of device, if they are missing but wanted.
 
@@ -154,6 +181,6 @@ def compiled_operators(device: torch.device) -> Any | None:
         return None
     problem = missing_kernels(device.type)
     if problem is None:
-        return torch.ops.dn_detr_C
+        return CompiledOperators()
     _warn_once(device.type, problem)
     return None
