@@ -106,6 +106,18 @@ def test_maps_without_padding_are_the_same_whether_it_is_looked_for(weights_file
         assert torch.equal(a, b)
 
 
+def test_features_in_half_precision_are_near(weights_file):
+    backbone = ResNet("resnet18", weights=str(weights_file))
+    backbone.load_pretrained()
+    images = torch.randn(2, 3, 45, 61)
+    expected = backbone(images, _no_padding(images))
+    with torch.autocast("cpu", torch.bfloat16):
+        features = backbone(images, _no_padding(images))
+    for a, b in zip(features, expected, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
 @pytest.mark.parametrize("batch_norm", ["frozen", "trainable"])
 def test_gradients_are_torchvisions(published, weights_file, batch_norm):
     backbone = ResNet("resnet18", weights=str(weights_file), batch_norm=batch_norm)
