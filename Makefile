@@ -2,7 +2,7 @@
 # make test    the fast tests          make test-slow   the others
 # make lint    ruff and mypy           make clean       remove what the commands wrote
 # make env     .venv with everything   make cuda        compile the CUDA kernels, or fail
-# make fuzz    random calls of the CPU operators under sanitizers; needs GCC
+# make fuzz    random calls of the compiled operators under sanitizers; needs GCC
 #
 # Each of them creates .venv first, unless it is there and up to date, and builds the operators of
 # csrc/ again when they changed. To use another Python: make PYTHON=python3.12 env
@@ -29,7 +29,9 @@ CUDA_ARCHITECTURES := 8.0;9.0;10.0+PTX
 
 
 # For how long to fuzz, on every core, after a build of a minute or two; or the one case to repeat,
-# for instance make fuzz FUZZ_SEED=7
+# for instance make fuzz FUZZ_SEED=7. FUZZ_LIBRARY=emulated takes the CUDA kernels over the tests'
+# emulator instead of those of the CPU.
+FUZZ_LIBRARY := C
 FUZZ_SECONDS := 20
 FUZZ_SEED :=
 
@@ -76,8 +78,10 @@ lint: $(INSTALLED)
 	@$(BIN)/mypy --no-error-summary
 
 fuzz: $(INSTALLED)
-	@$(MAKE) --silent -j $$(nproc) -f tests/fuzz/library.mk PYTHON=$(BIN)/python
-	@$(BIN)/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_SEED:%=--seed=%)
+	@$(MAKE) --silent -j $$(nproc) -f tests/fuzz/library.mk PYTHON=$(BIN)/python \
+		build/sanitized/$(FUZZ_LIBRARY).so
+	@$(BIN)/python tests/fuzz/fuzz.py --library build/sanitized/$(FUZZ_LIBRARY).so \
+		--seconds $(FUZZ_SECONDS) $(FUZZ_SEED:%=--seed=%)
 
 clean:
 	rm -rf output datasets/digits build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
