@@ -137,7 +137,7 @@ def draw(seed: int) -> Case:
         if rng.random() < chance:
             change(rng, case)
     _lay_out(rng, case)
-    if rng.random() < 0.25:
+    if rng.random() < 0.3:
         _mutate(rng, case)
     return case
 
@@ -374,19 +374,23 @@ def _other_type(rng: random.Random, x: Tensor) -> Tensor:
 
 
 def _other_integers(rng: random.Random, x: Tensor) -> Tensor:
-    """Adds, multiplies or writes a number that overflows, or swaps two rows."""
+    """Adds, multiplies or writes a number that overflows, swaps rows, or is off by one."""
     if x.dtype != torch.int64 or x.numel() == 0:
         return _other_type(rng, x)
     x = x.clone(memory_format=torch.contiguous_format)
     number = rng.choice(EXTREME_INTEGERS)
-    kind = rng.randrange(4)
+    kind = rng.randrange(6)
     if kind == 0:
         return x + number
     if kind == 1:
         return x * number
     if kind == 2:
         return x.flip(0)
-    x.view(-1)[rng.randrange(x.numel())] = number
+    flat = x.view(-1)
+    if kind == 3:
+        flat[rng.randrange(len(flat))] = number
+    else:
+        flat[rng.choice([-1, rng.randrange(len(flat))])] += rng.choice([-1, 1])
     return x
 
 
