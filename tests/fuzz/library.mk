@@ -7,7 +7,6 @@
 # the CUDA kernels over the tests' emulator of CUDA.
 
 PYTHON ?= python3
-CXX = g++
 FOLDER := build/sanitized
 
 TORCH := $(shell $(PYTHON) -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')
