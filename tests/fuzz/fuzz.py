@@ -1,4 +1,4 @@
-"""Random calls of the CPU operators under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Random calls of the compiled operators under AddressSanitizer and UndefinedBehaviorSanitizer.
 
     make fuzz FUZZ_SECONDS=600        build what is missing, then fuzz with new seeds
     make fuzz FUZZ_SEED=123           one case again, described
@@ -64,13 +64,15 @@ def _start_workers(args: argparse.Namespace) -> int:
     for number in range(count):
         command = [sys.executable, __file__, *sys.argv[1:], f"--worker={number}"]
         command.append(f"--first-seed={first + number * SEEDS_PER_WORKER}")
+        _seed_file(args.library, number).unlink(missing_ok=True)
         workers.append(subprocess.Popen(command, env=_environment(), cwd=ROOT))
     end = time.monotonic() + args.seconds + GRACE_SECONDS
     failed = [number for number, worker in enumerate(workers) if not _ends_well(worker, end)]
     for number in failed:
         seed = _seed_file(args.library, number)
         seed = seed.read_text() if seed.exists() else "none"
-        print(f"fuzz: failed at seed {seed}; again: make fuzz FUZZ_SEED={seed}", file=sys.stderr)
+        again = f"make fuzz FUZZ_LIBRARY={args.library.stem} FUZZ_SEED={seed}"
+        print(f"fuzz: failed at seed {seed}; again: {again}", file=sys.stderr)
     return 1 if failed else 0
 
 
