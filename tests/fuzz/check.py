@@ -37,11 +37,11 @@ def check(operators: Any, case: cases.Case) -> bool:
     inputs = list(case.tensors.values())
     emulated = not hasattr(operators, "use_cpu_kernels")
     forward, *backwards = _functions(operators, case, emulated)
-    error = case.error(any_coordinates=emulated)
+    error = case.error()
     if error is not None:
         _must_raise(case, error, forward, *inputs)
     else:
-        error = case.grad_error(any_type=emulated)
+        error = case.grad_error()
     if error is not None:
         for backward in backwards:
             _must_raise(case, error, backward, case.grad_output, *inputs)
