@@ -78,7 +78,7 @@ lint: $(INSTALLED)
 	@$(BIN)/mypy --no-error-summary
 
 fuzz: $(INSTALLED)
-	@$(MAKE) --silent -j $$(nproc) -f tests/fuzz/library.mk PYTHON=$(BIN)/python \
+	@$(MAKE) --silent -j 4 -f tests/fuzz/library.mk PYTHON=$(BIN)/python \
 		build/sanitized/$(FUZZ_LIBRARY).so
 	@$(BIN)/python tests/fuzz/fuzz.py --library build/sanitized/$(FUZZ_LIBRARY).so \
 		--seconds $(FUZZ_SECONDS) $(FUZZ_SEED:%=--seed=%)
