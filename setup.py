@@ -220,15 +220,19 @@ class Unit(NamedTuple):
         """The object file; compiled unless nothing that it depends on has changed."""
         key = hashlib.sha256(repr(self).encode()).hexdigest()[:16]
         target = ROOT / "build" / "operators" / f"{Path(self.source).stem}-{key}.o"
-        stamp, rule = target.with_suffix(".json"), target.with_suffix(".d")
+        stamp = target.with_suffix(".json")
         if target.is_file() and stamp.is_file():
             before = json.loads(stamp.read_text())
             if digests(before) == before:
                 return str(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         stamp.unlink(missing_ok=True)
-        output_of(*self.command, "-c", self.source, "-o", str(target), "-MMD", "-MF", str(rule))
+        part = target.with_suffix(f".{os.getpid()}.o")  # of this process: others may build as well
+        rule = part.with_suffix(".d")
+        output_of(*self.command, "-c", self.source, "-o", str(part), "-MMD", "-MF", str(rule))
         dependencies = shlex.split(rule.read_text().replace("\\\n", " "))[1:]
+        rule.unlink()
+        part.replace(target)
         stamp.write_text(json.dumps(digests(dependencies)))
         return str(target)
 
