@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections import defaultdict
@@ -178,7 +179,8 @@ def main() -> int:
         lines += [*test(), *measure()]
     import torch
 
-    title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version[:6]}"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    title = f"{torch.cuda.get_device_name()}, {versions}"
     print_table(title, lines)
     return int(any(line.result in ("FAILED", "skipped") for line in lines))
 
