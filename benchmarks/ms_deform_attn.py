@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import sys
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -251,7 +250,7 @@ def main() -> None:
     if device == "cpu":
         torch.ops.dn_detr_C.use_cpu_kernels(args.kernels)
         kernels = torch.ops.dn_detr_C.cpu_kernels()
-    print(machine(kernels), file=sys.stderr)
+    print(machine(kernels), flush=True)
     rows: list[Row] = []
     _print_line({name: heading for name, (heading, _, _) in COLUMNS.items()}, device)
     all_threads = args.threads if device == "cpu" else [None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -88,11 +89,17 @@ def machine(kernels: str) -> str:
         cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
     if kernels == "cuda":
         cpu = torch.cuda.get_device_name()
+    date = time.strftime("%Y-%m-%d")
+    return f"{cpu}, {kernels}, torch {torch.__version__}, {date}, commit {_commit()}"
+
+
+def _commit() -> str:
+    if shutil.which("git") is None:
+        return "unknown"
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
     )
-    date = time.strftime("%Y-%m-%d")
-    return f"{cpu}, {kernels}, torch {torch.__version__}, {date}, commit {git.stdout.strip()}"
+    return git.stdout.strip() or "unknown"

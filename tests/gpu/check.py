@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections import defaultdict
@@ -73,6 +72,14 @@ def install(wheels: Path | None) -> None:
         print(f"Missing here: {', '.join(missing)}. GPU_WHEELS=folder would install them.")
         if any(name in missing for name in ESSENTIAL):
             sys.exit("gpu-check cannot do without pytest and setuptools.")
+
+
+def machine() -> str:
+    """GPU, torch, date, commit."""
+    sys.path.append(str(ROOT / "benchmarks"))
+    import timing
+
+    return timing.machine("cuda")
 
 
 # ---- the checks ----
@@ -177,11 +184,7 @@ def main() -> int:
     lines = [build(arch)]
     if lines[0].result == "ok":
         lines += [*test(), *measure()]
-    import torch
-
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    title = f"{torch.cuda.get_device_name()}, {versions}"
-    print_table(title, lines)
+    print_table(machine(), lines)
     return int(any(line.result in ("FAILED", "skipped") for line in lines))
 
 
