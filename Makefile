@@ -27,7 +27,6 @@ DEMO_OVERRIDES :=
 # What `make cuda` compiles for; no GPU is needed.
 CUDA_ARCHITECTURES := 8.0;9.0;10.0+PTX
 
-
 # For how long to fuzz, on every core, after a build of a minute or two; or the one case to repeat,
 # for instance make fuzz FUZZ_SEED=7. FUZZ_LIBRARY=emulated takes the CUDA kernels over the tests'
 # emulator instead of those of the CPU.
@@ -35,7 +34,7 @@ FUZZ_LIBRARY := C
 FUZZ_SECONDS := 20
 FUZZ_SEED :=
 
-.PHONY: env cuda demo test test-slow lint fuzz clean
+.PHONY: env cuda demo test test-slow lint fuzz gpu-check clean
 
 env: $(INSTALLED)
 
@@ -83,14 +82,13 @@ fuzz: $(INSTALLED)
 	@$(BIN)/python tests/fuzz/fuzz.py --library build/sanitized/$(FUZZ_LIBRARY).so \
 		--seconds $(FUZZ_SECONDS) $(FUZZ_SEED:%=--seed=%)
 
-clean:
-	rm -rf output datasets/digits build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-
 # Builds, tests and measures the CUDA operators where there is an NVIDIA GPU, with a Python that has
 # PyTorch; downloads nothing. GPU_WHEELS names a folder of wheels of the packages that it lacks.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_WHEELS ?=
 
-.PHONY: gpu-check
 gpu-check:
 	@$(GPU_PYTHON) tests/gpu/check.py $(if $(GPU_WHEELS),--wheels $(GPU_WHEELS))
+
+clean:
+	rm -rf output datasets/digits build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
