@@ -737,10 +737,11 @@ DN_DETR_INLINE void finish_item(
               2 * i,
           samples.count - i);
       const A share = A(0.5) / arguments.points;
-      grad_x = x * (spread_references<A, N>(boxes, samples, i, 2) * share);
-      grad_y = y * (spread_references<A, N>(boxes, samples, i, 3) * share);
-      store(item.weight + i, x * (offsets.x * share));
-      store(item.weight + n + i, y * (offsets.y * share));
+      constexpr auto times = product<true, V>;  // what is not finite samples nothing
+      grad_x = times(x, spread_references<A, N>(boxes, samples, i, 2) * share);
+      grad_y = times(y, spread_references<A, N>(boxes, samples, i, 3) * share);
+      store(item.weight + i, times(x, offsets.x * share));
+      store(item.weight + n + i, times(y, offsets.y * share));
     }
     store_lanes<A, N>(grad_weights + i, gradients.weight, lanes);
     store_lanes<A, N>(grad_locations + 2 * i, grad_x, grad_y, lanes);

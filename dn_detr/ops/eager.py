@@ -136,8 +136,8 @@ def fused_backward(
     else:
         points = offsets.shape[-2]
         half_grad = locations_grad * 0.5
-        offsets_grad = half_grad * references[:, :, None, :, None, 2:] / points
-        sizes_grad = (half_grad * (offsets / points)).sum((2, 4))
+        offsets_grad = _product(half_grad, references[:, :, None, :, None, 2:] / points)
+        sizes_grad = _product(half_grad, offsets / points).sum((2, 4))
         references_grad = torch.cat([locations_grad.sum((2, 4)), sizes_grad], dim=-1)
     return (
         _without_padding(value_grad, padding_mask),
@@ -145,6 +145,11 @@ def fused_backward(
         offsets_grad.to(offsets.dtype),
         logits_grad.to(logits.dtype),
     )
+
+
+def _product(factor: Tensor, number: Tensor) -> Tensor:
+    """Zero for a factor of zero, whatever the number: samples that are not finite have no part."""
+    return torch.where(factor == 0, 0.0, factor * number)
 
 
 def working_type(value: Tensor) -> torch.dtype:
