@@ -226,7 +226,7 @@ void share(int64_t workers, int64_t tasks, const Work& work) {
   });
 }
 
-// What lay_out() in cpu_kernel.h takes: 6 arrays and two rows for all items, and for each item of
+// What lay_out() in cpu_samples.h takes: 6 arrays and two rows for all items, and for each item of
 // two batches 4 arrays of indices and 11 of numbers; every piece is rounded up to 64 bytes.
 int64_t scratch_bytes(const Call& call) {
   const int64_t padded_samples = (call.samples() + 15) / 16 * 16;
