@@ -1,11 +1,13 @@
 # make demo    train a small detector on the embedded digits and draw what it finds
 # make test    the fast tests          make test-slow   the others
-# make lint    ruff and mypy           make clean       remove what the commands wrote
+# make lint    ruff and mypy
 # make env     .venv with everything   make cuda        compile the CUDA kernels, or fail
 # make fuzz    random calls of the compiled operators under sanitizers; needs GCC
+# make clean   remove what the commands wrote
+# make gpu-check   build, test and measure the CUDA operators; needs an NVIDIA GPU and PyTorch
 #
-# Each of them creates .venv first, unless it is there and up to date, and builds the operators of
-# csrc/ again when they changed. To use another Python: make PYTHON=python3.12 env
+# Each but the last two creates .venv first, unless it is there and up to date, and builds the
+# operators of csrc/ again when they changed. To use another Python: make PYTHON=python3.12 env
 
 PYTHON ?= python3
 BIN := .venv/bin

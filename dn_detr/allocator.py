@@ -24,7 +24,7 @@ def keep_freed_memory() -> bool:
     Raises:
         ValueError: ``DN_DETR_MALLOC`` is neither 0 nor 1.
     """
-    choice = os.environ.get("DN_DETR_MALLOC", "1")
+    choice = os.environ.get("DN_DETR_MALLOC") or "1"
     if choice not in ("0", "1"):
         raise ValueError(f"DN_DETR_MALLOC is {choice!r}; choose 0 or 1")
     mallopt = _mallopt()

@@ -107,7 +107,7 @@ def _operators() -> dict[str, str]:
 
 
 def _kernels(device: str) -> str:
-    wish = os.environ.get("DN_DETR_KERNELS", "auto")
+    wish = os.environ.get("DN_DETR_KERNELS") or "auto"
     if wish not in KERNELS:
         return f"none: DN_DETR_KERNELS is {wish!r}, not one of {', '.join(KERNELS)}"
     if wish == "pytorch":

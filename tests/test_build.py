@@ -304,6 +304,15 @@ def test_a_broken_library_is_named(folder):
     assert f"{folder / '_C.so'} cannot be loaded (" in library.missing_kernels("cpu")
 
 
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("share", [0.0001, 0.1, 0.5, 0.99])
+def test_a_library_that_was_cut_off_is_refused_before_it_kills_the_process(folder, share):
+    whole = (Path(library.__file__).parents[1] / "_C.so").read_bytes()
+    (folder / "_C.so").write_bytes(whole[: max(int(share * len(whole)), 40)])
+    expected = f"{folder / '_C.so'} is cut off; install dn_detr again"
+    assert library.missing_kernels("cpu") == expected
+
+
 @NEEDS_GXX
 @pytest.mark.parametrize(
     ("source", "number"),

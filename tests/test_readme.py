@@ -1,4 +1,4 @@
-"""The Python of the README runs."""
+"""The Python of the README and of the operators' page runs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_python_of_the_operators_page_attends():
+    (block,) = _blocks("docs/operators.md")
+    names: dict[str, object] = {}
+    exec(block, names)
+    assert names["out"].shape == (1, 100, 256)
 
 
 def test_python_of_the_readme_detects_in_a_photo(tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = _blocks("README.md")
     assert len(blocks) >= 2
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (160, 60), "red").save("photo.jpg")

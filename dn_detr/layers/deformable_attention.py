@@ -26,13 +26,18 @@ class MSDeformAttn(nn.Module):
         num_points: P sampling points per head and level.
 
     Raises:
-        ValueError: ``embed_dim`` is not divisible by ``num_heads``.
+        ValueError: a number below 1, or ``embed_dim`` is not divisible by ``num_heads``.
     """
 
     def __init__(
         self, embed_dim: int = 256, num_heads: int = 8, num_levels: int = 4, num_points: int = 4
     ) -> None:
         super().__init__()
+        if min(embed_dim, num_heads, num_levels, num_points) < 1:
+            raise ValueError(
+                f"embed_dim {embed_dim}, num_heads {num_heads}, num_levels {num_levels} and "
+                f"num_points {num_points} must be positive"
+            )
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads

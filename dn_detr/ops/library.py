@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import re
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ CPU_LIBRARY, CUDA_LIBRARY = (
 )
 
 KERNELS = ("auto", "pytorch")
-_chosen = os.environ.get("DN_DETR_KERNELS", "auto")
+_chosen = os.environ.get("DN_DETR_KERNELS") or "auto"
 
 
 @contextmanager
@@ -69,6 +70,8 @@ def load(path: Path) -> ctypes.CDLL:
     """
     if not path.is_file():
         raise LibraryMissingError(_why_not_built(path))
+    if _is_cut_off(path):
+        raise LibraryMissingError(f"{path} is cut off; install dn_detr again")
     try:
         torch.ops.load_library(str(path))
         library = ctypes.CDLL(str(path))
@@ -81,6 +84,19 @@ def load(path: Path) -> ctypes.CDLL:
             "again"
         )
     return library
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether an ELF file ends before its last table; to load one would kill the process."""
+    with open(path, "rb") as file:
+        header = file.read(64)
+    if header[:5] != b"\x7fELF\x02":  # what is no 64-bit ELF is the loader's business
+        return False
+    if len(header) < 64:
+        return True
+    (start,) = struct.unpack_from("<Q", header, 40)  # of the section headers
+    size, count = struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size < start + size * count
 
 
 def _why_not_built(path: Path) -> str:

@@ -216,9 +216,17 @@ def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in tensors)
 
 
-def _check_traced(value: Tensor, **tensors: Tensor | None) -> None:
+def _check_traced(
+    value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, **tensors: Tensor | None
+) -> None:
     """What can be said without reading numbers, and without binding sizes to each other."""
     eager.check_rank("value", value, 4, "(B, S, H, D)")
+    for name, integers in (
+        ("spatial_shapes", spatial_shapes),
+        ("level_start_index", level_start_index),
+    ):  # may lie on any device that holds numbers
+        if integers.device.type == "meta":
+            eager.check_device(name, integers, value)
     for name, tensor in tensors.items():
         if tensor is not None:
             eager.check_device(name, tensor, value)
@@ -232,7 +240,13 @@ def _(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    _check_traced(value, sampling_locations=sampling_locations, attention_weights=attention_weights)
+    _check_traced(
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_locations=sampling_locations,
+        attention_weights=attention_weights,
+    )
     eager.check_rank("sampling_locations", sampling_locations, 6, "(B, Q, H, L, P, 2)")
     batch, _, heads, dim = value.shape
     return value.new_empty(batch, sampling_locations.shape[1], heads * dim)
@@ -250,6 +264,8 @@ def _(
 ) -> Tensor:
     _check_traced(
         value,
+        spatial_shapes,
+        level_start_index,
         reference_points=reference_points,
         offsets=offsets,
         logits=logits,

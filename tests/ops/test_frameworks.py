@@ -90,6 +90,13 @@ def layer() -> MSDeformAttn:
     return module
 
 
+@pytest.mark.parametrize("name", ["embed_dim", "num_heads", "num_levels", "num_points"])
+@pytest.mark.parametrize("number", [0, -8])
+def test_layer_needs_positive_numbers(name, number):
+    with pytest.raises(ValueError, match=f"{name} {number}.* must be positive"):
+        MSDeformAttn(**{name: number})
+
+
 @KERNELS
 def test_layer_compiles_into_one_graph(kernels, layer):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
