@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import sys
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -45,6 +46,7 @@ from timing import (
     thread_seconds,
 )
 
+from dn_detr.allocator import keep_freed_memory
 from dn_detr.ops import missing_kernels, ms_deform_attn
 
 Row = dict[str, Any]
@@ -235,6 +237,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", help="default: float32, bfloat16, on a GPU float16")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--kernels", default="", help="portable, avx2 or avx512; default: the best")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="as models do, for both")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     args = parser.parse_args()
     if (problem := missing_kernels(args.device)) is not None:
@@ -246,6 +249,8 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = _arguments()
+    if args.keep_freed_memory and not keep_freed_memory():
+        sys.exit("Freed memory is not kept: DN_DETR_MALLOC is 0, or this is not glibc.")
     device, kernels = args.device, "cuda"
     if device == "cpu":
         torch.ops.dn_detr_C.use_cpu_kernels(args.kernels)

@@ -356,17 +356,6 @@ def official_noise(
     return [Noise(*fields) for fields in zip(*grouped, strict=True)]
 
 
-@contextmanager
-def number_of_threads(count: int) -> Iterator[None]:
-    """Compute with ``count`` threads while the context lasts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def assert_near(ours: Tensor, golden: Any, tolerance: float) -> None:
     """Compare with an array of the same shape; the tolerance is absolute."""
     torch.testing.assert_close(ours, torch.as_tensor(golden), rtol=0, atol=tolerance)

@@ -36,6 +36,7 @@ from dn_detr.checkpoint import to_layout
 from dn_detr.modeling import Detector
 from dn_detr.structures import Boxes, Instances
 
+from ..threads import number_of_threads
 from .goldens import (
     ATTENTION_KERNELS,
     Evaluation,
@@ -51,7 +52,6 @@ from .goldens import (
     foreign_names,
     load_arrays,
     load_module,
-    number_of_threads,
     official_noise,
     show_padding,
     train,

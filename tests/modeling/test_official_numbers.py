@@ -26,6 +26,7 @@ from dn_detr.config import get_config, instantiate
 from dn_detr.modeling import Detector
 from dn_detr.structures import pad_images
 
+from ..threads import number_of_threads
 from .goldens import (
     ATTENTION_KERNELS,
     Evaluation,
@@ -39,7 +40,6 @@ from .goldens import (
     foreign_names,
     load_arrays,
     load_module,
-    number_of_threads,
     official_noise,
     train,
 )

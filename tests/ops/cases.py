@@ -5,8 +5,7 @@ Legend: B batch, S cells of all levels, H heads, D head dim, Q queries, L levels
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -216,13 +215,3 @@ def strided(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
     gaps = torch.full_like(wide, float("nan") if tensor.is_floating_point() else 1)
     inverse = [order.index(i) for i in range(tensor.dim())]
     return torch.stack([wide, gaps], wide.dim() - 1)[..., 0, :].permute(inverse)
-
-
-@contextmanager
-def number_of_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from .cases import FEW, MANY, assert_same_bits, computed, make_case, number_of_threads
+from ..threads import number_of_threads
+from .cases import FEW, MANY, assert_same_bits, computed, make_case
 
 pytestmark = pytest.mark.usefixtures("cpu_operators")
 
