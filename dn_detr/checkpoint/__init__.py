@@ -7,22 +7,26 @@ from .conversion import convert_checkpoint
 from .layouts import to_layout
 from .manifest import CheckpointError, Manifest
 from .reporting import log_loading
+from .snapshot import NonFiniteWeightsError, Snapshot
 from .storage import (
     find_checkpoint,
     last_checkpoint,
     load_training_state,
     read_manifest,
     record_metrics,
-    save_checkpoint,
     save_weights,
 )
 from .weights import LoadReport, load_model_weights, load_tensors, read_weights
+from .writer import CheckpointWriter, save_checkpoint
 
 __all__ = [
     "LAYOUTS",
     "CheckpointError",
+    "CheckpointWriter",
     "LoadReport",
     "Manifest",
+    "NonFiniteWeightsError",
+    "Snapshot",
     "convert_checkpoint",
     "describe_backbone",
     "find_checkpoint",

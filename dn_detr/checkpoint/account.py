@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .architecture import Traits, describe_architecture, describe_backbone
+from .finite import non_finite
 from .layouts import BACKBONE_ONLY, OURS, Translation, foreign_family
 from .manifest import CheckpointError
 
@@ -20,8 +20,8 @@ def check_finite(translation: Translation, what: str) -> None:
     """Raise CheckpointError if a weight is NaN or infinite."""
     broken = [
         f"{translation.file_name(name)}: {int((~value.isfinite()).sum())} of {value.numel()}"
-        for name, value in translation.tensors.items()
-        if value.is_floating_point() and not _is_finite(value)
+        for name in non_finite(translation.tensors)
+        for value in [translation.tensors[name]]
     ]
     if broken:
         raise CheckpointError(
@@ -171,12 +171,6 @@ def summary(names: Mapping[str, Tensor] | Sequence[str]) -> str:
     modules = Counter(name.split(".")[0] for name in names)
     parts = ", ".join(f"{module} ({count})" for module, count in modules.most_common(_LISTED))
     return f"{len(names)} tensors: {parts}"
-
-
-def _is_finite(value: Tensor) -> bool:
-    # The sum of finite numbers may overflow, so only a non-finite sum needs the long way.
-    total = value.sum(dtype=torch.float64 if value.dtype == torch.float64 else torch.float32)
-    return bool(total.isfinite()) or bool(value.isfinite().all())
 
 
 def _look(translation: Translation) -> str:

@@ -18,9 +18,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .folders import CHECKPOINTS_DIR, EMA_FILE, MODEL_FILE, is_checkpoint
 from .manifest import MANIFEST_NAME, CheckpointError, Manifest
 from .pickles import read_pickle
-from .storage import CHECKPOINTS_DIR, MODEL_FILE, find_checkpoint
+from .storage import find_checkpoint, good_ones_named
+from .tensor_files import read_tensors
 
 _SAFETENSORS = ".safetensors"
 _HF_CONFIG = "config.json"
@@ -68,9 +70,12 @@ def read_file(path: str | Path, *, ema: bool = False) -> FileContent:
     """Read weights.
 
     Args:
-        path: a checkpoint folder or output folder of ours; a folder of transformers; a file of
-            torch (``.pth``, ``.pt``, ``.bin``), of safetensors, or a pickle of numpy arrays.
-        ema: take the averaged weights (``ema_state``) of a file of detrex.
+        path: a checkpoint folder or output folder of ours; ``model.safetensors`` or
+            ``ema.safetensors`` in such a checkpoint, even if it consists of shards; a folder of
+            transformers; a file of torch (``.pth``, ``.pt``, ``.bin``), of safetensors, or a
+            pickle of numpy arrays.
+        ema: take the averaged weights: of a checkpoint of ours, or ``ema_state`` of a file of
+            detrex.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it holds no weights; the message says
@@ -79,20 +84,15 @@ def read_file(path: str | Path, *, ema: bool = False) -> FileContent:
     path = Path(path)
     if path.is_dir() and not _is_ours(path) and (path / _HF_CONFIG).is_file():
         content = _read_huggingface(path)
+    elif path.name in (MODEL_FILE, EMA_FILE) and is_checkpoint(path.parent):
+        return _read_ours(path.parent, EMA_FILE if ema else path.name)
     elif path.is_dir() and not (_is_ours(path) or path.name == CHECKPOINTS_DIR):
         raise CheckpointError(
             f"{path}: neither a checkpoint folder (with {MANIFEST_NAME}) nor the output folder of "
             f"a run (with {CHECKPOINTS_DIR}/) nor a folder of transformers (with {_HF_CONFIG})"
         )
     elif not path.is_file():
-        folder = find_checkpoint(path)
-        manifest = Manifest.read(folder)
-        tensors = _read_safetensors(manifest.verify(folder, MODEL_FILE))
-        content = FileContent(
-            tensors, tuple(manifest.class_names), has_config=bool(manifest.config)
-        )
-    elif path.name == MODEL_FILE and (path.parent / MANIFEST_NAME).is_file():
-        return read_file(path.parent, ema=ema)
+        return _read_ours(path, EMA_FILE if ema else MODEL_FILE)
     else:
         content = _with_names(
             _read_single_file(path, ema=ema), _class_names_of_config(path.parent / _HF_CONFIG)
@@ -104,7 +104,27 @@ def read_file(path: str | Path, *, ema: bool = False) -> FileContent:
 
 
 def _is_ours(folder: Path) -> bool:
-    return (folder / MANIFEST_NAME).is_file() or (folder / CHECKPOINTS_DIR).is_dir()
+    return is_checkpoint(folder) or (folder / CHECKPOINTS_DIR).is_dir()
+
+
+def _read_ours(path: Path, file: str) -> FileContent:
+    folder = find_checkpoint(path)
+    with good_ones_named(folder):
+        manifest = Manifest.read(folder)
+        has_ema = bool(manifest.parts(EMA_FILE))
+        if file == EMA_FILE and not has_ema:
+            raise CheckpointError(
+                f"{folder}: holds no averaged weights ({EMA_FILE}); train with "
+                "train.ema.enabled=true to have them"
+            )
+        tensors = read_tensors(folder, manifest, file)
+    unused = f"the checkpoint also holds averaged weights ({EMA_FILE}), which were not taken"
+    return FileContent(
+        tensors,
+        tuple(manifest.class_names),
+        (unused,) if has_ema and file != EMA_FILE else (),
+        has_config=bool(manifest.config),
+    )
 
 
 def _read_single_file(path: Path, *, ema: bool = False) -> FileContent:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,11 +18,13 @@ import torch
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "dn_detr.checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, 2)  # 1: the optimizer's tensors lie in training_state.pt
+_CHUNK = 1 << 24
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or belongs to something else."""
+    """A checkpoint is missing, damaged, belongs to something else, or cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -49,35 +52,57 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `folder/manifest.json` in one atomic replacement."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        content = json.loads(json.dumps(content))  # as it will be read: keys are strings
         content["sha256"] = _digest_of_content(content)
         partial = folder / f".{MANIFEST_NAME}.partial"
-        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        flush_to_disk(partial)
-        os.replace(partial, folder / MANIFEST_NAME)
+        try:
+            partial.write_bytes(_to_bytes(content))
+            flush_to_disk(partial)
+            os.replace(partial, folder / MANIFEST_NAME)
+        finally:
+            partial.unlink(missing_ok=True)
         flush_to_disk(folder)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read and verify `folder/manifest.json`.
+        """Read and verify `folder/manifest.json`, to the last byte.
 
         Raises:
             CheckpointError: it is missing, damaged, or of a newer format.
         """
         path = folder / MANIFEST_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            data = path.read_bytes()
+            content = json.loads(data)
+            # White space and escapes have several spellings that mean the same; ours has one.
+            is_as_written = _to_bytes(content) == data
             digest = content.pop("sha256")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(f"{folder}: no {MANIFEST_NAME}, so not a checkpoint") from None
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{path}: damaged, it cannot be read: {error!r}") from error
-        if digest != _digest_of_content(content):
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as e:
+            raise CheckpointError(f"{path}: damaged, it cannot be read: {e!r}") from e
+        if not is_as_written or digest != _digest_of_content(content):
             raise CheckpointError(f"{path}: damaged, its content does not match its own digest")
         if content.pop("format", None) != FORMAT:
             raise CheckpointError(f"{path}: not the manifest of a dn_detr checkpoint")
-        if content.pop("format_version", None) != FORMAT_VERSION:
+        if content.pop("format_version", None) not in _READABLE_VERSIONS:
             raise CheckpointError(f"{path}: written by a newer dn_detr; update the package")
         return cls(**content)
+
+    def parts(self, name: str) -> list[str]:
+        """Return the files that together hold `name`: itself, its shards, or none.
+
+        Args:
+            name: of a file that is not cut into shards, for example "model.safetensors".
+        """
+        if name in self.files:
+            return [name]
+        stem, suffix = (re.escape(part) for part in name.split(".", 1))
+        return sorted(
+            file
+            for file in self.files
+            if re.fullmatch(rf"{stem}-[0-9]{{5}}-of-[0-9]{{5}}\.{suffix}", file)
+        )
 
     def verify(self, folder: Path, name: str) -> Path:
         """Return the path of file `name` after comparing it with its digest.
@@ -111,7 +136,8 @@ def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
+        # Reading and hashing let other threads run, so few large chunks disturb them least.
+        while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -123,6 +149,10 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _to_bytes(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=1).encode()
 
 
 def _digest_of_content(content: Mapping[str, Any]) -> str:

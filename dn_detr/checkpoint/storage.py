@@ -1,76 +1,38 @@
-"""Checkpoint folders on disk: written aside, renamed into place, found again, pruned.
-
-A run's folder holds
-
-    output_dir/checkpoints/0000020/{model.safetensors, training_state.pt, manifest.json}
-    output_dir/checkpoints/last -> 0000020
-"""
+"""Checkpoints on disk: found, verified, loaded; weights alone are also written here."""
 
 from __future__ import annotations
 
-import os
+import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from .manifest import MANIFEST_NAME, CheckpointError, Manifest, file_digest, flush_to_disk
+from .folders import (
+    CHECKPOINTS_DIR,
+    EMA_FILE,
+    LAST_LINK,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    TRAINING_STATE_FILE,
+    is_checkpoint,
+    iteration_of,
+    move_into_place,
+    partial_of,
+    saved,
+)
+from .manifest import MANIFEST_NAME, CheckpointError, Manifest
+from .state_tree import put_tensors
+from .tensor_files import read_tensors, write_tensors
 
-CHECKPOINTS_DIR = "checkpoints"
-LAST_LINK = "last"
-MODEL_FILE = "model.safetensors"
-TRAINING_STATE_FILE = "training_state.pt"
-_PARTIAL_SUFFIX = ".partial"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-
-
-def save_checkpoint(
-    output_dir: str | Path,
-    model_state: Mapping[str, Tensor],
-    training_state: Mapping[str, Any],
-    *,
-    iteration: int,
-    epoch: float,
-    config: str = "",
-    class_names: Sequence[str] = (),
-    keep: int | None = None,
-) -> Path:
-    """Write one checkpoint, point `checkpoints/last` at it and prune old ones.
-
-    A crash at any moment leaves either the previous or the new checkpoint as `last`, complete.
-
-    Args:
-        output_dir: folder of the run.
-        model_state: name -> tensor, any device; aliases of one tensor are stored separately.
-        training_state: optimizer and the like: tensors, numbers, strings, lists, dicts, tuples.
-        iteration: optimizer steps done; names the folder, seven digits.
-        epoch: the same in epochs.
-        config: the resolved config as YAML text.
-        class_names: class names of the training data.
-        keep: number of newest checkpoints to keep, >= 1; None keeps all.
-
-    Returns:
-        The folder of the checkpoint.
-    """
-    checkpoints = Path(output_dir) / CHECKPOINTS_DIR
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    folder = checkpoints / f"{iteration:07d}"
-    partial = checkpoints / f".{folder.name}{_PARTIAL_SUFFIX}"
-    _remove_leftovers(checkpoints)
-    partial.mkdir()
-    _write_files(partial, model_state, training_state)
-    files = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
-    Manifest(iteration, epoch, files, config, list(class_names)).write(partial)
-    _move_into_place(partial, folder)
-    _point_last_at(folder)
-    _prune(checkpoints, newest=folder, keep=keep)
-    return folder
+_logger = logging.getLogger(__name__)
 
 
 def save_weights(
@@ -98,13 +60,17 @@ def save_weights(
     if folder.exists() and not (folder / MANIFEST_NAME).is_file():
         raise CheckpointError(f"{folder}: in the way, and not a checkpoint that could be replaced")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}{_PARTIAL_SUFFIX}")
+    partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    _write_model(partial, model_state)
-    files = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
+    # clone: safetensors refuses tensors that share memory, which aliases of a module do
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in model_state.items()
+    }
+    files = {MODEL_FILE: write_tensors(partial / MODEL_FILE, tensors)}
     Manifest(0, 0.0, files, config, list(class_names)).write(partial)
-    _move_into_place(partial, folder)
+    move_into_place(partial, folder)
     return folder
 
 
@@ -114,52 +80,103 @@ def record_metrics(checkpoint: Path, metrics: dict[str, Any]) -> None:
 
 
 def read_manifest(checkpoint: str | Path) -> Manifest:
-    """Read the verified manifest of a checkpoint folder."""
-    return Manifest.read(Path(checkpoint))
+    """Read the verified manifest of a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is missing or damaged; the message names the good ones beside it.
+    """
+    with good_ones_named(Path(checkpoint)):
+        return Manifest.read(Path(checkpoint))
 
 
 def load_training_state(checkpoint: str | Path) -> dict[str, Any]:
-    """Load the optimizer and the like on the CPU, after verifying the digest.
+    """Load everything but the model on the CPU, after verifying the digests.
+
+    Args:
+        checkpoint: the folder, written by any number of processes.
+
+    Returns:
+        The entries of `Snapshot.training_state`; "optimizer", as `load_state_dict` of the
+        optimizer wants it; and "ema": name -> tensor, or None.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or the checkpoint is one of weights alone.
+        CheckpointError: a file is missing or damaged (the message names the good checkpoints
+            beside it), or the checkpoint is one of weights alone.
     """
     folder = Path(checkpoint)
-    manifest = Manifest.read(folder)
-    if TRAINING_STATE_FILE not in manifest.files:
-        raise CheckpointError(
-            f"{folder}: holds weights alone, without the state of a training that could be "
-            "resumed; start one from it with train.init_checkpoint"
-        )
-    path = manifest.verify(folder, TRAINING_STATE_FILE)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with good_ones_named(folder):
+        manifest = Manifest.read(folder)
+        if TRAINING_STATE_FILE not in manifest.files:
+            raise CheckpointError(
+                f"{folder}: holds weights alone, without the state of a training that could be "
+                "resumed; start one from it with train.init_checkpoint"
+            )
+        path = manifest.verify(folder, TRAINING_STATE_FILE)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        ema = _read_if_there(folder, manifest, EMA_FILE)
+        # Version 1 has the optimizer's tensors in place, and no marks.
+        moments = _read_if_there(folder, manifest, OPTIMIZER_FILE) or {}
+        state["optimizer"] = put_tensors(state.get("optimizer", {}), moments)
+        return {**state, "ema": ema}
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """Verify every file of a checkpoint and say what is wrong; None if nothing is."""
+    try:
+        manifest = Manifest.read(checkpoint)
+        for name in manifest.files:
+            manifest.verify(checkpoint, name)
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """Return the folder that `output_dir/checkpoints/last` points at, None if there is none.
+    """Return the last undamaged checkpoint of a run, None if it has saved none.
+
+    It is the one that `output_dir/checkpoints/last` points at. If that is damaged, or `last` leads
+    nowhere, an error is logged and the newest undamaged one before it is returned.
 
     Raises:
-        CheckpointError: the folder holds checkpoints, but `last` points at none of them; or it is
-            itself a checkpoint.
+        CheckpointError: there are checkpoints but all are damaged; or the folder is itself a
+            checkpoint.
     """
     if (Path(output_dir) / MANIFEST_NAME).is_file():
         raise CheckpointError(
             f"{output_dir}: itself a checkpoint, not the output folder of a run; start from it "
             f"with train.init_checkpoint={output_dir} and another train.output_dir"
         )
-    checkpoints = Path(output_dir) / CHECKPOINTS_DIR
+    checkpoints = (Path(output_dir) / CHECKPOINTS_DIR).resolve()
     link = checkpoints / LAST_LINK
-    if (link / MANIFEST_NAME).is_file():
-        return link.resolve()
-    if present := _saved(checkpoints):
-        raise CheckpointError(
-            f"{link}: points at no checkpoint; to repair it: ln -sfn {present[-1].name} {link}"
-        )
-    return None
+    present = saved(checkpoints)
+    if not present and not link.exists() and not link.is_symlink():
+        return None
+    pointed = link.resolve()
+    damages = [] if pointed.exists() else [f"{link}: {_what_is_wrong_with(link)}"]
+    for folder in _by_preference(present, pointed):
+        damage = damage_of(folder)
+        if damage is None:
+            if damages:
+                _logger.error(
+                    "the last checkpoint cannot be used:\n  %s\n%s is undamaged and is used "
+                    "instead; what was trained after it is lost",
+                    "\n  ".join(damages),
+                    folder,
+                )
+            return folder
+        damages.append(damage)
+    raise CheckpointError(
+        f"{checkpoints}: none of the checkpoints can be used:\n  "
+        + "\n  ".join(damages)
+        + f"\nRestore one from a copy, or delete {checkpoints} to start anew."
+    )
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint folder meant by a checkpoint, a `last` link or an output folder.
+    """Return the checkpoint folder meant by a checkpoint, a link to one or an output folder.
+
+    A checkpoint or a link (`last`, `best`) stands for itself, damaged or not; an output folder
+    stands for its `last_checkpoint`.
 
     Raises:
         CheckpointError: there is none.
@@ -167,6 +184,10 @@ def find_checkpoint(path: str | Path) -> Path:
     folder = Path(path)
     if (folder / MANIFEST_NAME).is_file():
         return folder.resolve()
+    if is_checkpoint(folder) and folder.parent.is_dir():
+        with good_ones_named(folder):
+            look = f"holds no {MANIFEST_NAME}" if folder.is_dir() else _what_is_wrong_with(folder)
+            raise CheckpointError(f"{folder}: no checkpoint: it {look}")
     if not folder.exists():
         raise CheckpointError(f"{folder}: no such file or folder{_hub_hint(str(path))}")
     if folder.name == CHECKPOINTS_DIR:
@@ -180,6 +201,44 @@ def find_checkpoint(path: str | Path) -> Path:
     return found
 
 
+@contextmanager
+def good_ones_named(checkpoint: Path) -> Iterator[None]:
+    """Let an error about a checkpoint name the undamaged ones beside it."""
+    try:
+        yield
+    except CheckpointError as error:
+        folder = checkpoint.resolve()
+        others = [path for path in saved(folder.parent) if path != folder]
+        good = [str(path) for path in others if damage_of(path) is None]
+        if not is_checkpoint(checkpoint) or not good:
+            raise
+        raise CheckpointError(f"{error}; undamaged beside it: {', '.join(good)}") from error
+
+
+def _read_if_there(folder: Path, manifest: Manifest, name: str) -> dict[str, Tensor] | None:
+    if not manifest.parts(name):
+        return None
+    # clone: training writes into these, and they should not depend on a file that may vanish
+    return {key: value.clone() for key, value in read_tensors(folder, manifest, name).items()}
+
+
+def _by_preference(present: Sequence[Path], pointed: Path) -> list[Path]:
+    """`last`, then earlier ones, the newest first; then those after `last`, nearest first."""
+    if pointed.exists() and pointed not in present:  # a copy that followed the link
+        return [pointed, *reversed(present)]
+    if not pointed.name.isdigit():
+        return list(reversed(present))
+    limit = int(pointed.name)
+    earlier = [path for path in present if iteration_of(path) <= limit]
+    return [*reversed(earlier), *(path for path in present if iteration_of(path) > limit)]
+
+
+def _what_is_wrong_with(link: Path) -> str:
+    if link.is_symlink():
+        return f"points at {link.readlink()}, which is not there"
+    return "is missing"
+
+
 def _hub_hint(path: str) -> str:
     if not _HUB_ID.fullmatch(path) or Path(path).suffix:
         return ""
@@ -187,65 +246,3 @@ def _hub_hint(path: str) -> str:
         f"; if this is an id of Hugging Face, download it first: hf download {path} "
         "--local-dir FOLDER"
     )
-
-
-def _write_files(
-    folder: Path, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]
-) -> None:
-    _write_model(folder, model_state)
-    torch.save(dict(training_state), folder / TRAINING_STATE_FILE)
-    flush_to_disk(folder / TRAINING_STATE_FILE)
-
-
-def _write_model(folder: Path, model_state: Mapping[str, Tensor]) -> None:
-    # clone: safetensors refuses tensors that share memory, which aliases of a module do
-    tensors = {
-        name: value.detach().cpu().contiguous().clone() for name, value in model_state.items()
-    }
-    safetensors.torch.save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
-    flush_to_disk(folder / MODEL_FILE)
-
-
-def _move_into_place(partial: Path, folder: Path) -> None:
-    """Rename, replacing what an interrupted run may have left under the same iteration."""
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old{_PARTIAL_SUFFIX}")
-        os.rename(folder, old)
-        os.rename(partial, folder)
-        shutil.rmtree(old)
-    else:
-        os.rename(partial, folder)
-    flush_to_disk(folder.parent)
-
-
-def _point_last_at(folder: Path) -> None:
-    link = folder.with_name(f".{LAST_LINK}{_PARTIAL_SUFFIX}")
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    os.replace(link, folder.with_name(LAST_LINK))
-    flush_to_disk(folder.parent)
-
-
-def _saved(checkpoints: Path) -> list[Path]:
-    """Return the checkpoint folders in the order of their iterations."""
-    folders = [path.parent for path in checkpoints.glob(f"*/{MANIFEST_NAME}")]
-    numbered = [path for path in folders if path.name.isdigit() and not path.is_symlink()]
-    return sorted(numbered, key=lambda path: int(path.name))
-
-
-def _prune(checkpoints: Path, newest: Path, keep: int | None) -> None:
-    """Remove all but the `keep` newest; those after `newest` belong to an abandoned future."""
-    iteration = int(newest.name)
-    saved = _saved(checkpoints)
-    kept = [path for path in saved if int(path.name) <= iteration]
-    for path in saved:
-        if keep is not None and path not in kept[-keep:]:
-            shutil.rmtree(path)
-
-
-def _remove_leftovers(checkpoints: Path) -> None:
-    for path in checkpoints.glob(f".*{_PARTIAL_SUFFIX}"):
-        if path.is_symlink():
-            path.unlink()
-        else:
-            shutil.rmtree(path)
