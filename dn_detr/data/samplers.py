@@ -32,12 +32,13 @@ class EndlessBatchSampler(Sampler[list[tuple[int, int]]]):
         total_batch_size: images per step over all ranks.
         seed: of the order.
         rank: this process, in [0, world_size).
-        world_size: number of processes; rank r gets images r, r + world_size, ... of a batch.
+        world_size: number of processes; rank r gets images r, r + world_size, ... of a batch. The
+            shares may differ by one image.
         start_iteration: number of global batches to skip, over all epochs; for resuming.
         groups: one hashable value per image, None = no grouping.
 
     Raises:
-        ValueError: the batch cannot be split over the ranks, or an epoch would have no batch.
+        ValueError: a rank would get no image of a batch, or an epoch would have no batch.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class EndlessBatchSampler(Sampler[list[tuple[int, int]]]):
     ) -> None:
         if total_batch_size < 1:
             raise ValueError(f"total_batch_size={total_batch_size} must be at least 1")
-        if total_batch_size % world_size:
+        if total_batch_size < world_size:
             raise ValueError(
-                f"total_batch_size={total_batch_size} cannot be split evenly over {world_size}"
-                f" process(es); set dataloader.train.total_batch_size to a multiple of {world_size}"
+                f"total_batch_size={total_batch_size} leaves some of {world_size} processes without"
+                f" an image; set dataloader.train.total_batch_size={world_size} or higher, or start"
+                f" {total_batch_size} process(es) at most"
             )
         if num_images < total_batch_size:
             raise ValueError(
