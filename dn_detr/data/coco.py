@@ -80,6 +80,7 @@ class CocoDetection(Dataset[Sample]):
         seed: int in [0, 2**63), a function of (seed, epoch, index); every random draw on this
             sample, here and in the model, derives from it
         instances: only if ``train``; ``gt_boxes`` XYXY in pixels of ``image``, ``gt_classes``
+            and ``gt_ids`` int64, a number in [0, num_boxes) that an object keeps in all epochs
 
     Images are in order of their id, images without boxes included. Classes are contiguous from 0
     in order of category id. Boxes that reach over the border are clipped; crowd regions, boxes
@@ -137,13 +138,22 @@ class CocoDetection(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    @property
+    def num_boxes(self) -> int:
+        """Number of boxes to train on."""
+        return int(self._boxes.first[len(self)])
+
+    def image_path(self, index: int) -> Path:
+        """The file of an image."""
+        return self.image_dir / self._file_names[index]
+
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         height, width = self.image_sizes[index]
-        path = self.image_dir / self._file_names[index]
+        path = self.image_path(index)
         seed = stable_seed(self.seed, epoch, index)
         image = read_image(path, expected_size=(height, width))
-        boxes_xyxy, classes = self._ground_truth(index)
+        boxes_xyxy, classes, ids = self._ground_truth(index)
         if self.transforms is not None:
             image, boxes_xyxy = self.transforms(image, boxes_xyxy, random.Random(seed))
         sample = {
@@ -160,6 +170,7 @@ class CocoDetection(Dataset[Sample]):
                 image_size=(image.height, image.width),
                 gt_boxes=Boxes(boxes_xyxy[kept]),
                 gt_classes=classes[kept],
+                gt_ids=ids[kept],
             )
         return sample
 
@@ -180,12 +191,13 @@ class CocoDetection(Dataset[Sample]):
         restricted.image_ids = self.image_ids[:count]
         return restricted
 
-    def _ground_truth(self, index: int) -> tuple[Tensor, Tensor]:
-        """Boxes (N, 4) float32 XYXY and classes (N,) int64 of an image, as copies."""
-        rows = slice(self._boxes.first[index], self._boxes.first[index + 1])
+    def _ground_truth(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (N, 4) float32 XYXY, classes and rows (N,) int64 of an image, as copies."""
+        first, end = int(self._boxes.first[index]), int(self._boxes.first[index + 1])
         return (
-            torch.from_numpy(self._boxes.boxes_xyxy[rows].copy()),
-            torch.from_numpy(self._boxes.classes[rows].copy()),
+            torch.from_numpy(self._boxes.boxes_xyxy[first:end].copy()),
+            torch.from_numpy(self._boxes.classes[first:end].copy()),
+            torch.arange(first, end),
         )
 
     def _tabulate(self, annotations: list[Entry]) -> tuple[_BoxTable, AnnotationReport]:

@@ -284,6 +284,39 @@ def test_cropped_out_boxes_lose_their_classes_too(folder: Any) -> None:
     assert instances.gt_boxes.tensor.tolist() == [[0, 0, 40, 30]]
 
 
+def test_objects_are_known_again_by_their_row_in_the_table_of_all_boxes(folder: Any) -> None:
+    dataset = folder.open(transforms=train_transforms(0.1))
+    assert dataset.num_boxes == 3
+    for epoch in range(20):
+        tall, wide = (dataset[epoch, index]["instances"] for index in range(2))
+        assert set(tall.gt_ids.tolist()) <= {0} and set(wide.gt_ids.tolist()) <= {1, 2}
+        assert wide.gt_ids.dtype == torch.int64
+        # of the wide image's objects the first is a cat, the second a dog
+        assert [2 - id_ for id_ in wide.gt_ids.tolist()] == wide.gt_classes.tolist()
+
+
+def test_ids_of_objects_are_in_step_with_boxes_that_a_crop_leaves(folder: Any) -> None:
+    def keep_second(image: Image.Image, boxes: Any, rng: random.Random) -> Any:
+        return image, boxes * torch.tensor([[0.0], [1.0]])
+
+    assert folder.open(transforms=keep_second)[1]["instances"].gt_ids.tolist() == [2]
+
+
+def test_a_subset_has_the_ids_of_the_whole_for_the_images_that_it_keeps(folder: Any) -> None:
+    folder.annotate(9, [1, 1, 4, 5])
+    dataset = folder.open()
+    part = dataset.subset(1)
+    assert (dataset.num_boxes, part.num_boxes) == (4, 2)
+    assert part[0]["instances"].gt_ids.tolist() == [0, 1]
+    assert part[0]["instances"].gt_ids.tolist() == dataset[0]["instances"].gt_ids.tolist()
+
+
+def test_images_without_boxes_have_no_ids(folder: Any) -> None:
+    folder.content["annotations"] = folder.annotations[:2]
+    ids = folder.open()[0]["instances"].gt_ids
+    assert ids.shape == (0,) and ids.dtype == torch.int64
+
+
 def test_transform_that_works_in_place_does_not_change_the_data_set(folder: Any) -> None:
     dataset = folder.open(transforms=lambda image, boxes, rng: (image, boxes.mul_(0.5)))
     first, second = (dataset[1]["instances"].gt_boxes.tensor for _ in range(2))
