@@ -35,6 +35,7 @@ dataloader = dict(
         num_workers=4,
         limit=None,
         aspect_ratio_grouping=False,
+        on_error="raise",  # "skip": take another image where a file cannot be read
         seed="${train.seed}",
     ),
     test=L(build_test_loader)(

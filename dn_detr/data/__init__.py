@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from .coco import AnnotationReport, CocoDetection, check_num_classes, check_same_categories
-from .errors import DatasetError
+from .errors import DatasetError, ImageError
 from .image import read_image
-from .loaders import build_test_loader, build_train_loader
+from .loaders import WatchedLoader, build_test_loader, build_train_loader
 from .samplers import EndlessBatchSampler
 from .seeding import stable_seed
+from .skipping import SkipBrokenImages, count_skipped, describe_skipped
 from .transforms import test_transforms, train_transforms
 
 __all__ = [
@@ -15,10 +16,15 @@ __all__ = [
     "CocoDetection",
     "DatasetError",
     "EndlessBatchSampler",
+    "ImageError",
+    "SkipBrokenImages",
+    "WatchedLoader",
     "build_test_loader",
     "build_train_loader",
     "check_num_classes",
     "check_same_categories",
+    "count_skipped",
+    "describe_skipped",
     "read_image",
     "stable_seed",
     "test_transforms",

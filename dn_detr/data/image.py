@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .errors import DatasetError
+from .errors import ImageError
 
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation -> what makes the image upright. 1 and unknown values mean: as stored.
@@ -40,7 +40,7 @@ def read_image(path: str | Path, expected_size: tuple[int, int] | None = None) -
         Image in mode RGB, of ``expected_size`` if that is given.
 
     Raises:
-        DatasetError: the file is missing, empty, truncated or no image, its pixels have no 8-bit
+        ImageError: the file is missing, empty, truncated or no image, its pixels have no 8-bit
             meaning, or its size contradicts ``expected_size`` in either orientation.
     """
     stored, orientation = _decode(Path(path))
@@ -50,7 +50,7 @@ def read_image(path: str | Path, expected_size: tuple[int, int] | None = None) -
     for image in (upright, stored):
         if (image.height, image.width) == tuple(expected_size):
             return image
-    raise DatasetError(
+    raise ImageError(
         f"{path}: the image is {stored.width}x{stored.height} (width x height), the annotation"
         f" file says {expected_size[1]}x{expected_size[0]}; correct 'width' and 'height' (and"
         " the boxes, if the image was resized) or restore the original file"
@@ -60,15 +60,15 @@ def read_image(path: str | Path, expected_size: tuple[int, int] | None = None) -
 def _decode(path: Path) -> tuple[Image.Image, int]:
     """RGB pixels as they are stored, and the EXIF orientation."""
     if not path.is_file():
-        raise DatasetError(f"{path}: image file is missing")
+        raise ImageError(f"{path}: image file is missing")
     if path.stat().st_size == 0:
-        raise DatasetError(f"{path}: image file is empty (zero bytes); fetch it again")
+        raise ImageError(f"{path}: image file is empty (zero bytes); fetch it again")
     try:
         with Image.open(path) as image:
             image.load()
             return _to_rgb(image), _orientation(image)
     except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
-        raise DatasetError(
+        raise ImageError(
             f"{path}: cannot be read as an 8-bit RGB image ({type(error).__name__}: {error});"
             " it is truncated, damaged or of an unusual kind: fetch it again, convert it, or"
             " remove it from the annotation file"

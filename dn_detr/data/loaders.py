@@ -3,13 +3,80 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_args
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from .coco import CocoDetection, Sample
 from .samplers import EndlessBatchSampler, rank_and_world_size
+from .skipping import OnError, SkipBrokenImages
+from .workers import JournaledDataset, WorkerWatch, leave_signals_to_the_parent
+
+
+class WatchedLoader(DataLoader[Sample]):
+    """A ``DataLoader`` that survives signals to its workers and reports what killed one.
+
+    Every batch is a list of samples. Workers are started by the first ``iter`` and live as long
+    as the loader.
+
+    Args:
+        dataset: its keys are what the sampler yields.
+        num_workers: worker processes, at most one per core; 0 = load in this process.
+        skip_seed: see ``SkipBrokenImages``; None = an image that cannot be read is an error.
+        **sampling: ``batch_sampler``, or ``sampler`` and ``batch_size``.
+
+    Raises:
+        DatasetError: while iterating: an image cannot be read, or a worker died. The message has
+            the file, the process, how it died and what helps.
+    """
+
+    def __init__(
+        self,
+        dataset: CocoDetection,
+        *,
+        num_workers: int,
+        skip_seed: int | None = None,
+        **sampling: Any,
+    ) -> None:
+        # DataLoader draws a seed for its workers from torch's global generator unless it gets one
+        # of its own; samples have their own seeds, so the value does not matter, but the draw
+        # would. DataLoader itself limits its workers to one thread each.
+        settings = dict(sampling, collate_fn=_as_list, generator=torch.Generator())
+        source: Dataset[Sample] = dataset
+        num_workers = min(num_workers, available_cores())
+        self._watch = WorkerWatch(dataset, num_workers) if num_workers else None
+        if self._watch is not None:
+            source = JournaledDataset(source, self._watch.journal)
+            settings.update(
+                num_workers=num_workers,
+                persistent_workers=True,
+                worker_init_fn=leave_signals_to_the_parent,
+                multiprocessing_context=self._watch.context,
+            )
+        if skip_seed is not None:
+            source = SkipBrokenImages(source, skip_seed)
+        super().__init__(dataset, **settings)
+        # The attributes are those of the data set; what is read goes through the two wrappers.
+        self._reader: DataLoader[Sample] = DataLoader(source, **settings)
+
+    def __iter__(self) -> Iterator[list[Sample]]:  # type: ignore[override]
+        if self._watch is None:
+            return iter(self._reader)
+        with self._watch.reporting(), self._watch.starting():
+            batches = iter(self._reader)
+        return self._watched(batches, self._watch)
+
+    def _watched(
+        self, batches: Iterator[list[Sample]], watch: WorkerWatch
+    ) -> Iterator[list[Sample]]:
+        while True:
+            with watch.reporting():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
 
 def build_train_loader(
@@ -19,28 +86,35 @@ def build_train_loader(
     num_workers: int = 2,
     limit: int | None = None,
     aspect_ratio_grouping: bool = False,
+    on_error: OnError = "raise",
     seed: int = 0,
     start_iteration: int = 0,
 ) -> DataLoader[Sample]:
-    """Endless loader of this rank's share of each training batch.
+    """Endless loader of this rank's share of each training batch: images r, r + world, ...
 
-    Its iterator never stops, one serves the whole run. ``loader.batch_sampler`` is the
-    ``EndlessBatchSampler``, with ``iterations_per_epoch``.
+    The shares may differ by one image. Its iterator never stops, one serves the whole run.
+    ``loader.batch_sampler`` is the ``EndlessBatchSampler``, with ``iterations_per_epoch``.
 
     Args:
         dataset: training set.
-        total_batch_size: images per step over all ranks.
+        total_batch_size: images per step over all ranks, at least one for each.
         num_workers: worker processes of this rank, at most one per core; 0 = load in this process.
         limit: keep the first N images, None = all.
         aspect_ratio_grouping: batch wide images with wide ones and tall with tall ones: less
             padding, less mixing. The published recipe does not.
-        seed: of the order of images.
+        on_error: "raise" stops at an image file that cannot be read; "skip" takes another image
+            of the data set instead, see ``SkipBrokenImages``.
+        seed: of the order of images and of what is taken instead of broken ones.
         start_iteration: iterations that a resumed run has behind it.
 
     Raises:
-        ValueError: ``total_batch_size`` is no multiple of the number of processes or larger than
-            the data set.
+        ValueError: ``total_batch_size`` is smaller than the number of processes or larger than
+            the data set, or ``on_error`` is something else.
     """
+    if on_error not in get_args(OnError):
+        raise ValueError(
+            f"dataloader.train.on_error={on_error!r}: expected {' or '.join(get_args(OnError))}"
+        )
     dataset = dataset if limit is None else dataset.subset(limit)
     rank, world_size = rank_and_world_size()
     sampler = EndlessBatchSampler(
@@ -54,7 +128,12 @@ def build_train_loader(
         if aspect_ratio_grouping
         else None,
     )
-    return DataLoader(dataset, batch_sampler=sampler, **_common_settings(num_workers))
+    return WatchedLoader(
+        dataset,
+        num_workers=num_workers,
+        skip_seed=seed if on_error == "skip" else None,
+        batch_sampler=sampler,
+    )
 
 
 def build_test_loader(
@@ -66,6 +145,8 @@ def build_test_loader(
 ) -> DataLoader[Sample]:
     """Loader that visits every image once over all ranks: rank r gets images r, r + world, ...
 
+    An image that cannot be read is always an error: metrics without it would be silently wrong.
+
     Args:
         dataset: test set.
         batch_size: images per step of this rank.
@@ -75,7 +156,7 @@ def build_test_loader(
     dataset = dataset if limit is None else dataset.subset(limit)
     rank, world_size = rank_and_world_size()
     share = range(rank, len(dataset), world_size)
-    return DataLoader(dataset, batch_size, sampler=share, **_common_settings(num_workers))
+    return WatchedLoader(dataset, num_workers=num_workers, batch_size=batch_size, sampler=share)
 
 
 def available_cores() -> int:
@@ -87,16 +168,3 @@ def available_cores() -> int:
 
 def _as_list(samples: list[Sample]) -> list[Sample]:
     return samples
-
-
-def _common_settings(num_workers: int) -> dict[str, Any]:
-    # DataLoader draws a seed for its workers from torch's global generator unless it gets one of
-    # its own; samples have their own seeds, so the value does not matter, but the draw would.
-    # DataLoader itself limits its workers to one thread each.
-    num_workers = min(num_workers, available_cores())
-    return {
-        "num_workers": num_workers,
-        "collate_fn": _as_list,
-        "persistent_workers": num_workers > 0,
-        "generator": torch.Generator(),
-    }

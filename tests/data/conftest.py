@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dn_detr.data import CocoDetection
+from dn_detr.data import CocoDetection, train_transforms
 
 
 @pytest.fixture
@@ -76,3 +76,15 @@ def make_folder(tmp_path: Path) -> Callable[[str], CocoFolder]:
         return CocoFolder(tmp_path / name)
 
     return make
+
+
+@pytest.fixture
+def dataset(folder: Any) -> CocoDetection:
+    """Seven images, three of them tall."""
+    for id_ in range(30, 35):
+        width, height = (20, 30) if id_ < 32 else (30, 20)
+        folder.images.append(
+            {"id": id_, "file_name": f"{id_}.png", "width": width, "height": height}
+        )
+        Image.new("RGB", (width, height), (id_, 0, 0)).save(folder.images_dir / f"{id_}.png")
+    return folder.open(transforms=train_transforms(0.1), seed=3)

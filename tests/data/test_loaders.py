@@ -8,27 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dn_detr.data import (
     CocoDetection,
     DatasetError,
     build_test_loader,
     build_train_loader,
-    train_transforms,
 )
-
-
-@pytest.fixture
-def dataset(folder: Any) -> CocoDetection:
-    """Seven images, three of them tall."""
-    for id_ in range(30, 35):
-        width, height = (20, 30) if id_ < 32 else (30, 20)
-        folder.images.append(
-            {"id": id_, "file_name": f"{id_}.png", "width": width, "height": height}
-        )
-        Image.new("RGB", (width, height), (id_, 0, 0)).save(folder.images_dir / f"{id_}.png")
-    return folder.open(transforms=train_transforms(0.1), seed=3)
 
 
 def summary(batches: Any) -> list[list[tuple[Any, ...]]]:
