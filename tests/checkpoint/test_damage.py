@@ -1,0 +1,233 @@
+"""Damaged checkpoints are noticed, whatever is damaged, and replaced only where that is meant."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from dn_detr.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    Manifest,
+    Snapshot,
+    find_checkpoint,
+    last_checkpoint,
+    load_training_state,
+    read_manifest,
+    read_weights,
+)
+from dn_detr.checkpoint.files import read_file
+
+from .writing import snapshot
+
+DAMAGES = ("truncate", "zero", "flip")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with the checkpoints 10, 20 and 30, of which 10 is the best."""
+    with CheckpointWriter(tmp_path, class_names=["cat"]) as writer:
+        for iteration in (10, 20, 30):
+            writer.save(snapshot(iteration, size=20))
+            writer.record_evaluation(iteration, {"AP": 0.5}, is_best=iteration == 10)
+    return tmp_path
+
+
+def train_and_save(folder):
+    """Two steps of a small detector-like model, each saved with everything that a run has."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    config = "train: {seed: 1, note: 'é'}\n" * 20
+    with CheckpointWriter(folder, config=config, class_names=["Katze", "Bär"]) as writer:
+        for iteration in (1, 2):
+            model(torch.rand(2, 3, 8, 8)).square().mean().backward()
+            optimizer.step()
+            state = {"random": torch.get_rng_state(), "scaler": {"scale": 1.0}}
+            weights = model.state_dict()
+            writer.save(
+                Snapshot(iteration, 0.5, weights, optimizer.state_dict(), state, ema=weights)
+            )
+            writer.record_evaluation(iteration, {"AP": 0.1234, "per_class": {"Bär": 0.5}})
+
+
+def damaged(content, kind):
+    """Cut a file, set a range of it to zero, or flip one bit."""
+    while True:
+        data = bytearray(content)
+        start = random.randrange(len(data))
+        if kind == "truncate":
+            del data[start:]
+        elif kind == "zero":
+            end = min(len(data), start + random.randrange(1, 4096))
+            data[start:end] = bytes(end - start)
+        else:
+            data[start] ^= 1 << random.randrange(8)
+        if data != content:
+            return bytes(data)
+
+
+def test_damage_at_a_random_place_is_noticed_300_times_of_300(tmp_path, caplog):
+    random.seed(0)
+    train_and_save(tmp_path)
+    last, previous = last_checkpoint(tmp_path), tmp_path / "checkpoints" / "0000001"
+    files = sorted(path for path in last.iterdir() if path.is_file())
+    assert len(files) == 5
+    detected = 0
+    for kind in DAMAGES:
+        for _ in range(100):
+            path = random.choice(files)
+            content = path.read_bytes()
+            path.write_bytes(damaged(content, kind))
+            caplog.clear()
+            used = last_checkpoint(tmp_path)
+            (record,) = caplog.records
+            is_loud = record.levelno == logging.ERROR and str(path) in record.message
+            detected += used == previous.resolve() and is_loud
+            path.write_bytes(content)
+    print(f"{detected} of 300 damages were noticed")
+    assert detected == 300
+    caplog.clear()
+    assert last_checkpoint(tmp_path) == last  # and without damage there is no alarm
+    assert caplog.records == []
+
+
+def test_every_single_bit_of_the_manifest_counts(tmp_path):
+    train_and_save(tmp_path)
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    content = (last_checkpoint(tmp_path) / "manifest.json").read_bytes()
+    assert rb"\u00e9" in content  # E9 would mean the same
+    (folder / "manifest.json").write_bytes(content)
+    Manifest.read(folder)
+    descriptor = os.open(folder / "manifest.json", os.O_WRONLY)
+    try:
+        for place in range(len(content)):
+            bit = 1 << random.randrange(8) if content[place : place + 1] != b"e" else 0x20
+            os.pwrite(descriptor, bytes([content[place] ^ bit]), place)
+            with pytest.raises(CheckpointError):
+                Manifest.read(folder)
+            os.pwrite(descriptor, content[place : place + 1], place)
+    finally:
+        os.close(descriptor)
+    Manifest.read(folder)
+
+
+def test_white_space_after_the_manifest_is_damage(run):
+    with (run / "checkpoints/last/manifest.json").open("a") as file:
+        file.write("\n")
+    assert last_checkpoint(run).name == "0000020"
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["manifest.json", "model.safetensors", "optimizer.safetensors", "training_state.pt"],
+)
+def test_a_file_that_is_missing_is_damage(run, file, caplog):
+    (run / "checkpoints" / "0000030" / file).unlink()
+    assert last_checkpoint(run).name == find_checkpoint(run).name == "0000020"
+    assert file in caplog.text
+
+
+def test_several_damaged_ones_are_passed_over(run, caplog):
+    for name in ("0000030", "0000020"):
+        (run / "checkpoints" / name / "ema.safetensors").write_bytes(b"")
+    assert last_checkpoint(run).name == "0000010"
+    (record,) = caplog.records
+    assert "0000030/ema.safetensors" in record.message
+    assert "0000020/ema.safetensors" in record.message
+
+
+def test_without_a_good_one_the_damage_of_each_is_listed(run):
+    for name in ("0000010", "0000020", "0000030"):
+        (run / "checkpoints" / name / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"(?s)none .*0000030/m.*0000020/m.*0000010/m"):
+        last_checkpoint(run)
+
+
+@pytest.mark.parametrize("target", [None, "0000040"])
+def test_a_last_that_leads_nowhere_is_replaced_by_the_newest_loudly(run, caplog, target):
+    link = run / "checkpoints" / "last"
+    link.unlink()
+    if target:
+        link.symlink_to(target)
+    assert last_checkpoint(run).name == "0000030"
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert (f"points at {target}" if target else "is missing") in record.message
+
+
+def test_a_last_without_any_checkpoint_is_an_error(run):
+    for folder in (run / "checkpoints").glob("0*"):
+        shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match="none of the checkpoints can be used"):
+        last_checkpoint(run)
+
+
+def test_an_earlier_one_is_preferred_to_one_of_an_abandoned_future(run):
+    link = run / "checkpoints" / "last"
+    link.unlink()
+    link.symlink_to("0000020")
+    assert last_checkpoint(run).name == "0000020"
+    (run / "checkpoints" / "0000020" / "model.safetensors").write_bytes(b"")
+    assert last_checkpoint(run).name == "0000010"
+    (run / "checkpoints" / "0000010" / "model.safetensors").write_bytes(b"")
+    assert last_checkpoint(run).name == "0000030"
+
+
+@pytest.mark.parametrize("name", ["0000030", "last"])
+@pytest.mark.parametrize("file", ["model.safetensors", "manifest.json"])
+@pytest.mark.parametrize("how", ["damaged", "missing"])
+def test_a_checkpoint_that_is_named_is_not_replaced_by_another(run, name, file, how):
+    path = run / "checkpoints" / "0000030" / file
+    path.unlink() if how == "missing" else path.write_bytes(path.read_bytes()[:-1])
+    named = run / "checkpoints" / name
+    good = rf"{file}.*undamaged beside it: \S+0000010, \S+0000020$"
+    for wanted in (named, named / "model.safetensors"):
+        with pytest.raises(CheckpointError, match=good):
+            read_weights(wanted)
+    if file == "manifest.json":
+        for read in (load_training_state, read_manifest):
+            with pytest.raises(CheckpointError, match=good):
+                read(named)
+
+
+def test_a_damaged_optimizer_does_not_stand_in_the_way_of_the_weights(run):
+    last = run / "checkpoints" / "last"
+    (last / "optimizer.safetensors").write_bytes(b"")
+    assert read_weights(last)["c.bias"].tolist() == [30, 30, 30]
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors.*0000020"):
+        load_training_state(last)
+
+
+def test_a_link_that_leads_nowhere_is_an_error_that_names_the_good_ones(run):
+    (run / "checkpoints" / "best").unlink()
+    with pytest.raises(CheckpointError, match=r"best: .* is missing; undamaged .*0000010"):
+        find_checkpoint(run / "checkpoints" / "best")
+
+
+def test_averaged_weights_are_read_by_their_file(run):
+    path = run / "checkpoints" / "best" / "ema.safetensors"
+    content = read_file(path)
+    assert content.tensors["c.bias"].tolist() == [10.5, 10.5, 10.5]
+    assert content.class_names == ("cat",)
+    assert read_file(path.parent, ema=True).tensors["c.bias"].tolist() == [10.5, 10.5, 10.5]
+    raw = read_file(path.parent)
+    assert raw.tensors["c.bias"].tolist() == [10, 10, 10]
+    assert "averaged weights (ema.safetensors), which were not taken" in raw.notes[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors: damaged.*0000020"):
+        read_file(path)
+
+
+def test_averaged_weights_that_were_not_saved_are_an_error_with_the_remedy(tmp_path):
+    with CheckpointWriter(tmp_path) as writer:
+        writer.save(Snapshot(1, 0.1, {"w": torch.ones(2)}))
+    with pytest.raises(CheckpointError, match=r"no averaged weights.*train\.ema\.enabled=true"):
+        read_file(tmp_path / "checkpoints" / "last" / "ema.safetensors")
