@@ -20,7 +20,7 @@ MANIFEST_NAME = "manifest.json"
 FORMAT = "dn_detr.checkpoint"
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)  # 1: the optimizer's tensors lie in training_state.pt
-_CHUNK = 1 << 24
+_BUFFER = 1 << 22  # bytes
 
 
 class CheckpointError(ValueError):
@@ -135,10 +135,12 @@ def library_versions() -> dict[str, str]:
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        # Reading and hashing let other threads run, so few large chunks disturb them least.
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+    # Reading and hashing let other threads run; one buffer, because mapping and unmapping memory
+    # stops them too.
+    buffer = memoryview(bytearray(_BUFFER))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
     return digest.hexdigest()
 
 
