@@ -7,8 +7,9 @@ from dn_detr.allocator import keep_freed_memory
 from .backbones import ResNet, TimmBackbone
 from .criterion import DetectionCriterion
 from .denoising import NoisedQueries, QueryDenoising
-from .detector import Detector
+from .detector import Detector, Diagnostics
 from .heads import DetectionHeads
+from .losses import ObjectCounts, mean_over_ranks
 from .matcher import HungarianMatcher, Matching
 from .necks import ChannelMapper
 from .postprocess import PostProcess
@@ -34,10 +35,12 @@ __all__ = [
     "DetectionCriterion",
     "DetectionHeads",
     "Detector",
+    "Diagnostics",
     "HungarianMatcher",
     "Matching",
     "Memory",
     "NoisedQueries",
+    "ObjectCounts",
     "PostProcess",
     "ProposalQueries",
     "Proposals",
@@ -46,6 +49,7 @@ __all__ = [
     "ResNet",
     "TimmBackbone",
     "Transformer",
+    "mean_over_ranks",
 ]
 
 keep_freed_memory()

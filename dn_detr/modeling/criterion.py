@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .losses import box_losses, complete_weights, count_per_rank, focal_loss, weigh_and_name
-from .matcher import HungarianMatcher, Targets
+from .matcher import HungarianMatcher, Matching, Targets
 
 _CERTAINLY_NOTHING = -100.0  # a logit without loss or gradient
 
@@ -47,18 +47,22 @@ class DetectionCriterion(nn.Module):
         boxes: Tensor,
         targets: Targets,
         *,
+        count: Tensor | float | None = None,
+        matching: Matching | None = None,
         suffix: str = "",
         ignored: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Weighted losses of all layers.
 
-        Every term is divided by the number of objects per rank (over all ranks, at least one).
         Without any object the box losses are zeros that still belong to the graph.
 
         Args:
             logits: (N, B, Q, K) float32.
             boxes: (N, B, Q, 4) float32 as (cx, cy, w, h) in [0, 1].
             targets: of B images.
+            count: what every term is divided by, see ``mean_over_ranks``; by default the number of
+                objects per rank (over all ranks, at least one).
+            matching: by default what the matcher finds.
             suffix: appended to the names of the losses.
             ignored: (B, Q) bool, True = a query that is neither matched nor trained.
 
@@ -66,7 +70,8 @@ class DetectionCriterion(nn.Module):
             Scalars ``loss_ce``, ``loss_bbox``, ``loss_giou`` of the last layer, and the same with
             suffix ``_i`` of each layer i before it.
         """
-        matching = self.matcher(logits, boxes, targets, ignored)
+        if matching is None:
+            matching = self.matcher(logits, boxes, targets, ignored)
         if ignored is not None:
             logits = logits.masked_fill(ignored[..., None], _CERTAINLY_NOTHING)
         labels = torch.cat([t["labels"] for t in targets])
@@ -79,5 +84,6 @@ class DetectionCriterion(nn.Module):
             "loss_ce": focal_loss(logits, one_hot, alpha=self.alpha, gamma=self.gamma),
             **box_losses(boxes[matched], target_boxes[matching.target]),
         }
-        count = count_per_rank(len(labels), logits.device)
+        if count is None:
+            count = count_per_rank(len(labels), logits.device)
         return weigh_and_name(losses, self.weights, count, suffix=suffix)

@@ -212,16 +212,24 @@ class QueryDenoising(nn.Module):
             num_slots=num_slots,
         )
 
-    def loss(self, logits: Tensor, boxes: Tensor, noised: NoisedQueries) -> dict[str, Tensor]:
+    def loss(
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        noised: NoisedQueries,
+        *,
+        count: Tensor | float | None = None,
+    ) -> dict[str, Tensor]:
         """Weighted reconstruction losses of all layers.
 
-        Every term is divided by the number of noised boxes per rank (over all ranks, at least
-        one). Without any object all terms are zeros that still belong to the graph.
+        Without any object all terms are zeros that still belong to the graph.
 
         Args:
             logits: (N, B, D, K) float32, the denoising part.
             boxes: (N, B, D, 4) float32 as (cx, cy, w, h) in [0, 1], the denoising part.
             noised: what ``forward`` returned.
+            count: what every term is divided by, see ``mean_over_ranks``; by default the number of
+                noised boxes per rank (over all ranks, at least one).
 
         Returns:
             Scalars ``loss_ce_dn``, ``loss_bbox_dn``, ``loss_giou_dn`` of the last layer, and the
@@ -234,8 +242,30 @@ class QueryDenoising(nn.Module):
             "loss_ce": focal_loss(pair_logits, one_hot, alpha=self.alpha, gamma=self.gamma),
             **box_losses(boxes[:, noised.image, noised.slot], noised.boxes),
         }
-        count = count_per_rank(len(noised.labels), logits.device)
+        if count is None:
+            count = count_per_rank(len(noised.labels), logits.device)
         return weigh_and_name(losses, self.weights, count, suffix="_dn")
+
+    @torch.no_grad()
+    def count_correct(self, logits: Tensor, noised: NoisedQueries) -> Tensor:
+        """How many noised boxes the last layer gives their true class; () int64.
+
+        Args:
+            logits: (N, B, D, K), the denoising part.
+            noised: what ``forward`` returned.
+        """
+        predicted = logits[-1, noised.image, noised.slot].argmax(-1)
+        return (predicted == noised.labels).sum()
+
+    def num_noised(self, counts: Sequence[int]) -> int:
+        """How many noised boxes a batch gives whose images have these numbers of objects.
+
+        With visible empty slots the number depends on which images share a batch, because the
+        fullest one decides how many groups fit for all.
+        """
+        strides = self._slots_per_group(counts)
+        chosen = [min(count, self.max_queries) for count in counts]
+        return sum(n * self._groups(stride) for n, stride in zip(chosen, strides, strict=True))
 
     def draw_noise(self, num_objects: int, generator: torch.Generator) -> Noise:
         """Draw for one image with ``num_objects`` objects; ``generator`` is on the CPU."""

@@ -8,7 +8,7 @@ images -> backbone -> neck -> encoder -> memory -> decoder -> heads -> criterion
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,27 @@ from dn_detr.structures import Instances, box_xyxy_to_cxcywh, pad_images
 from .criterion import DetectionCriterion
 from .denoising import NoisedQueries, QueryDenoising
 from .heads import DetectionHeads
-from .matcher import Targets
+from .losses import ObjectCounts, mean_over_ranks
+from .matcher import Matching, Targets
 from .postprocess import PostProcess
 from .queries import AnchorQueries, ProposalQueries
 from .transformers import Memory, Transformer
+
+
+class Diagnostics(NamedTuple):
+    """How a training step went, apart from its losses.
+
+    Attributes:
+        queries: of each image the query that each object was matched with in the last decoder
+            layer, see ``Matching.found_by``.
+        denoising_correct: () int64 on the model's device, noised boxes whose most likely class
+            after the last layer is the true one; 0 without denoising.
+        denoising_total: noised boxes; 0 without denoising.
+    """
+
+    queries: tuple[Tensor, ...]
+    denoising_correct: Tensor
+    denoising_total: int
 
 
 class Detector(nn.Module):
@@ -43,6 +60,9 @@ class Detector(nn.Module):
             Q = num_queries * P matching queries.
         pixel_mean: mean of R, G, B in [0, 255].
         pixel_std: standard deviation of R, G, B.
+
+    Attributes:
+        diagnostics: of the last forward pass in training, or None before the first.
 
     Raises:
         ValueError: no class; a part has another number of queries, patterns or classes; the neck
@@ -101,11 +121,12 @@ class Detector(nn.Module):
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.num_patterns = num_patterns
+        self.diagnostics: Diagnostics | None = None
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
     def forward(
-        self, samples: Sequence[dict[str, Any]]
+        self, samples: Sequence[dict[str, Any]], counts: ObjectCounts | None = None
     ) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """Losses in training, detections in evaluation.
 
@@ -114,6 +135,10 @@ class Detector(nn.Module):
                 ``width`` of the original, by default those of ``image``; in training
                 ``instances`` with ``gt_boxes`` (XYXY pixels of ``image``) and ``gt_classes``, and
                 optionally ``seed``, of which the denoising noise is a function.
+            counts: what the losses are divided by, for a step over several batches: their
+                ``count_objects``, added up, and then ``mean_over_ranks``. The losses of the
+                batches then add up to those of all images in one batch. By default those of
+                ``samples`` alone, which with several processes is a collective call.
 
         Returns:
             In training a dict of scalars, already weighted. In evaluation one
@@ -127,7 +152,7 @@ class Detector(nn.Module):
         if self.training:
             targets = self.prepare_targets(samples)
             seeds = [s["seed"] for s in samples] if all("seed" in s for s in samples) else None
-            return self.losses(images, mask, targets, seeds)
+            return self.losses(images, mask, targets, seeds, counts)
         outputs = self.forward_tensors(images, mask)
         sizes = [
             (int(s.get("height", s["image"].shape[-2])), int(s.get("width", s["image"].shape[-1])))
@@ -135,6 +160,25 @@ class Detector(nn.Module):
         ]
         instances = self.postprocess(outputs["pred_logits"], outputs["pred_boxes"], sizes)
         return [{"instances": found} for found in instances]
+
+    def count_objects(self, samples: Sequence[dict[str, Any]]) -> ObjectCounts:
+        """Number of objects and of noised boxes that a training batch gives in this process.
+
+        Nothing is computed on the device. Where empty denoising slots are visible
+        (``mask_empty_slots=False``) images in batches of other composition may be noised another
+        number of times, so batches then do not add up to one of all images.
+
+        Args:
+            samples: see ``forward``.
+
+        Raises:
+            ValueError: a sample without ground truth.
+        """
+        return self._count([len(_ground_truth(sample).gt_classes) for sample in samples])
+
+    def _count(self, num_objects: Sequence[int]) -> ObjectCounts:
+        noised = 0 if self.denoising is None else self.denoising.num_noised(num_objects)
+        return ObjectCounts(sum(num_objects), noised)
 
     def preprocess(self, samples: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
         """Normalise and pad the images.
@@ -172,11 +216,10 @@ class Detector(nn.Module):
         device = self.pixel_mean.device
         targets = []
         for sample in samples:
-            if "instances" not in sample:
-                raise ValueError(f"{_name(sample)}: training needs ground truth under 'instances'")
-            boxes = sample["instances"].gt_boxes
+            truth = _ground_truth(sample)
+            boxes = truth.gt_boxes
             boxes_xyxy = torch.as_tensor(getattr(boxes, "tensor", boxes)).reshape(-1, 4)
-            labels = sample["instances"].gt_classes.long()
+            labels = truth.gt_classes.long()
             self._check_ground_truth(sample, boxes_xyxy, labels)
             height, width = sample["image"].shape[-2:]
             norm = box_xyxy_to_cxcywh(boxes_xyxy / boxes_xyxy.new_tensor([width, height] * 2))
@@ -207,31 +250,48 @@ class Detector(nn.Module):
         mask: Tensor,
         targets: Targets,
         seeds: Sequence[int] | None = None,
+        counts: ObjectCounts | None = None,
     ) -> dict[str, Tensor]:
-        """Weighted training losses.
+        """Weighted training losses; sets ``diagnostics``.
 
         Args:
             images: (B, 3, H, W) normalised.
             mask: (B, H, W) bool, True = padding.
             targets: see ``prepare_targets``.
             seeds: of the denoising noise, one per image.
+            counts: divisors of the losses, see ``forward``.
         """
+        if counts is None:
+            own = self._count([len(target["labels"]) for target in targets])
+            counts = mean_over_ranks(own, images.device)
         memory = self._encode(images, mask)
         queries = self.queries(memory)
+        outputs: tuple[Tensor, ...]
         if self.denoising is None:
             outputs = self._decode(memory, queries.content, queries.anchors)
-            losses: dict[str, Tensor] = self.criterion(*outputs, targets)
+            denoising_losses: dict[str, Tensor] = {}
+            correct, total = torch.zeros((), dtype=torch.long, device=images.device), 0
         else:
             noised: NoisedQueries = self.denoising(targets, queries.content, queries.anchors, seeds)
-            outputs = self._decode(memory, noised.content, noised.anchors, noised.attention_mask)
-            (dn_logits, dn_boxes), matching = noised.split(*outputs)
-            losses = self.criterion(*matching, targets)
-            losses |= self.denoising.loss(dn_logits, dn_boxes, noised)
+            joint = self._decode(memory, noised.content, noised.anchors, noised.attention_mask)
+            (logits, boxes), outputs = noised.split(*joint)
+            denoising_losses = self.denoising.loss(logits, boxes, noised, count=counts.denoising)
+            correct, total = self.denoising.count_correct(logits, noised), len(noised.labels)
+        matching: Matching = self.criterion.matcher(*outputs, targets)
+        losses: dict[str, Tensor] = self.criterion(
+            *outputs, targets, count=counts.matching, matching=matching
+        )
+        losses |= denoising_losses
         if (found := queries.proposals) is not None:
-            logits, boxes = found.logits[None], found.boxes[None]
-            losses = losses | self.criterion(
-                logits, boxes, targets, suffix="_enc", ignored=found.padding
+            losses |= self.criterion(
+                found.logits[None],
+                found.boxes[None],
+                targets,
+                count=counts.matching,
+                suffix="_enc",
+                ignored=found.padding,
             )
+        self.diagnostics = Diagnostics(matching.found_by, correct, total)
         return losses
 
     def forward_tensors(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -299,6 +359,13 @@ def _images(samples: Sequence[dict[str, Any]]) -> list[Tensor]:
         if on_host and image.numel() and 0 < image.max() <= 1:
             raise ValueError(f"{_name(sample)}: image must hold [0, 255], not [0, 1]")
     return [sample["image"] for sample in samples]
+
+
+def _ground_truth(sample: dict[str, Any]) -> Any:
+    """Our ``Instances``, or detectron2's."""
+    if "instances" not in sample:
+        raise ValueError(f"{_name(sample)}: training needs ground truth under 'instances'")
+    return sample["instances"]
 
 
 def _name(sample: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ Legend: N decoder layers, M pairs of a query and a ground-truth box, K classes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -65,21 +66,49 @@ def box_losses(boxes: Tensor, targets: Tensor) -> dict[str, Tensor]:
     return {"loss_bbox": l1.sum((1, 2)), "loss_giou": (1 - giou).sum(1)}
 
 
-def count_per_rank(count: int, device: torch.device) -> Tensor | float:
-    """The count of all ranks, at least 1, divided by the number of ranks.
+@dataclass(frozen=True)
+class ObjectCounts:
+    """How many boxes the losses of some images are about, or the divisors made of that.
 
-    Gradients are averaged over ranks, so losses that every rank divides by this number are sums
+    Counts of several batches add up, also with ``sum(counts, ObjectCounts())``.
+
+    Attributes:
+        matching: objects, which the matching queries are to find.
+        denoising: noised boxes, which the denoising queries are to repair.
+    """
+
+    matching: float | Tensor = 0
+    denoising: float | Tensor = 0
+
+    def __add__(self, other: ObjectCounts) -> ObjectCounts:
+        return ObjectCounts(self.matching + other.matching, self.denoising + other.denoising)
+
+
+def mean_over_ranks(counts: ObjectCounts, device: torch.device) -> ObjectCounts:
+    """The counts of all ranks, each at least 1, divided by the number of ranks.
+
+    Gradients are averaged over ranks, so losses that every rank divides by these numbers are sums
     over all ranks divided by the whole count: a step does not depend on how images are spread.
+    With several processes this is a collective call, a single all-reduce.
 
     Args:
-        count: objects on this rank.
+        counts: of this rank, over all images of the step.
         device: where the process group communicates.
+
+    Returns:
+        Divisors: floats in a single process, else () float32 tensors on ``device``.
     """
+    numbers = [float(counts.matching), float(counts.denoising)]
     if not (dist.is_available() and dist.is_initialized()):
-        return float(max(count, 1))
-    total = torch.tensor(float(count), device=device)
-    dist.all_reduce(total)
-    return total.clamp(min=1) / dist.get_world_size()
+        return ObjectCounts(*(max(number, 1.0) for number in numbers))
+    totals = torch.tensor(numbers, device=device)
+    dist.all_reduce(totals)
+    return ObjectCounts(*(totals.clamp(min=1) / dist.get_world_size()).unbind())
+
+
+def count_per_rank(count: int, device: torch.device) -> Tensor | float:
+    """``mean_over_ranks`` of a single count, for losses that are used by themselves."""
+    return mean_over_ranks(ObjectCounts(count), device).matching
 
 
 def weigh_and_name(
@@ -94,7 +123,7 @@ def weigh_and_name(
     Args:
         losses: (N,) sums per term.
         weights: factor of each term.
-        count: divisor, see ``count_per_rank``.
+        count: divisor, see ``mean_over_ranks``.
         suffix: appended to the term's name.
 
     Returns:

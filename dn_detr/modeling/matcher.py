@@ -28,11 +28,14 @@ class Matching:
         image: (M,) int64, index in [0, B); the same for all layers.
         query: (N, M) int64, index in [0, Q), ascending within an image.
         target: (N, M) int64, index into the objects of all images, concatenated.
+        found_by: for each image (n,) int64 on the CPU, the query that is to predict each of its n
+            objects in the last layer, in the order of the targets; -1 for an object without one.
     """
 
     image: Tensor
     query: Tensor
     target: Tensor
+    found_by: tuple[Tensor, ...]
 
 
 class HungarianMatcher(nn.Module):
@@ -112,6 +115,7 @@ class HungarianMatcher(nn.Module):
         images: list[Tensor] = []
         queries: list[list[Tensor]] = [[] for _ in cost]
         matched: list[list[Tensor]] = [[] for _ in cost]
+        found_by: list[Tensor] = []
         offset = 0
         for image, target in enumerate(targets):
             count = len(target["labels"])
@@ -120,9 +124,10 @@ class HungarianMatcher(nn.Module):
                 queries[layer].append(rows)
                 matched[layer].append(columns + offset)
             images.append(torch.full_like(rows, image))
+            found_by.append(torch.full((count,), -1).index_copy(0, columns, rows))
             offset += count
         pairs = torch.stack(
             [torch.cat(images)] + [torch.cat(x) for x in queries] + [torch.cat(x) for x in matched]
         ).to(logits.device)
         image_M, query_NM, target_NM = pairs.split([1, len(cost), len(cost)])
-        return Matching(image_M[0], query_NM, target_NM)
+        return Matching(image_M[0], query_NM, target_NM, tuple(found_by))
