@@ -8,6 +8,7 @@ from .linear import Linear
 from .mlp import MLP, FeedForward
 from .norm import MaskedGroupNorm
 from .position_embedding import PositionEmbeddingSine, sine_embed_boxes
+from .recompute import choose_recomputation, run_part
 
 __all__ = [
     "MLP",
@@ -18,5 +19,7 @@ __all__ = [
     "MultiheadAttention",
     "PositionEmbeddingSine",
     "attend",
+    "choose_recomputation",
+    "run_part",
     "sine_embed_boxes",
 ]

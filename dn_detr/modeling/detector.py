@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dn_detr.layers import choose_recomputation
 from dn_detr.structures import Instances, box_xyxy_to_cxcywh, pad_images
 
 from .criterion import DetectionCriterion
@@ -309,6 +310,26 @@ class Detector(nn.Module):
         queries = self.queries(memory)
         logits, boxes = self._decode(memory, queries.content, queries.anchors)
         return {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
+
+    def checkpoint_activations(
+        self, *, backbone: bool = False, encoder: bool = False, decoder: bool = False
+    ) -> None:
+        """Choose which parts compute their activations again in the backward pass of training.
+
+        It costs another forward pass of each chosen part and saves most of its memory. Losses and
+        gradients stay the same, bit for bit, and so does the state_dict.
+
+        Args:
+            backbone: forget what is inside its stages.
+            encoder: forget what is inside its layers.
+            decoder: forget what is inside its layers.
+
+        Raises:
+            ValueError: a chosen part cannot; it has no attribute ``recompute_activations``.
+        """
+        choose_recomputation("backbone", self.backbone, backbone)
+        choose_recomputation("encoder", self.transformer.encoder, encoder)
+        choose_recomputation("decoder", self.transformer.decoder, decoder)
 
     def class_tensors(self) -> list[str]:
         """Names, in the state_dict, of the tensors that have a row per class.

@@ -16,12 +16,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+Output = TypeVar("Output")
 
 _current = threading.local()
 
@@ -36,14 +40,15 @@ class KnownPadding:
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
         self._derived: dict[Hashable, Tensor] = {}
+        self._outer: list[KnownPadding | None] = []
 
     def __enter__(self) -> KnownPadding:
-        self._outer = getattr(_current, "padding", None)
+        self._outer.append(current_padding())
         _current.padding = self
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _current.padding = self._outer
+        _current.padding = self._outer.pop()
 
     def valid(self, stride: int, height: int, width: int) -> Tensor:
         """The cells of a map that are not padding.
@@ -78,6 +83,17 @@ class KnownPadding:
 def current_padding() -> KnownPadding | None:
     """The padding of the images that this thread's network is looking at, if it is known."""
     return getattr(_current, "padding", None)
+
+
+def with_known_padding(part: Callable[[Tensor], Output]) -> Callable[[Tensor], Output]:
+    """``part`` that sees the padding of now whenever it runs, also in the backward pass."""
+    padding = current_padding()
+
+    def run(x: Tensor) -> Output:
+        with padding or nullcontext():
+            return part(x)
+
+    return run
 
 
 @dataclass

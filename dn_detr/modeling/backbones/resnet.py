@@ -22,9 +22,10 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from dn_detr.checkpoint import describe_backbone, read_backbone
+from dn_detr.layers import run_part
 from dn_detr.structures import may_hold_padding
 
-from .padding import KnownPadding, current_padding
+from .padding import KnownPadding, current_padding, with_known_padding
 
 _STAGE_STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
 _PARTS = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
@@ -49,6 +50,10 @@ class ResNet(nn.Module):
         mask_padding: keep padded cells at zero through all layers, so that an image has the same
             features alone and in any batch. False is the published behaviour: biases of the
             normalisation leak from the padding into the image's border.
+
+    Attributes:
+        recompute_activations: forget them in training, stage by stage, see ``run_part``. A stage
+            is less to keep than its blocks: what enters a block is two thirds of what it needs.
 
     Raises:
         ValueError: unknown name, stage, number of frozen parts or normalisation.
@@ -79,6 +84,7 @@ class ResNet(nn.Module):
         self.name = name
         self.weights = weights
         self.mask_padding = mask_padding
+        self.recompute_activations = False
         _take_over_blocks(self.body)
         self._freeze(frozen_stages)
 
@@ -96,10 +102,10 @@ class ResNet(nn.Module):
         known = self.mask_padding and may_hold_padding(mask)
         maps = []
         with KnownPadding(mask) if known else nullcontext():
-            x = self._stem(images)
+            x = run_part(self, with_known_padding(self._stem), images)
             for name, stage in self.body.items():
                 if name in _STAGE_STRIDES:
-                    x = stage(x)
+                    x = run_part(self, with_known_padding(stage), x)
                 if name in self.body.return_layers:
                     maps.append(x)
         return maps

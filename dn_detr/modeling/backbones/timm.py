@@ -15,11 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dn_detr.layers import run_part
+
 from .padding import (
     DryRun,
     KnownPadding,
     dry_run,
     ignore_padding_in_max_pools,
+    with_known_padding,
     zero_padding_before,
 )
 from .timm_weights import import_timm, load_weights
@@ -57,6 +60,12 @@ class TimmBackbone(nn.Module):
             Swin Transformer do, whose maps have no norm of their own. Tensors ``norms.{i}``.
         arguments: further arguments of timm's constructor, such as ``depths``.
 
+    Attributes:
+        recompute_activations: forget them in training, see ``run_part``: stage by stage where timm
+            builds the network as a list of stages, else all at once. (timm's own
+            ``set_grad_checkpointing`` knows neither the padding nor that batch statistics count
+            once.)
+
     Raises:
         ImportError: timm is not installed.
         ValueError: timm knows no such network, or it is none that can be a backbone; no such
@@ -85,6 +94,7 @@ class TimmBackbone(nn.Module):
         self.name = name
         self.weights = weights
         self.mask_padding = mask_padding
+        self.recompute_activations = False
         self._arguments = _constructor_arguments(name, drop_path, dict(arguments or {}))
         body = _create(name, list(out_indices), self._arguments)
         if batch_norm == "frozen":
@@ -117,7 +127,7 @@ class TimmBackbone(nn.Module):
         pad = (0, -width % coarsest, 0, -height % coarsest)
         mask = F.pad(mask, pad, value=True)
         with KnownPadding(mask) if self.mask_padding else nullcontext():
-            maps = self.body(F.pad(images, pad))
+            maps = self._stage_maps(F.pad(images, pad))
         if self._channels_last:
             maps = [features.permute(0, 3, 1, 2) for features in maps]
         maps = [
@@ -126,6 +136,21 @@ class TimmBackbone(nn.Module):
         ]
         for i, norm in enumerate(self.norms):
             maps[i] = norm(maps[i].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return maps
+
+    def _stage_maps(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) of whole cells -> the chosen stages in the network's own layout."""
+        body: Any = self.body
+        runs_in_order = isinstance(body, import_timm().models.FeatureListNet)
+        if not (self.recompute_activations and runs_in_order):
+            return run_part(self, with_known_padding(body), images)
+        x, maps = images, []
+        for name, module in body.items():
+            # A single layer has nothing inside it to forget, and may work in place.
+            is_layer = next(module.children(), None) is None
+            x = module(x) if is_layer else run_part(self, with_known_padding(module), x)
+            if name in body.return_layers:
+                maps.append(x)
         return maps
 
     def load_pretrained(self) -> bool:

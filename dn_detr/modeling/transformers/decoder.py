@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers import MLP
+from dn_detr.layers import MLP, run_part
 
 from ..heads import DetectionHeads
 from .levels import Memory
@@ -32,6 +32,9 @@ class BoxDecoder(nn.Module, ABC):
         look_forward_twice: let the loss of a layer's box train the move of the layer before as
             well (Zhang et al., "DINO", 2022, section 3.5, names it; the published dense models of
             DAB- and DN-DETR do it by construction, the deformable ones do not).
+
+    Attributes:
+        recompute_activations: forget them in training, layer by layer, see ``run_part``.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class BoxDecoder(nn.Module, ABC):
         look_forward_twice: bool,
     ) -> None:
         super().__init__()
+        self.recompute_activations = False
         self.layers = nn.ModuleList(layers)
         self.num_pos_feats = embed_dim // 2
         self.look_forward_twice = look_forward_twice
@@ -80,7 +84,7 @@ class BoxDecoder(nn.Module, ABC):
         x, reference = content, anchors.sigmoid()
         states, references = [], [reference]
         for index in range(len(self.layers)):
-            x = self.update(index, x, reference, memory, attention_mask)
+            x = run_part(self, self.update, index, x, reference, memory, attention_mask)
             states.append(self.norm(x))
             if index + 1 < len(self.layers):
                 moved = heads.predict_boxes(index, x, reference)

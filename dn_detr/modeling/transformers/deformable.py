@@ -13,7 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dn_detr.layers import FeedForward, MSDeformAttn, MultiheadAttention, sine_embed_boxes
+from dn_detr.layers import (
+    FeedForward,
+    MSDeformAttn,
+    MultiheadAttention,
+    run_part,
+    sine_embed_boxes,
+)
 
 from .decoder import BoxDecoder
 from .levels import Levels, Memory
@@ -66,17 +72,21 @@ class DeformableEncoder(nn.Module):
     Args:
         num_layers: depth.
         **layer: arguments of ``DeformableEncoderLayer``.
+
+    Attributes:
+        recompute_activations: forget them in training, layer by layer, see ``run_part``.
     """
 
     def __init__(self, num_layers: int = 6, **layer: Any) -> None:
         super().__init__()
+        self.recompute_activations = False
         self.layers = nn.ModuleList(DeformableEncoderLayer(**layer) for _ in range(num_layers))
 
     def forward(self, x: Tensor, pos: Tensor, levels: Levels) -> Tensor:
         """(B, S, C) cells and (B, S, C) positions -> (B, S, C) memory."""
         references = levels.to_padded(levels.cell_centres())
         for layer in self.layers:
-            x = layer(x, pos, references, levels)
+            x = run_part(self, layer, x, pos, references, levels)
         return x
 
 

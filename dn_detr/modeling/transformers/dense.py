@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dn_detr.layers import MLP, FeedForward, MultiheadAttention, sine_embed_boxes
+from dn_detr.layers import MLP, FeedForward, MultiheadAttention, run_part, sine_embed_boxes
 from dn_detr.structures import at_least_float32
 
 from .conditional_attention import ConditionalCrossAttention, ConditionalSelfAttention
@@ -54,10 +54,14 @@ class DenseEncoder(nn.Module):
         num_layers: depth.
         embed_dim: C.
         **layer: further arguments of ``DenseEncoderLayer``.
+
+    Attributes:
+        recompute_activations: forget them in training, layer by layer, see ``run_part``.
     """
 
     def __init__(self, num_layers: int = 6, embed_dim: int = 256, **layer: Any) -> None:
         super().__init__()
+        self.recompute_activations = False
         self.layers = nn.ModuleList(
             DenseEncoderLayer(embed_dim, **layer) for _ in range(num_layers)
         )
@@ -68,8 +72,12 @@ class DenseEncoder(nn.Module):
         padding = levels.attention_mask
         mask = None if padding is None else padding[:, None]
         for layer in self.layers:
-            x = layer(x, pos * self.query_scale(x), mask)
+            x = run_part(self, self._update, layer, x, pos, mask)
         return x
+
+    def _update(self, layer: nn.Module, x: Tensor, pos: Tensor, mask: Tensor | None) -> Tensor:
+        updated: Tensor = layer(x, pos * self.query_scale(x), mask)
+        return updated
 
 
 class DenseDecoderLayer(nn.Module):
