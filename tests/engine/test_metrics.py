@@ -1,45 +1,183 @@
 from __future__ import annotations
 
+import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from dn_detr.engine import metrics
-from dn_detr.engine.metrics import Interval, MetricsWriter, evaluation_row
+from dn_detr.engine import StepResult, launch
+from dn_detr.engine.distributed import barrier, rank
+from dn_detr.engine.metrics import (
+    EVENTS,
+    Interval,
+    Ratio,
+    average_over_ranks,
+    evaluation_row,
+    merge_rows,
+)
 
 CPU = torch.device("cpu")
+RATES = ("data_time", "iter_time", "images_per_s")
 
 
-def make_interval() -> Interval:
-    interval = Interval(data_seconds=0.5, seconds=2.0, images=8)
-    interval.losses = [(("a", "b"), torch.tensor([1.0, 2.0])), (("a",), torch.tensor([5.0]))]
-    interval.grad_norms = [torch.tensor(1.0), torch.tensor(2.0)]
+def a_step(seed: int, names: tuple[str, ...] = ("loss_ce", "loss_ce_0")) -> StepResult:
+    generator = torch.Generator().manual_seed(seed)
+    losses = torch.rand(len(names), generator=generator)
+    return StepResult(names, losses, torch.rand((), generator=generator))
+
+
+def interval_of(*seeds: int) -> Interval:
+    interval = Interval()
+    add_steps(interval, *seeds)
     return interval
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def add_steps(interval: Interval, *seeds: int) -> None:
+    for seed in seeds:
+        interval.record(a_step(seed), images=2, data_seconds=0.1, seconds=0.1 + seed)
+        interval.record_denoising(torch.tensor(seed), 10)
+        interval.count("skipped_images", seed)
+
+
+def without_rates(row):
+    return {name: value for name, value in row.items() if name not in RATES}
 
 
 def test_averages_are_means_over_the_iterations_of_the_interval():
-    row = make_interval().averages()
+    interval = Interval()
+    first = StepResult(("a", "b"), torch.tensor([1.0, 2.0]), torch.tensor(1.0))
+    second = StepResult(("a",), torch.tensor([5.0]), torch.tensor(2.0))
+    for result in (first, second):
+        interval.record(result, images=4, data_seconds=0.25, seconds=1.0)
+    row = interval.averages()
     assert row["loss"] == pytest.approx(4.0)
     assert (row["loss/a"], row["loss/b"], row["grad_norm"]) == (3.0, 2.0, 1.5)
     assert (row["data_time"], row["iter_time"], row["images_per_s"]) == (0.25, 1.0, 4.0)
 
 
-def test_a_row_is_the_mean_over_processes_and_images_per_second_add_up(monkeypatch):
-    other = {"loss": 3.0, "images_per_s": 5.0, "loss/only_there": 2.0}
-    monkeypatch.setattr(metrics, "all_gather", lambda row: [row, other])
-    row = metrics.average_over_ranks({"loss": 1.0, "images_per_s": 4.0})
-    assert row == {"loss": 2.0, "images_per_s": 9.0, "loss/only_there": 2.0}
+def test_matching_and_denoising_losses_are_summed_apart_over_all_layers():
+    names = ("loss_ce", "loss_ce_0", "loss_ce_enc", "loss_ce_dn", "loss_ce_dn_0")
+    interval = Interval()
+    for scale in (1.0, 3.0):
+        losses = scale * torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+        result = StepResult(names, losses, torch.tensor(1.0))
+        interval.record(result, images=1, data_seconds=0.0, seconds=1.0)
+    row = interval.averages()
+    assert (row["loss_matching"], row["loss_denoising"], row["loss"]) == (14.0, 48.0, 62.0)
 
 
-def test_an_interval_survives_a_checkpoint(tmp_path):
-    torch.save(make_interval().state_dict(), tmp_path / "state.pt")
+def test_without_denoising_there_are_no_sums_and_no_accuracy():
+    row = Interval()
+    row.record(a_step(0), images=1, data_seconds=0.0, seconds=1.0)
+    merged = average_over_ranks(row.averages())
+    assert not {"loss_matching", "loss_denoising", "denoising_accuracy"} & merged.keys()
+
+
+def test_denoising_accuracy_counts_boxes_not_iterations():
+    interval = Interval()
+    interval.record_denoising(torch.tensor(1), 1)
+    interval.record_denoising(torch.tensor(2), 9)
+    assert average_over_ranks(interval.averages())["denoising_accuracy"] == pytest.approx(0.3)
+
+
+def test_an_interval_without_any_noised_box_has_no_accuracy():
+    interval = interval_of(1)
+    interval.denoising_total = 0
+    assert "denoising_accuracy" not in average_over_ranks(interval.averages())
+
+
+def test_events_are_columns_from_the_first_row_on():
+    row = interval_of(0).averages()
+    assert {name: row[name] for name in EVENTS} == dict.fromkeys(EVENTS, 0)
+
+
+def test_skipped_steps_take_time_but_part_in_no_mean():
+    interval = interval_of(1)
+    mean = interval.averages()["loss"]
+    interval.record(None, images=2, data_seconds=0.1, seconds=2.9)
+    interval.count("nonfinite_steps")
+    row = interval.averages()
+    assert (row["loss"], row["nonfinite_steps"]) == (mean, 1)
+    assert row["iter_time"] == pytest.approx(2.0)
+
+
+def test_an_interval_of_skipped_steps_has_no_loss():
+    interval = Interval()
+    interval.record(None, images=2, data_seconds=0.1, seconds=1.0)
+    row = average_over_ranks(interval.averages())
+    assert row["loss"] is None and row["grad_norm"] is None
+
+
+def test_a_gradient_that_overflowed_does_not_hide_the_norms_of_the_other_steps():
+    interval = Interval()
+    for norm in (1.0, float("inf"), 2.0):
+        result = StepResult(("a",), torch.ones(1), torch.tensor(norm))
+        interval.record(result, images=1, data_seconds=0.0, seconds=1.0)
+    assert interval.averages()["grad_norm"] == 1.5
+
+
+def test_a_row_is_the_mean_over_the_processes_that_have_a_number():
+    merged = merge_rows([{"loss": 1.0}, {"loss": 3.0, "loss/there": 2.0}, {"loss": None}])
+    assert merged == {"loss": 2.0, "loss/there": 2.0}
+
+
+def test_images_add_up_over_processes_and_steps_do_not():
+    one = {"images_per_s": 4.0, "skipped_images": 1, "nonfinite_steps": 2, "memory_mib": 10.0}
+    other = {"images_per_s": 5.0, "skipped_images": 2, "nonfinite_steps": 2, "memory_mib": 30.0}
+    assert merge_rows([one, other]) == {
+        "images_per_s": 9.0, "skipped_images": 3, "nonfinite_steps": 2, "memory_mib": 30.0,
+    }  # fmt: skip
+
+
+def test_a_ratio_is_one_over_all_processes():
+    rows = [{"accuracy": Ratio(1, 1)}, {"accuracy": Ratio(0, 3)}, {}]
+    assert merge_rows(rows) == {"accuracy": 0.25}
+
+
+def write_row(folder: str) -> None:
+    interval = interval_of(*([1, 3] if rank() == 0 else [5]))
+    row = average_over_ranks(interval.averages())
+    Path(folder, f"{rank()}.json").write_text(json.dumps(row))
+    barrier()
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_row(tmp_path):
+    launch(write_row, 2, str(tmp_path), device="cpu")
+    rows = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
+    assert rows[0] == rows[1]
+    assert rows[0] == merge_rows([interval_of(1, 3).averages(), interval_of(5).averages()])
+    assert rows[0]["denoising_accuracy"] == pytest.approx((1 + 3 + 5) / 30)
+    assert rows[0]["skipped_images"] == 9
+
+
+def test_an_interval_continues_after_a_checkpoint_to_the_bit(tmp_path):
+    torch.save(interval_of(1, 2, 3).state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert Interval.from_state_dict(state, CPU).averages() == make_interval().averages()
+    resumed = Interval.from_state_dict(state, CPU)
+    add_steps(resumed, 4, 5)
+    uninterrupted = interval_of(1, 2, 3, 4, 5)
+    assert without_rates(resumed.averages()) == without_rates(uninterrupted.averages())
+
+
+def test_rates_after_a_resume_are_those_of_the_iterations_since():
+    resumed = Interval.from_state_dict(interval_of(100).state_dict(), CPU)
+    resumed.record(a_step(0), images=3, data_seconds=0.5, seconds=1.5)
+    row = resumed.averages()
+    assert [row[name] for name in RATES] == [0.5, 1.5, 2.0]
+
+
+def test_what_a_checkpoint_stores_does_not_depend_on_the_clock():
+    def stored(seconds: float) -> bytes:
+        interval = Interval()
+        interval.record(a_step(1), images=2, data_seconds=seconds, seconds=2 * seconds)
+        file = io.BytesIO()
+        torch.save(interval.state_dict(), file)
+        return file.getvalue()
+
+    assert stored(0.1) == stored(0.7)
 
 
 def test_results_of_an_evaluator_become_flat_names():
@@ -47,37 +185,3 @@ def test_results_of_an_evaluator_become_flat_names():
         "eval/AP": 0.5,
         "eval/per_class/traffic light": 0.25,
     }
-
-
-def test_what_is_not_finite_is_stored_as_null_so_that_every_line_is_json(tmp_path):
-    writer = MetricsWriter(tmp_path, 0)
-    writer.write({"iteration": 1, "grad_norm": float("inf"), "loss": 1.0})
-    writer.close()
-    assert rows(tmp_path) == [{"iteration": 1, "grad_norm": None, "loss": 1.0}]
-
-
-def test_a_new_run_starts_an_empty_file(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
-    MetricsWriter(tmp_path, 0).close()
-    assert rows(tmp_path) == []
-
-
-@pytest.mark.parametrize("is_evaluated", [True, False])
-def test_resuming_drops_later_rows_half_written_ones_and_an_evaluation_to_be_repeated(
-    tmp_path, is_evaluated
-):
-    lines = ['{"iteration": 1}', '{"iteration": 2}', '{"iteration": 2, "eval/AP": 0.5}']
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"iteration": 3}', '{"iter']))
-    MetricsWriter(tmp_path, 2, is_evaluated=is_evaluated).close()
-    kept = lines if is_evaluated else lines[:2]
-    assert rows(tmp_path) == [json.loads(line) for line in kept]
-
-
-def test_tensorboard_gets_the_same_numbers(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    writer = MetricsWriter(tmp_path, 0)
-    writer.write({"iteration": 4, "loss": 1.5})
-    writer.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(4, 1.5)]
