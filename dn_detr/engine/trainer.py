@@ -26,19 +26,19 @@ from .distributed import all_gather, barrier, is_main, rank, world_size
 from .errors import NonFiniteError
 from .metrics import (
     Interval,
-    MetricsWriter,
     Row,
     average_over_ranks,
     evaluation_row,
     peak_memory_mib,
 )
-from .optimizer import group_name
+from .optimizer import group_name, learning_rates
 from .progress import Progress
 from .random_state import capture_random_state, restore_random_state
 from .schedule import LearningRateRule, Timetable, set_learning_rates
 from .settings import TrainSettings
 from .setup import LOGGER_NAME
 from .step import Sample, TrainingStep
+from .writers import RunWriters, open_writers
 
 logger = logging.getLogger(f"{LOGGER_NAME}.engine")
 
@@ -89,7 +89,7 @@ class Trainer:
         self._interval = Interval()
         self._random_state: dict[str, Any] | None = None
         self._checkpoint: Path | None = None
-        self._writer: MetricsWriter | None = None
+        self._writers = RunWriters()
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a checkpoint as if there had been no interruption.
@@ -126,16 +126,11 @@ class Trainer:
         Raises:
             NonFiniteError: a loss or gradient became NaN or infinite.
         """
-        if is_main():
-            self._writer = MetricsWriter(
-                self._folder, self.iteration, is_evaluated=self.metrics is not None
-            )
-        try:
+        with open_writers(
+            self._folder, self.iteration, is_evaluated=self.metrics is not None
+        ) as self._writers:
             self._evaluate_if_interrupted()
             self._train()
-        finally:
-            if self._writer is not None:
-                self._writer.close()
         return self.metrics or {}
 
     def _train(self) -> None:
@@ -165,20 +160,17 @@ class Trainer:
             result = self._step(batch, self.iteration + 1)
         self.iteration += 1
         self.metrics = None
-        self._interval.losses.append((result.names, result.losses))
-        self._interval.grad_norms.append(result.grad_norm)
-        self._interval.images += len(batch)
-        self._interval.data_seconds += data_seconds
-        self._interval.seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self._interval.record(result, images=len(batch), data_seconds=data_seconds, seconds=seconds)
 
     def _log_if_due(self, progress: Progress) -> None:
         if not self._timetable.is_due(self._settings.log_period, self.iteration):
             return
-        row = self._position() | average_over_ranks(self._interval.averages())
-        row |= {f"lr/{group_name(g)}": g["lr"] for g in self._step.optimizer.param_groups}
-        row["memory_mib"] = peak_memory_mib(self._device)
+        memory = {"memory_mib": peak_memory_mib(self._device)}
+        row = self._position() | average_over_ranks({**self._interval.averages(), **memory})
+        row |= learning_rates(self._step.optimizer)
         self._interval = Interval()
-        self._write(row)
+        self._writers.write(row)
         progress.show(row)
 
     def _save_if_due(self) -> None:
@@ -210,7 +202,7 @@ class Trainer:
             return
         self.metrics = self._evaluate()
         if is_main():
-            self._write(self._position() | evaluation_row(self.metrics))
+            self._writers.write(self._position() | evaluation_row(self.metrics))
             if self._checkpoint is not None and int(self._checkpoint.name) == self.iteration:
                 record_metrics(self._checkpoint, self.metrics)
 
@@ -221,10 +213,6 @@ class Trainer:
     def _position(self) -> Row:
         epoch = self._timetable.epoch(self.iteration)
         return {"iteration": self.iteration, "epoch": epoch}
-
-    def _write(self, row: Row) -> None:
-        if self._writer is not None:
-            self._writer.write(row)
 
 
 @contextmanager
