@@ -6,7 +6,17 @@ import os
 import traceback
 from pathlib import Path
 
+from .memory import OutOfMemory
+
 _PACKAGE_FOLDER = Path(__file__).parents[1]
+
+
+class LaunchError(ValueError):
+    """The processes cannot be started as asked, or a started one reported a mistake of a user."""
+
+
+class ProcessFailure(RuntimeError):
+    """A started process failed; the message is its traceback."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -19,7 +29,7 @@ def is_user_error(error: BaseException) -> bool:
     A ValueError from the depths of another library is a bug to be seen with its traceback; the
     frame that raised it tells them apart.
     """
-    if isinstance(error, NonFiniteError):
+    if isinstance(error, (NonFiniteError, OutOfMemory)):
         return True
     if not isinstance(error, (ValueError, FileNotFoundError)):
         return False

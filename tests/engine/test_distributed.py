@@ -10,11 +10,11 @@ import torch
 from dn_detr.engine import (
     LaunchError,
     ProcessFailure,
-    distributed,
     evaluate_model,
     launch,
 )
-from dn_detr.engine.distributed import all_gather, barrier, choose_device, rank, world_size
+from dn_detr.engine.devices import choose_device
+from dn_detr.engine.distributed import all_gather, barrier, rank, world_size
 
 
 def write_identity(folder: str) -> None:
@@ -26,7 +26,8 @@ def write_identity(folder: str) -> None:
 class NoImages:
     """Loader and evaluator in one, of a test set without images."""
 
-    dataset = None
+    dataset = ()
+    batch_size = 1
 
     def __iter__(self):
         return iter(())
@@ -56,7 +57,7 @@ def fail_on_one_process(kind: str) -> None:
 
 
 def raise_inside_package() -> None:
-    distributed.launch(print, 0)
+    launch(print, 0)
 
 
 def test_without_a_group_there_is_one_process():

@@ -1,0 +1,51 @@
+"""Which device a process computes on."""
+
+from __future__ import annotations
+
+import torch
+
+from .distributed import local_rank, world_size
+from .errors import LaunchError
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of this process and make it the current one.
+
+    Args:
+        name: "auto" (CUDA where there is a GPU), "cpu", "cuda" or, in a single process, "cuda:1".
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    device = parse_device(name)
+    if device.type == "cuda":
+        require_gpus(1 if device.index is None else device.index + 1, name)
+        if world_size() > 1 and device.index is not None:
+            raise LaunchError(f"train.device={name}: several processes need train.device=cuda")
+        device = torch.device("cuda", local_rank() if device.index is None else device.index)
+        require_gpus(local_rank() + 1, name)
+        torch.cuda.set_device(device)
+    return device
+
+
+def parse_device(name: str) -> torch.device:
+    """Return the device that `train.device` names; ValueError if it names none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"train.device={name!r}: expected auto, cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"train.device={name!r}: expected auto, cpu, cuda or cuda:0")
+    return device
+
+
+def require_gpus(count: int, name: str) -> None:
+    """Raise LaunchError if this machine has fewer than `count` GPUs; `name` is `train.device`."""
+    present = torch.cuda.device_count()
+    if count > present:
+        raise LaunchError(
+            f"train.device={name}: {count} GPU(s) needed, this machine has {present}; "
+            "train.device=cpu runs without"
+        )

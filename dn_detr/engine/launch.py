@@ -1,0 +1,215 @@
+"""Starting one process or many, passing signals on to them, and telling how they ended.
+
+A group of processes comes from torchrun, or from `launch` with a number of processes on this
+machine.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from .devices import parse_device, require_gpus
+from .errors import LaunchError, ProcessFailure, is_user_error, user_message
+from .stopping import EXIT_SIGNAL, STOP_SIGNALS, KilledError, Stopped
+
+# Long enough for rank 0 to run COCOeval while the others wait.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Processes whose group lost a member have this long to say so before they are terminated.
+_FAREWELL_SECONDS = 5.0
+
+
+def launch(
+    function: Callable[..., object],
+    num_gpus: int | None = None,
+    *args: Any,
+    device: str = "auto",
+) -> None:
+    """Run `function(*args)` in one process, in `num_gpus` processes, or as a part of torchrun's.
+
+    Signals that ask this process to stop reach started processes through it, once each: they
+    leave the process group of the terminal.
+
+    Args:
+        function: importable by name; its return value is dropped.
+        num_gpus: number of processes on this machine, one GPU each, or that many CPU processes
+            with `device="cpu"`. None: one process, or torchrun's group where its environment
+            variables are set.
+        args: passed to `function`; picklable if more than one process is started.
+        device: as `train.device`; decides between nccl and gloo.
+
+    Raises:
+        LaunchError: more GPUs than there are, or torchrun and `num_gpus` disagree, or `function`
+            reported a user's mistake in a started process.
+        ProcessFailure: a started process failed otherwise.
+        Stopped: `function` stopped on request.
+        KilledError: a second signal, or the end of the grace period, ended a started process.
+    """
+    if all(name in os.environ for name in _TORCHRUN_VARIABLES):
+        _require_agreement_with_torchrun(num_gpus)
+        with _process_group(parse_device(device).type, "env://"):
+            function(*args)
+        return
+    if num_gpus is not None:
+        _require_processes(num_gpus, device)
+    if num_gpus is None or num_gpus == 1:
+        function(*args)
+    else:
+        _spawn(function, num_gpus, args, device)
+
+
+def _require_processes(num_gpus: int, device: str) -> None:
+    if num_gpus < 1:
+        raise LaunchError(f"--num-gpus {num_gpus}: expected at least 1")
+    if device != "cpu" and num_gpus > torch.cuda.device_count():
+        raise LaunchError(
+            f"--num-gpus {num_gpus}: this machine has {torch.cuda.device_count()} GPU(s); "
+            f"train.device=cpu makes it {num_gpus} CPU process(es)"
+        )
+
+
+def _require_agreement_with_torchrun(num_gpus: int | None) -> None:
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if num_gpus is not None and num_gpus != local_world_size:
+        raise LaunchError(
+            f"--num-gpus {num_gpus} under torchrun with {local_world_size} processes per node: "
+            "drop --num-gpus, torchrun decides"
+        )
+
+
+@contextmanager
+def _process_group(device_type: str, init_method: str) -> Iterator[None]:
+    """Join the group that the environment describes; leave it when all went well."""
+    is_cuda = device_type == "cuda"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if is_cuda else None
+    if device is not None:
+        require_gpus(int(os.environ["LOCAL_RANK"]) + 1, "cuda")
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo",
+        device_id=device,
+        init_method=init_method,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    try:
+        yield
+    except Stopped:  # all stop together
+        dist.destroy_process_group()
+        raise
+    except BaseException:
+        # nccl's teardown would wait for processes that are stuck in a collective; they are freed
+        # by the end of this one, or by whoever started them
+        if not is_cuda:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _spawn(function: Callable[..., object], count: int, args: tuple[Any, ...], device: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="dn_detr_launch_") as name:
+        folder = Path(name)
+        group = multiprocessing.start_processes(
+            _run_child,
+            args=(count, folder, device, function, args),
+            nprocs=count,
+            join=False,
+            start_method="spawn",
+        )
+        try:
+            with _signals_passed_on(group.processes):
+                while not group.join(grace_period=_FAREWELL_SECONDS):
+                    pass
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            _raise_first_failure(folder, error)
+        if stops := list(folder.glob("stopped_*")):
+            raise Stopped(stops[0].read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _signals_passed_on(processes: Sequence[Any]) -> Iterator[None]:
+    """Send every request to stop on to the processes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run_child(
+    index: int,
+    count: int,
+    folder: Path,
+    device: str,
+    function: Callable[..., object],
+    args: tuple[Any, ...],
+) -> None:
+    os.setpgid(0, 0)  # a terminal signals its whole group, and the parent passes signals on
+    identity = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ.update({name: str(value) for name, value in identity.items()})
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+    try:
+        # A file store needs no free port, so two runs on one machine cannot collide.
+        with _process_group(parse_device(device).type, f"file://{folder}/store"):
+            try:
+                function(*args)
+            except Stopped:
+                raise
+            except Exception as error:
+                # before this process leaves the group, which makes the others fail
+                _record_failure(folder, index, error)
+                raise
+    except Stopped as stop:
+        (folder / f"stopped_{index}").write_text(str(stop), encoding="utf-8")
+
+
+def _record_failure(folder: Path, index: int, error: Exception) -> None:
+    user_error = is_user_error(error)
+    text = user_message(error) if user_error else traceback.format_exc()
+    failure = {"time": time.time(), "rank": index, "user_error": user_error, "text": text}
+    (folder / f"failure_{index}.json").write_text(json.dumps(failure), encoding="utf-8")
+
+
+def _raise_first_failure(
+    folder: Path, error: ProcessExitedException | ProcessRaisedException
+) -> None:
+    """Raise what the first process to fail said: the others fail because it is gone."""
+    code = getattr(error, "exit_code", 0)
+    if code - EXIT_SIGNAL in STOP_SIGNALS:
+        raise KilledError(str(error), code) from None
+    failures = [json.loads(path.read_text()) for path in folder.glob("failure_*.json")]
+    if not failures:
+        raise ProcessFailure(str(error)) from None
+    first = min(failures, key=lambda failure: failure["time"])
+    kind = LaunchError if first["user_error"] else ProcessFailure
+    text = first["text"] if first["user_error"] else f"process {first['rank']}:\n{first['text']}"
+    raise kind(text) from None
