@@ -1,35 +1,59 @@
-"""One optimizer step: forward, backward, clipping, and the guard against numbers gone wrong."""
+"""One optimizer step: forward, backward, clipping, and what is noticed when it goes wrong."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .distributed import all_gather, is_distributed
+from dn_detr.modeling import ObjectCounts, mean_over_ranks
+
+from .distributed import any_process, average_gradients, is_distributed
 from .errors import NonFiniteError
+from .memory import OutOfMemory, describe_batch, is_out_of_memory
+from .nonfinite import RunningStatistics, explain
 from .settings import AmpSettings, ClipGradSettings
 
 Sample = Mapping[str, Any]
+
+
+class Outcome(Enum):
+    """What became of a step; the same on all processes."""
+
+    APPLIED = "applied"
+    OVERFLOW = "overflow"  # of float16, repaired by a smaller loss scale; no weight changed
+    NONFINITE = "nonfinite"  # a loss or the gradient; no weight changed
+    OUT_OF_MEMORY = "oom"  # on some process; no weight changed
 
 
 class StepResult(NamedTuple):
     """Numbers of one step, still on the device.
 
     Attributes:
-        names: loss terms.
+        names: loss terms; empty after running out of memory.
         losses: their values, (len(names),) float32.
         grad_norm: global norm of the gradients before clipping, ().
+        outcome: whether weights changed, and if not, why.
+        stop: whether any process asked to stop.
+        diagnostics: the model's, of each piece of the batch; None from a model that has none.
+        report: what went wrong, where something did.
     """
 
     names: tuple[str, ...]
     losses: Tensor
     grad_norm: Tensor
+    outcome: Outcome = Outcome.APPLIED
+    stop: bool = False
+    diagnostics: tuple[Any, ...] = ()
+    report: str = ""
 
 
 class TrainingStep:
@@ -37,11 +61,20 @@ class TrainingStep:
 
     Args:
         model: in training mode returns a dict of weighted scalar losses; may be wrapped by
-            DistributedDataParallel.
+            DistributedDataParallel. With a method `count_objects` and an argument `counts`, as
+            `Detector` has them, pieces of a batch add up to the whole batch; the losses of a
+            model without are taken for means over its images.
         optimizer: over its parameters.
         device: where the model is.
         amp: mixed precision of the forward pass.
         clip_grad: clipping of the global gradient norm.
+        accumulate: in how many pieces the batch is computed, >= 1.
+        survive_out_of_memory: end a step that does not fit into memory without an exception.
+        survive_nonfinite: the same for a loss or gradient that is not finite.
+
+    Raises:
+        ValueError: surviving out of memory with batch normalisation that is synchronised over
+            processes, which would wait for the one that ran out.
     """
 
     def __init__(
@@ -52,78 +85,217 @@ class TrainingStep:
         device: torch.device,
         amp: AmpSettings,
         clip_grad: ClipGradSettings,
+        accumulate: int = 1,
+        survive_out_of_memory: bool = False,
+        survive_nonfinite: bool = False,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=amp.enabled and amp.dtype == "float16"
         )
+        self._device = device
         self._autocast = torch.autocast(
             device.type, dtype=getattr(torch, amp.dtype), enabled=amp.enabled
         )
         self._clip_grad = clip_grad
+        self._accumulate = accumulate
+        self._survives_out_of_memory = survive_out_of_memory
+        self._survives_nonfinite = survive_nonfinite
+        self._module = model.module if isinstance(model, DistributedDataParallel) else model
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._averages_itself = survive_out_of_memory and is_distributed()
+        self._statistics = (
+            RunningStatistics(self._module) if survive_out_of_memory or survive_nonfinite else None
+        )
+        if self._averages_itself and any(
+            isinstance(module, nn.SyncBatchNorm) for module in self._module.modules()
+        ):
+            raise ValueError(
+                "train.oom=skip does not go with batch normalisation that is synchronised over "
+                "processes; use train.oom=raise or freeze it"
+            )
 
-    def __call__(self, batch: Sequence[Sample], iteration: int) -> StepResult:
+    def __call__(
+        self, batch: Sequence[Sample], iteration: int, *, wants_stop: bool = False
+    ) -> StepResult:
         """Make one optimizer step.
 
         Args:
             batch: this process's samples.
             iteration: number of this step, for messages.
+            wants_stop: whether this process asks all to stop after this step.
 
         Raises:
             NonFiniteError: on every process, before the step, if a loss on any of them or the
                 gradient is NaN or infinite. (An overflow that float16 scaling caused and repairs
                 is none.)
+            OutOfMemory: on the process that ran out of memory.
         """
-        with self._autocast:
-            losses = self.model(batch)
-        names = tuple(losses)
-        terms = torch.stack([losses[name].float() for name in names])
-        total = terms.sum()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(total).backward()
+        if self._statistics is not None:
+            self._statistics.remember()
+        random_state = _random_state(self._device)
+        pieces = split_evenly(batch, self._accumulate)
+        counts = self._count(pieces)
+        with self._memory_guard(batch, iteration) as failures:
+            names, terms, diagnostics = self._compute_gradients(pieces, counts)
+        if self._averages_itself or failures:
+            ran_out, stop = any_process(bool(failures), wants_stop, device=self._device)
+            if ran_out:
+                return self._give_up(iteration, failures, stop)
+            average_gradients(self._parameters)
         self.scaler.unscale_(self.optimizer)
-        result = StepResult(names, terms.detach(), self._clip())
-        if self._went_wrong(total.detach(), result.grad_norm):
-            raise NonFiniteError(_report(batch, iteration, result))
+        norm = self._clip()
+        outcome, stop = self._agree(terms.sum(), norm, wants_stop)
+        result = StepResult(names, terms, norm, outcome, stop, diagnostics)
+        if outcome is Outcome.NONFINITE:
+            return self._drop(batch, iteration, result, counts, random_state)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return result
 
+    def _count(self, pieces: Sequence[Sequence[Sample]]) -> ObjectCounts | None:
+        """Return what losses are divided by, over all pieces and processes; None if unknown."""
+        if not hasattr(self._module, "count_objects"):
+            return None
+        count: Any = self._module.count_objects
+        return mean_over_ranks(sum(map(count, pieces), ObjectCounts()), self._device)
+
+    def _compute_gradients(
+        self, pieces: Sequence[Sequence[Sample]], counts: ObjectCounts | None
+    ) -> tuple[tuple[str, ...], Tensor, tuple[Any, ...]]:
+        """Add up the gradients of all pieces.
+
+        Returns:
+            Names and sums (len(names),) of the loss terms, and the model's diagnostics per piece.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        diagnostics = []
+        for index, piece in enumerate(pieces):
+            with self._synchronised(is_last=index + 1 == len(pieces)):
+                losses = self._losses(self.model, piece, counts)
+                if counts is None:  # means over the images of a piece
+                    share = len(piece) / sum(map(len, pieces))
+                    losses = losses if share == 1 else {k: share * x for k, x in losses.items()}
+                terms = torch.stack([value.float() for value in losses.values()])
+                self.scaler.scale(terms.sum()).backward()
+            for name, value in zip(losses, terms.detach(), strict=True):
+                sums[name] = sums[name] + value if name in sums else value
+            diagnostics.append(getattr(self._module, "diagnostics", None))
+        return tuple(sums), torch.stack(list(sums.values())), tuple(diagnostics)
+
+    def _losses(
+        self, model: nn.Module, samples: Sequence[Sample], counts: ObjectCounts | None
+    ) -> dict[str, Tensor]:
+        with self._autocast:
+            losses: dict[str, Tensor] = model(samples) if counts is None else model(samples, counts)
+        return losses
+
+    def _synchronised(self, is_last: bool) -> AbstractContextManager[None]:
+        """Average gradients over processes during the backward pass of the last piece only."""
+        if not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return nullcontext() if is_last and not self._averages_itself else self.model.no_sync()
+
     def _clip(self) -> Tensor:
         """Clip the gradients in place; return their global norm before that."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients, self._clip_grad.norm_type)
         if self._clip_grad.max_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self._clip_grad.max_norm, norm)
+            nn.utils.clip_grads_with_norm_(self._parameters, self._clip_grad.max_norm, norm)
         return norm
 
-    def _went_wrong(self, total: Tensor, grad_norm: Tensor) -> bool:
+    def _agree(self, total: Tensor, norm: Tensor, wants_stop: bool) -> tuple[Outcome, bool]:
         """Decide the same on all processes, with one small collective and one copy to the host."""
-        wrong = ~torch.isfinite(total)
-        # A float16 overflow that a smaller loss scale can mend shows in the gradient only.
-        if not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
-            wrong |= ~torch.isfinite(grad_norm)
-        count = wrong.float()
+        flags = torch.stack(
+            [
+                ~torch.isfinite(total),
+                ~torch.isfinite(norm),
+                torch.zeros_like(total, dtype=torch.bool),
+            ]
+        ).float()
+        if wants_stop:
+            flags[2] = 1.0
         if is_distributed():
-            dist.all_reduce(count)
-        return bool(count.item())
+            dist.all_reduce(flags)
+        wrong_loss, wrong_gradient, stop = (value > 0 for value in flags.tolist())
+        # A float16 overflow that a smaller loss scale can mend shows in the gradient only.
+        if wrong_gradient and self.scaler.is_enabled() and self.scaler.get_scale() > 1:
+            return Outcome.NONFINITE if wrong_loss else Outcome.OVERFLOW, stop
+        return (Outcome.NONFINITE if wrong_loss or wrong_gradient else Outcome.APPLIED), stop
+
+    def _drop(
+        self,
+        batch: Sequence[Sample],
+        iteration: int,
+        result: StepResult,
+        counts: ObjectCounts | None,
+        random_state: tuple[Tensor, ...],
+    ) -> StepResult:
+        """Explain a step whose numbers are not finite; undo what it changed, or raise."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._statistics is not None:
+            self._statistics.restore()
+
+        def compute(samples: Sequence[Sample]) -> dict[str, Tensor]:
+            _set_random_state(self._device, random_state)
+            return self._losses(self._module, samples, counts)
+
+        losses = dict(zip(result.names, result.losses.tolist(), strict=True))
+        report = explain(self._module, compute, batch, losses, result.grad_norm.item(), iteration)
+        if not self._survives_nonfinite:
+            raise NonFiniteError(f"{report}\nstopped before the optimizer step")
+        if self.scaler.is_enabled():
+            self.scaler.update()  # forgets the gradients that were unscaled
+        return result._replace(report=report)
+
+    @contextmanager
+    def _memory_guard(self, batch: Sequence[Sample], iteration: int) -> Iterator[list[str]]:
+        """Turn running out of memory into an OutOfMemory, or into an entry of the list."""
+        failures: list[str] = []
+        try:
+            yield failures
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            report = (
+                f"iteration {iteration}: out of memory on {self._device}: {error}\n"
+                f"{describe_batch(batch)}\n"
+                "what helps: train.accumulate=2 or more, train.activation_checkpointing.encoder="
+                "true (backbone, decoder), a smaller dataloader.image_scale, "
+                "model.denoising.max_queries or dataloader.train.total_batch_size, or "
+                "train.oom=skip if only some images are too large"
+            )
+            if not self._survives_out_of_memory:
+                raise OutOfMemory(report) from error
+            failures.append(report)
+
+    def _give_up(self, iteration: int, failures: Sequence[str], stop: bool) -> StepResult:
+        """End a step that did not fit into memory somewhere."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._statistics is not None:
+            self._statistics.restore()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        nothing = torch.zeros(0, device=self._device)
+        report = "\n".join(failures) or f"iteration {iteration}: out of memory on another process"
+        return StepResult((), nothing, nothing.sum(), Outcome.OUT_OF_MEMORY, stop, report=report)
 
 
-def _report(batch: Sequence[Sample], iteration: int, result: StepResult) -> str:
-    """Return loss terms and images of every process; a collective call."""
-    values = dict(zip(result.names, result.losses.tolist(), strict=True))
-    images = [str(sample.get("file_name", sample.get("image_id", "?"))) for sample in batch]
-    reports = all_gather((values, images))
-    culprits = {name for terms, _ in reports for name, x in terms.items() if not math.isfinite(x)}
-    what = f"loss terms {', '.join(sorted(culprits))}" if culprits else "the gradient"
-    lines = [
-        f"iteration {iteration}: {what} not finite (gradient norm {result.grad_norm.item():.4g}); "
-        "stopped before the optimizer step"
-    ]
-    for process, (terms, files) in enumerate(reports):
-        lines += [f"rank {process}:" if len(reports) > 1 else "this batch:"]
-        lines += [f"  {name} = {value:.6g}" for name, value in terms.items()]
-        lines += [f"  image {file}" for file in files]
-    return "\n".join(lines)
+def split_evenly(batch: Sequence[Sample], count: int) -> list[Sequence[Sample]]:
+    """Cut a batch into `count` pieces (or one per sample), whose sizes differ by one at most."""
+    count = min(count, len(batch))
+    bounds = [len(batch) * index // count for index in range(count + 1)]
+    return [batch[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, ...]:
+    on_gpu = (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
+    return torch.get_rng_state(), *on_gpu
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, ...]) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
