@@ -13,13 +13,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
 
 from dn_detr.config import LazyConfig, resolve_config_file
 from dn_detr.engine import (
+    EXIT_DONE,
+    EXIT_ERROR,
+    EXIT_SIGNAL,
+    EXIT_STOPPED,
+    KilledError,
     ProcessFailure,
+    Stopped,
     TrainSettings,
     evaluate,
     is_user_error,
@@ -30,20 +37,28 @@ from dn_detr.engine import (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code, 0 only when all went well."""
+    """Run the command line; return its exit code, 0 only when all went well.
+
+    1: an error; 2: a wrong option; 75: stopped on request after saving, `--resume` continues;
+    128 + N: ended at once by signal N.
+    """
     arguments = _parser().parse_intermixed_args(argv)
     try:
         _run(arguments)
-    except KeyboardInterrupt:
-        print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt:  # before or after training, which takes it as a request to stop
+        return _report("interrupted", EXIT_SIGNAL + signal.SIGINT)
+    except Stopped as stop:
+        print(stop, file=sys.stderr, flush=True)
+        return EXIT_STOPPED
+    except KilledError as killed:
+        return _report(str(killed), killed.exit_code)
     except ProcessFailure as failure:
         return _report(str(failure))
     except Exception as error:
         if not is_user_error(error):
             raise
         return _report(user_message(error))
-    return 0
+    return EXIT_DONE
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -56,10 +71,10 @@ def _run(arguments: argparse.Namespace) -> None:
     launch(command, arguments.num_gpus, cfg, device=TrainSettings.from_config(cfg).device)
 
 
-def _report(message: str) -> int:
+def _report(message: str, exit_code: int = EXIT_ERROR) -> int:
     where = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
     print(f"error{where}: {message}", file=sys.stderr, flush=True)
-    return 1
+    return exit_code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from dn_detr.config import LazyConfig, instantiate
 from dn_detr.data import check_num_classes
 from dn_detr.evaluation import inference_on_dataset
 
-from .distributed import barrier, broadcast_buffers, choose_device, is_main, rank
+from .devices import choose_device
+from .distributed import barrier, broadcast_buffers, is_main, rank
 from .random_state import preserved_random_state, seed_everything
 from .settings import TrainSettings
 from .setup import LOGGER_NAME, announce_device, logging_to, make_folder, record_run
@@ -52,20 +54,26 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         return evaluate_model(model, loader, instantiate(cfg.dataloader.evaluator))
 
 
-def evaluate_model(model: nn.Module, loader: Any, evaluator: Any) -> dict[str, Any]:
+def evaluate_model(
+    model: nn.Module,
+    loader: Any,
+    evaluator: Any,
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
     """Evaluate in full precision and leave the random numbers as they were.
 
     Args:
         model: a detector, not wrapped by DistributedDataParallel.
         loader: of this process's share of the test images.
         evaluator: as `dn_detr.evaluation.CocoEvaluator`.
+        should_stop: see `dn_detr.evaluation.inference_on_dataset`.
 
     Returns:
         The evaluator's metrics; an empty dict on other processes than the first.
     """
     broadcast_buffers(model)
     with preserved_random_state():
-        results = inference_on_dataset(model, loader, evaluator)
+        results = inference_on_dataset(model, loader, evaluator, should_stop)
     barrier()
     return results or {}
 

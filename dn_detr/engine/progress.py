@@ -47,9 +47,9 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def advance(self) -> None:
-        """Count one iteration."""
-        self._bar.update()
+    def move_to(self, iteration: int) -> None:
+        """Say how many iterations are done."""
+        self._bar.update(iteration - self._bar.n)
 
     def show(self, row: Row) -> None:
         """Show the averages of an interval."""

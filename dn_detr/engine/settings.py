@@ -9,9 +9,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .schedule import parse_period
+from .writers import WandbSettings
 
 SECTIONS = ("model", "dataloader", "optimizer", "lr_schedule", "train")
 AMP_DTYPES = ("float16", "bfloat16")
+NONFINITE_POLICIES = ("raise", "skip", "rollback")
+OOM_POLICIES = ("raise", "skip")
 
 
 @dataclass
@@ -32,10 +35,47 @@ class ClipGradSettings:
 
 @dataclass
 class CheckpointSettings:
-    """How often to save, and how many of the newest checkpoints to keep (None: all)."""
+    """When, how and how much to save.
+
+    Attributes:
+        period: iterations, or epochs as "1ep"; 0 or None: at the end only.
+        keep: number of newest checkpoints to keep; None: all.
+        best: evaluation result ("AP", "AP50", "ema/AP", "per_class/cat") whose maximum
+            `checkpoints/best` keeps and early stopping watches; None: neither.
+        asynchronous: write in the background while training goes on.
+        sharded: every process writes its share of the tensors, instead of the first one all.
+    """
 
     period: int | str | None = "1ep"
     keep: int | None = 3
+    best: str | None = "AP"
+    asynchronous: bool = True
+    sharded: bool = False
+
+
+@dataclass
+class EmaSettings:
+    """Exponential moving average of the weights, evaluated and saved beside them."""
+
+    enabled: bool = False
+    decay: float = 0.9997
+
+
+@dataclass
+class EarlyStoppingSettings:
+    """End the run after `patience` evaluations without a gain of more than `min_delta`."""
+
+    patience: int | None = None
+    min_delta: float = 0.0
+
+
+@dataclass
+class ActivationCheckpointingSettings:
+    """Compute activations of a part again in the backward pass instead of keeping them."""
+
+    backbone: bool = False
+    encoder: bool = False
+    decoder: bool = False
 
 
 @dataclass
@@ -49,8 +89,18 @@ class TrainSettings:
         seed: of the global random number generators; samples draw from it by (epoch, index).
         epochs: length of the run.
         max_iter: length in iterations; replaces `epochs` where it is not None.
+        max_hours: save and stop after this time, measured from the start of this process; a
+            resumed run has it anew. None: no limit.
         eval_period: iterations, or epochs as "1ep"; 0 or None: at the end only.
         log_period: iterations between two rows of metrics.jsonl.
+        accumulate: in how many pieces a process computes its share of a batch, one after the
+            other. Results stay those of the whole batch, memory falls.
+        nonfinite: what a NaN or infinite loss or gradient leads to: "raise" ends the run, "skip"
+            drops the step, "rollback" goes back to the last checkpoint and on with new images.
+        nonfinite_limit: how many such steps a run may have before it ends after all.
+        oom: what running out of memory leads to: "raise" or "skip" the step.
+        grace_seconds: how long after a signal a step may take to end and a checkpoint to be
+            written, before the process ends anyway.
     """
 
     output_dir: str = "output"
@@ -59,11 +109,23 @@ class TrainSettings:
     seed: int = 42
     epochs: float = 50.0
     max_iter: int | None = None
+    max_hours: float | None = None
     eval_period: int | str | None = "1ep"
     log_period: int = 20
     amp: AmpSettings = field(default_factory=AmpSettings)
     clip_grad: ClipGradSettings = field(default_factory=ClipGradSettings)
+    accumulate: int = 1
+    activation_checkpointing: ActivationCheckpointingSettings = field(
+        default_factory=ActivationCheckpointingSettings
+    )
+    ema: EmaSettings = field(default_factory=EmaSettings)
+    nonfinite: str = "raise"
+    nonfinite_limit: int = 10
+    oom: str = "raise"
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    early_stopping: EarlyStoppingSettings = field(default_factory=EarlyStoppingSettings)
+    grace_seconds: float = 120.0
+    wandb: WandbSettings = field(default_factory=WandbSettings)
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> TrainSettings:
@@ -99,8 +161,26 @@ class TrainSettings:
         _check("clip_grad.max_norm", self.clip_grad.max_norm, _positive_or_none, "> 0 or null")
         _check("clip_grad.norm_type", self.clip_grad.norm_type, lambda value: value > 0, "> 0")
         _check("checkpoint.keep", self.checkpoint.keep, _positive_or_none, ">= 1 or null for all")
+        _check("max_hours", self.max_hours, _positive_or_none, "> 0 or null")
+        _check("accumulate", self.accumulate, lambda value: value > 0, ">= 1")
+        _check("ema.decay", self.ema.decay, lambda value: 0 < value < 1, "between 0 and 1")
+        _check(
+            "nonfinite", self.nonfinite, NONFINITE_POLICIES.__contains__, "raise, skip or rollback"
+        )
+        _check("nonfinite_limit", self.nonfinite_limit, lambda value: value > 0, ">= 1")
+        _check("oom", self.oom, OOM_POLICIES.__contains__, " or ".join(OOM_POLICIES))
+        _check("grace_seconds", self.grace_seconds, lambda value: value > 0, "> 0")
+        self._check_early_stopping()
         for period in (self.eval_period, self.checkpoint.period):
             parse_period(period, 1)
+
+    def _check_early_stopping(self) -> None:
+        patience = self.early_stopping.patience
+        _check("early_stopping.patience", patience, _positive_or_none, ">= 1 or null")
+        if patience is not None and self.checkpoint.best is None:
+            raise ValueError(
+                "train.early_stopping.patience needs the result to watch: set train.checkpoint.best"
+            )
 
 
 def _positive_or_none(value: float | None) -> bool:

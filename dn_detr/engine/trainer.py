@@ -4,215 +4,355 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
 
-from dn_detr.checkpoint import (
-    CheckpointError,
-    Manifest,
-    load_model_weights,
-    load_training_state,
-    read_manifest,
-    record_metrics,
-    save_checkpoint,
-)
+from dn_detr.checkpoint import CheckpointError, CheckpointWriter, last_checkpoint
+from dn_detr.data import count_skipped, describe_skipped
+from dn_detr.evaluation import EvaluationStopped
 
-from .distributed import all_gather, barrier, is_main, rank, world_size
+from .distributed import all_gather, any_process, barrier, broadcast_from_main, is_main, world_size
 from .errors import NonFiniteError
-from .metrics import (
-    Interval,
-    Row,
-    average_over_ranks,
-    evaluation_row,
-    peak_memory_mib,
-)
-from .optimizer import group_name, learning_rates
+from .memory import OutOfMemory, image_name
+from .metrics import Interval, Row, average_over_ranks, evaluation_row, peak_memory_mib
+from .optimizer import learning_rates
 from .progress import Progress
-from .random_state import capture_random_state, restore_random_state
+from .run_state import RunState
 from .schedule import LearningRateRule, Timetable, set_learning_rates
 from .settings import TrainSettings
 from .setup import LOGGER_NAME
-from .step import Sample, TrainingStep
-from .writers import RunWriters, open_writers
+from .step import Outcome, Sample, StepResult
+from .stopping import Stopped, StopRequest, WaitInterrupted
+from .writers import RunWriters
 
 logger = logging.getLogger(f"{LOGGER_NAME}.engine")
+
+# With train.oom=skip: this many steps in a row without memory are no matter of single images.
+_MOST_OUT_OF_MEMORY_IN_A_ROW = 10
 
 
 class Trainer:
     """Runs optimizer steps until the timetable ends; logs, saves and evaluates when they are due.
 
     Args:
-        model: the detector, not wrapped; what is evaluated and saved.
-        step: turns a batch into an updated model.
+        state: the model, the step and all else that changes.
         loader: endless, of this process's batches.
+        checkpoints: writes them.
+        open_rows: `writers.open_writers` for this run: opens what takes the rows of metrics.
+        evaluate: given a function that says whether to stop, which all processes call equally
+            often, returns the results (an empty dict on other processes than the first) or raises
+            EvaluationStopped.
+        stop: whether this process was asked to stop.
         device: where the model is.
         timetable: length of the run.
         lr_rule: factor of the learning rate by epoch.
-        evaluate: returns the evaluator's metrics (an empty dict on other processes).
         settings: the `train` section.
-        config: the resolved config as YAML text, stored in checkpoints.
-        class_names: of the training data, stored in checkpoints.
+        class_names: of the training data.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        step: TrainingStep,
+        state: RunState,
         loader: Any,
+        checkpoints: CheckpointWriter,
         *,
+        open_rows: Callable[..., RunWriters],
+        evaluate: Callable[[Callable[[], bool]], dict[str, Any]],
+        stop: StopRequest,
         device: torch.device,
         timetable: Timetable,
         lr_rule: LearningRateRule,
-        evaluate: Callable[[], dict[str, Any]],
         settings: TrainSettings,
-        config: str = "",
         class_names: Sequence[str] = (),
     ) -> None:
-        self.iteration = 0
-        self.metrics: dict[str, Any] | None = None
-        self._model = model
-        self._step = step
+        self._state = state
+        self._step = state.step
         self._loader = loader
+        self._checkpoints = checkpoints
+        self._open_rows = open_rows
+        self._evaluate = evaluate
+        self._stop = stop
         self._device = device
         self._timetable = timetable
         self._lr_rule = lr_rule
-        self._evaluate = evaluate
         self._settings = settings
-        self._folder = Path(settings.output_dir)
-        self._config = config
-        self.class_names = list(class_names)
-        self._interval = Interval()
-        self._random_state: dict[str, Any] | None = None
-        self._checkpoint: Path | None = None
-        self._writers = RunWriters()
-
-    def restore(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint as if there had been no interruption.
-
-        Learning rates and other settings of the optimizer are the config's, not the checkpoint's.
-
-        Raises:
-            CheckpointError: it is damaged, or of another model or optimizer.
-        """
-        manifest: Manifest = read_manifest(checkpoint)
-        state = load_training_state(checkpoint)
-        load_model_weights(self._model, checkpoint, class_names=self.class_names)
-        _restore_optimizer(self._step.optimizer, state["optimizer"])
-        if state["scaler"] and self._step.scaler.is_enabled():
-            self._step.scaler.load_state_dict(state["scaler"])
-        self.iteration, self.metrics = manifest.iteration, manifest.metrics
-        self._checkpoint = checkpoint
-        if len(state["processes"]) == world_size():
-            mine = state["processes"][rank()]
-            self._random_state = mine["random"]
-            self._interval = Interval.from_state_dict(mine["interval"], self._device)
-        else:
-            logger.warning(
-                "saved by %d processes, continued by %d: global random numbers start anew, "
-                "samples do not change", len(state["processes"]), world_size(),
-            )  # fmt: skip
+        self._class_names = list(class_names)
+        self._rows = RunWriters()
+        self._saved_iteration: int | None = state.iteration
+        self._has_stagnated = False
+        self._out_of_memory_in_a_row = 0
 
     def run(self) -> dict[str, Any]:
-        """Train to the end of the timetable.
+        """Train to the end of the timetable, or until results stagnate.
 
         Returns:
-            Metrics of the evaluation at the end; an empty dict on other processes than the first.
+            Metrics of the last evaluation; an empty dict on other processes than the first.
 
         Raises:
-            NonFiniteError: a loss or gradient became NaN or infinite.
+            Stopped: on request, after saving.
+            NonFiniteError: a loss or gradient became NaN or infinite, and the policy does not
+                allow to go on.
+            OutOfMemory: the same for memory.
+            CheckpointError: the last checkpoint could not be written.
         """
-        with open_writers(
-            self._folder, self.iteration, is_evaluated=self.metrics is not None
-        ) as self._writers:
+        self._start_rows()
+        failed = True
+        try:
             self._evaluate_if_interrupted()
             self._train()
-        return self.metrics or {}
+            self._checkpoints.wait()
+            failed = False
+        except Stopped:
+            failed = False
+            raise
+        finally:
+            self._checkpoints.close()
+            self._rows.close(failed=failed)
+        return self._state.metrics or {}
 
     def _train(self) -> None:
-        if self.iteration >= self._timetable.max_iter:
-            logger.info("nothing left to train: %d iterations are done", self.iteration)
+        self._has_stagnated = self._agree_on_stagnation()
+        if self._is_finished():
+            logger.info("nothing left to train: %d iterations are done", self._state.iteration)
             return
-        self._model.train()
+        self._state.model.train()
         batches = iter(self._loader)
-        if self._random_state is not None:
-            # after making the iterator, because a loader may draw a seed for its workers
-            restore_random_state(self._random_state)
-        with Progress(self._timetable, self.iteration, logger) as progress:
-            while self.iteration < self._timetable.max_iter:
-                self._one_iteration(batches)
-                progress.advance()
+        # after making the iterator, because a loader may draw a seed for its workers
+        self._state.restore_random_numbers()
+        with Progress(self._timetable, self._state.iteration, logger) as progress:
+            while not self._is_finished():
+                result = self._one_iteration(batches)
+                progress.move_to(self._state.iteration)
                 self._log_if_due(progress)
+                self._report_skipped_files()
+                if result.stop:
+                    self._save_and_stop()
                 self._save_if_due()
                 self._evaluate_if_due()
+                self._report_failed_writes()
 
-    def _one_iteration(self, batches: Any) -> None:
+    def _is_finished(self) -> bool:
+        return self._has_stagnated or self._state.iteration >= self._timetable.max_iter
+
+    def _one_iteration(self, batches: Any) -> StepResult:
         started = time.perf_counter()
-        epoch = self._timetable.epoch(self.iteration)
+        state = self._state
+        epoch = self._timetable.epoch(state.iteration)
         set_learning_rates(self._step.optimizer, self._lr_rule(epoch, self._timetable.total_epochs))
-        batch = next(batches)
+        batch = self._next_batch(batches)
         data_seconds = time.perf_counter() - started
-        with _images_named_on_failure(batch, self.iteration + 1):
-            result = self._step(batch, self.iteration + 1)
-        self.iteration += 1
-        self.metrics = None
-        seconds = time.perf_counter() - started
-        self._interval.record(result, images=len(batch), data_seconds=data_seconds, seconds=seconds)
+        with _images_named_on_failure(batch, state.iteration + 1):
+            wants_stop = self._stop.reason is not None
+            result = self._step(batch, state.iteration + 1, wants_stop=wants_stop)
+        state.iteration += 1
+        state.metrics = None
+        self._record(result, batch)
+        state.interval.record(
+            result if result.names and result.outcome is not Outcome.NONFINITE else None,
+            images=len(batch),
+            data_seconds=data_seconds,
+            seconds=time.perf_counter() - started,
+        )
+        self._handle(result)
+        return result
+
+    def _next_batch(self, batches: Any) -> Sequence[Sample]:
+        """Wait for images; with other processes waiting for this one, whatever happens."""
+        if self._state.stability is not None:
+            self._state.stability.begin_iteration(self._data_epoch())
+        # A request to stop need not wait for images where no other process waits for the step.
+        is_alone = world_size() == 1
+        try:
+            with self._stop.interruptible() if is_alone else nullcontext():
+                batch: Sequence[Sample] = next(batches)
+        except WaitInterrupted:
+            self._save_and_stop()
+        self._state.batches_drawn += 1
+        self._state.skipped.update(count_skipped(batch))
+        return batch
+
+    def _data_epoch(self) -> int:
+        """Return which epoch of the data the next batch belongs to."""
+        return self._state.batches_drawn // self._timetable.iterations_per_epoch
+
+    def _record(self, result: StepResult, batch: Sequence[Sample]) -> None:
+        """Take note of what the step says apart from its losses."""
+        interval, stability = self._state.interval, self._state.stability
+        interval.count("skipped_images", count_skipped(batch).total())
+        found = [piece for piece in result.diagnostics if piece is not None]
+        for piece in found:
+            interval.record_denoising(piece.denoising_correct, piece.denoising_total)
+        if stability is not None and found:
+            queries = [query for piece in found for query in piece.queries]
+            stability.update([sample["instances"].gt_ids for sample in batch], queries)
+
+    def _handle(self, result: StepResult) -> None:
+        """Do what the settings say about a step that changed no weights."""
+        is_out_of_memory = result.outcome is Outcome.OUT_OF_MEMORY
+        self._out_of_memory_in_a_row = self._out_of_memory_in_a_row + 1 if is_out_of_memory else 0
+        if result.outcome is Outcome.APPLIED:
+            if self._state.ema is not None:
+                self._state.ema.update_parameters(self._state.model)
+        elif result.outcome is Outcome.OVERFLOW:
+            self._state.interval.count("overflow_steps")
+        elif is_out_of_memory:
+            self._skip_out_of_memory(result)
+        else:
+            self._survive_nonfinite(result)
+
+    def _skip_out_of_memory(self, result: StepResult) -> None:
+        self._state.interval.count("oom_steps")
+        logger.warning("%s\nthe step is skipped (train.oom=skip)", result.report)
+        if self._out_of_memory_in_a_row >= _MOST_OUT_OF_MEMORY_IN_A_ROW:
+            raise OutOfMemory(
+                f"{result.report}\n{_MOST_OUT_OF_MEMORY_IN_A_ROW} steps in a row did not fit"
+            )
+
+    def _survive_nonfinite(self, result: StepResult) -> None:
+        self._state.interval.count("nonfinite_steps")
+        self._state.nonfinite_steps += 1
+        limit = self._settings.nonfinite_limit
+        if self._state.nonfinite_steps > limit:
+            raise NonFiniteError(
+                f"{result.report}\n{self._state.nonfinite_steps} steps of this run were not "
+                f"finite, more than train.nonfinite_limit={limit}"
+            )
+        logger.warning(
+            "%s\ntrain.nonfinite=%s; number %d of at most %d", result.report,
+            self._settings.nonfinite, self._state.nonfinite_steps, limit,
+        )  # fmt: skip
+        if self._settings.nonfinite == "rollback":
+            self._roll_back(result)
+
+    def _roll_back(self, result: StepResult) -> None:
+        """Become the last checkpoint, but go on with images that come after these."""
+        state = self._state
+        drawn, dropped, skipped = state.batches_drawn, state.nonfinite_steps, state.skipped
+        try:
+            self._finish_writing()
+        except CheckpointError as error:
+            logger.error("%s", error)  # an older one has to do
+        folder = self._settings.output_dir
+        checkpoint = broadcast_from_main(last_checkpoint(folder) if is_main() else None)
+        if checkpoint is None:
+            raise NonFiniteError(
+                f"{result.report}\nthere is no checkpoint to roll back to yet; lower "
+                "train.checkpoint.period, or use train.nonfinite=skip"
+            )
+        state.restore(checkpoint, self._class_names)
+        state.restore_random_numbers()
+        state.batches_drawn, state.nonfinite_steps, state.skipped = drawn, dropped, skipped
+        state.interval.count("nonfinite_steps")
+        self._saved_iteration = None  # that checkpoint would draw the same images again
+        self._start_rows()
+        logger.warning("rolled back to %s", checkpoint)
 
     def _log_if_due(self, progress: Progress) -> None:
-        if not self._timetable.is_due(self._settings.log_period, self.iteration):
+        if not self._timetable.is_due(self._settings.log_period, self._state.iteration):
             return
-        memory = {"memory_mib": peak_memory_mib(self._device)}
-        row = self._position() | average_over_ranks({**self._interval.averages(), **memory})
-        row |= learning_rates(self._step.optimizer)
-        self._interval = Interval()
-        self._writers.write(row)
+        mine = {**self._state.interval.averages(), "memory_mib": peak_memory_mib(self._device)}
+        if self._state.stability is not None:
+            mine |= self._state.stability.ratios()
+        row = self._position() | average_over_ranks(mine) | learning_rates(self._step.optimizer)
+        self._state.interval = Interval()
+        self._rows.write(row)
         progress.show(row)
 
-    def _save_if_due(self) -> None:
-        if not self._timetable.is_due(self._settings.checkpoint.period, self.iteration):
+    def _report_skipped_files(self) -> None:
+        """List, at the end of an epoch of the data, the files that could not be read in it."""
+        if self._state.batches_drawn % self._timetable.iterations_per_epoch:
             return
-        mine = {"random": capture_random_state(), "interval": self._interval.state_dict()}
-        processes = all_gather(mine)
+        everywhere = sum(all_gather(self._state.skipped), self._state.skipped.__class__())
+        if is_main() and everywhere:
+            logger.warning("epoch %d: %s", self._data_epoch(), describe_skipped(everywhere))
+        self._state.skipped.clear()
+
+    def _save_if_due(self) -> None:
+        if self._timetable.is_due(self._settings.checkpoint.period, self._state.iteration):
+            self._save()
+
+    def _save(self) -> None:
+        """Write a checkpoint of this iteration, unless there is one."""
+        if self._saved_iteration == self._state.iteration:
+            return
+        snapshot = self._state.snapshot(self._timetable.epoch(self._state.iteration))
         if is_main():
-            self._checkpoint = save_checkpoint(
-                self._folder,
-                self._model.state_dict(),
-                {
-                    "optimizer": self._step.optimizer.state_dict(),
-                    "scaler": self._step.scaler.state_dict(),
-                    "processes": processes,
-                },
-                iteration=self.iteration,
-                epoch=self._timetable.epoch(self.iteration),
-                config=self._config,
-                class_names=self.class_names,
-                keep=self._settings.checkpoint.keep,
-            )
-            logger.info("saved %s", self._checkpoint)
-        barrier()
+            self._checkpoints.save(snapshot)
+        if self._settings.checkpoint.sharded:
+            barrier()  # the first process has made the folder
+            if not is_main():
+                self._checkpoints.save(snapshot)
+        self._saved_iteration = self._state.iteration
+
+    def _finish_writing(self) -> None:
+        """Wait until every process has written what it is writing."""
+        try:
+            self._checkpoints.wait()
+        finally:
+            barrier()
+
+    def _report_failed_writes(self) -> None:
+        for failure in self._checkpoints.failures():
+            logger.error("%s; training goes on, and the next checkpoint is tried", failure)
+
+    def _save_and_stop(self) -> NoReturn:
+        if self._state.iteration > 0:
+            self._save()
+            self._finish_writing()
+        reason = self._stop.reason or "another process was asked to"
+        logger.warning("stopped after iteration %d: %s", self._state.iteration, reason)
+        raise Stopped(
+            f"stopped after iteration {self._state.iteration} ({reason}); --resume continues"
+        )
 
     def _evaluate_if_due(self) -> None:
         # Saved before: an evaluation that fails or is interrupted costs no training.
-        if not self._timetable.is_due(self._settings.eval_period, self.iteration):
+        if not self._timetable.is_due(self._settings.eval_period, self._state.iteration):
             return
-        self.metrics = self._evaluate()
+        try:
+            self._state.metrics = self._evaluate(self._any_process_stops)
+        except EvaluationStopped:
+            self._save_and_stop()
         if is_main():
-            self._writers.write(self._position() | evaluation_row(self.metrics))
-            if self._checkpoint is not None and int(self._checkpoint.name) == self.iteration:
-                record_metrics(self._checkpoint, self.metrics)
+            self._rows.write(self._position() | evaluation_row(self._state.metrics))
+        self._keep_best()
+        self._has_stagnated = self._agree_on_stagnation()
+
+    def _keep_best(self) -> None:
+        best, metrics = self._state.best, self._state.metrics
+        assert metrics is not None
+        is_best = best is not None and is_main() and best.update(metrics)
+        if broadcast_from_main(is_best):
+            self._save()
+        if is_main() and self._saved_iteration == self._state.iteration:
+            self._checkpoints.record_evaluation(self._state.iteration, metrics, is_best=is_best)
+
+    def _agree_on_stagnation(self) -> bool:
+        best = self._state.best
+        has_stagnated: bool = broadcast_from_main(best is not None and best.has_stagnated)
+        if has_stagnated:
+            logger.info("early stopping: the last evaluations gained nothing")
+        return has_stagnated
+
+    def _any_process_stops(self) -> bool:
+        return any_process(self._stop.reason is not None, device=self._device)[0]
 
     def _evaluate_if_interrupted(self) -> None:
-        if self.iteration > 0 and self.metrics is None:
+        if self._state.iteration > 0 and self._state.metrics is None:
             self._evaluate_if_due()
 
     def _position(self) -> Row:
-        epoch = self._timetable.epoch(self.iteration)
-        return {"iteration": self.iteration, "epoch": epoch}
+        iteration = self._state.iteration
+        return {"iteration": iteration, "epoch": self._timetable.epoch(iteration)}
+
+    def _start_rows(self) -> None:
+        """Open what takes the rows, to go on after this iteration; later rows are removed."""
+        self._rows.close(failed=False)
+        is_evaluated = self._state.metrics is not None
+        self._rows = self._open_rows(self._state.iteration, is_evaluated=is_evaluated)
 
 
 @contextmanager
@@ -220,24 +360,9 @@ def _images_named_on_failure(batch: Sequence[Sample], iteration: int) -> Iterato
     """Log which images a failing step worked on; the exception goes on as it is."""
     try:
         yield
-    except NonFiniteError:
+    except (NonFiniteError, OutOfMemory):
         raise
     except Exception:
-        names = ", ".join(str(sample.get("file_name", "?")) for sample in batch)
+        names = ", ".join(map(image_name, batch))
         logger.error("iteration %d failed on %s", iteration, names)
         raise
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    present = [(group_name(g), len(g["params"])) for g in optimizer.param_groups]
-    saved = [(group_name(g), len(g["params"])) for g in state["param_groups"]]
-    if present != saved:
-        raise CheckpointError(
-            f"the checkpoint's optimizer has the groups (name, tensors) {saved}, the config's "
-            f"{present}; resume with the same optimizer.params, or start a new run with "
-            "train.init_checkpoint"
-        )
-    optimizer.load_state_dict(dict(state))
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update(values)

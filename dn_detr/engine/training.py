@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,23 +17,32 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dn_detr.checkpoint import (
+    CheckpointWriter,
     last_checkpoint,
     load_model_weights,
+    load_training_state,
     log_loading,
     read_manifest,
 )
 from dn_detr.config import LazyConfig, instantiate
 from dn_detr.data import check_num_classes, check_same_categories
 
-from .distributed import barrier, choose_device, is_distributed, is_main, rank
+from .best import BestResult
+from .devices import choose_device
+from .distributed import broadcast_from_main, is_distributed, is_main, rank, world_size
+from .ema import averaged_model
 from .evaluation import evaluate_model
 from .optimizer import describe_groups
 from .random_state import seed_everything
+from .run_state import RunState
 from .schedule import Timetable
 from .settings import TrainSettings
 from .setup import LOGGER_NAME, announce_device, logging_to, make_folder, record_run
+from .stability import MatchingStability
 from .step import TrainingStep
+from .stopping import StopRequest
 from .trainer import Trainer
+from .writers import open_writers
 
 logger = logging.getLogger(f"{LOGGER_NAME}.engine")
 
@@ -44,36 +55,39 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
         resume: continue from `train.output_dir/checkpoints/last`; start anew if there is none.
 
     Returns:
-        Metrics of the evaluation at the end, in [0, 1]; an empty dict on other processes than the
-        first.
+        Metrics of the last evaluation, in [0, 1], those of the averaged weights under "ema"; an
+        empty dict on other processes than the first.
 
     Raises:
         ValueError: the config, the data or a checkpoint cannot be used, or `resume` is False and
             the output folder holds the checkpoints of another run.
         NonFiniteError: a loss or gradient became NaN or infinite.
+        OutOfMemory: a step did not fit into memory.
+        Stopped: a signal or `train.max_hours` asked for it; a checkpoint is written.
     """
     settings = TrainSettings.from_config(cfg)
-    device = choose_device(settings.device)
-    seed_everything(settings.seed + rank())
-    checkpoint = _starting_point(settings, resume)
-    folder = make_folder(settings.output_dir)
-    barrier()  # everybody has looked at the folder before anybody writes to it
-    with logging_to(folder):
-        announce_device(device, settings.device)
-        config = LazyConfig.to_yaml(cfg)
-        trainer = _build_trainer(cfg, settings, device, checkpoint, config)
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
-            _log_resumption(checkpoint, config)
-        elif resume:
-            logger.info("nothing to resume in %s: starting a new run", folder)
-        if is_main():  # only now: a refused start leaves the record of the run before as it was
-            record_run(config, folder, device)
-        return trainer.run()
+    with StopRequest(settings.grace_seconds, settings.max_hours) as stop:
+        device = choose_device(settings.device)
+        seed_everything(settings.seed + rank())
+        folder = make_folder(settings.output_dir)
+        with logging_to(folder):
+            checkpoint = _starting_point(settings, resume)
+            announce_device(device, settings.device)
+            config = LazyConfig.to_yaml(cfg)
+            trainer = _build_trainer(cfg, settings, device, checkpoint, config, stop)
+            if checkpoint is not None:
+                _log_resumption(checkpoint, config)
+            elif resume:
+                logger.info("nothing to resume in %s: starting a new run", folder)
+            if is_main():  # only now: a refused start leaves the record of the run before as it was
+                record_run(config, folder, device)
+            return trainer.run()
 
 
 def _starting_point(settings: TrainSettings, resume: bool) -> Path | None:
-    checkpoint = last_checkpoint(settings.output_dir)
+    """Return the checkpoint to continue from; the first process looks, for all."""
+    found = last_checkpoint(settings.output_dir) if is_main() else None
+    checkpoint: Path | None = broadcast_from_main(found)
     if checkpoint is not None and not resume:
         raise ValueError(
             f"{settings.output_dir} holds a run with {read_manifest(checkpoint).iteration} "
@@ -88,31 +102,97 @@ def _build_trainer(
     device: torch.device,
     checkpoint: Path | None,
     config: str,
+    stop: StopRequest,
 ) -> Trainer:
-    start = read_manifest(checkpoint).iteration if checkpoint else 0
+    start = load_training_state(checkpoint)["batches_drawn"] if checkpoint else 0
     train_loader = instantiate(cfg.dataloader.train, start_iteration=start)
     test_loader = instantiate(cfg.dataloader.test)
     check_same_categories(train_loader.dataset, test_loader.dataset)
     class_names = train_loader.dataset.class_names
     model = _build_model(cfg, settings, device, class_names, is_new=checkpoint is None)
     check_num_classes(train_loader.dataset, cast(int, model.num_classes))
-    evaluator = instantiate(cfg.dataloader.evaluator)
     timetable = Timetable.plan(
         train_loader.batch_sampler.iterations_per_epoch, settings.epochs, settings.max_iter
     )
     logger.info("%d iterations, %d per epoch", timetable.max_iter, timetable.iterations_per_epoch)
+    state = _build_state(cfg, settings, model, device, train_loader.dataset)
+    if checkpoint is not None:
+        state.restore(checkpoint, class_names)
+    models = {"": model} | ({"ema": state.ema.module} if state.ema is not None else {})
     return Trainer(
-        model,
-        _build_step(cfg, settings, model, device),
+        state,
         train_loader,
+        CheckpointWriter(
+            settings.output_dir,
+            config=config,
+            class_names=class_names,
+            keep=settings.checkpoint.keep,
+            asynchronous=settings.checkpoint.asynchronous,
+            sharded=settings.checkpoint.sharded,
+            rank=rank(),
+            world_size=world_size(),
+        ),
+        open_rows=partial(
+            open_writers,
+            Path(settings.output_dir),
+            wandb=settings.wandb,
+            config=yaml.safe_load(config),
+        ),
+        evaluate=partial(_evaluate_all, models, test_loader, _build_evaluators(cfg, models)),
+        stop=stop,
         device=device,
         timetable=timetable,
         lr_rule=instantiate(cfg.lr_schedule),
-        evaluate=partial(evaluate_model, model, test_loader, evaluator),
         settings=settings,
-        config=config,
         class_names=class_names,
     )
+
+
+def _build_state(
+    cfg: DictConfig,
+    settings: TrainSettings,
+    model: nn.Module,
+    device: torch.device,
+    dataset: Any,
+) -> RunState:
+    watched, stopping = settings.checkpoint.best, settings.early_stopping
+    return RunState(
+        model,
+        _build_step(cfg, settings, model, device),
+        device=device,
+        ema=averaged_model(model, settings.ema.decay) if settings.ema.enabled else None,
+        best=BestResult(watched, stopping.patience, stopping.min_delta) if watched else None,
+        stability=MatchingStability(dataset.num_boxes) if hasattr(dataset, "num_boxes") else None,
+    )
+
+
+def _build_evaluators(cfg: DictConfig, names: Iterable[str]) -> dict[str, Any]:
+    """Return an evaluator for each model; that of the averaged one writes to a folder below."""
+    evaluators = {}
+    for name in names:
+        node = copy.deepcopy(cfg.dataloader.evaluator)
+        if name and node.get("output_dir"):
+            node.output_dir = str(Path(node.output_dir) / name)
+        evaluators[name] = instantiate(node)
+    return evaluators
+
+
+def _evaluate_all(
+    models: Mapping[str, nn.Module],
+    loader: Any,
+    evaluators: Mapping[str, Any],
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """Evaluate the model, and others under their name in the results."""
+    results: dict[str, Any] = {}
+    for name, model in models.items():
+        found = evaluate_model(model, loader, evaluators[name], should_stop)
+        if name and found:
+            logger.info("that was the model of the averaged weights (%s)", name)
+            results[name] = found
+        else:
+            results |= found
+    return results
 
 
 def _build_model(
@@ -124,6 +204,7 @@ def _build_model(
     is_new: bool,
 ) -> nn.Module:
     model: nn.Module = instantiate(cfg.model).to(device)
+    _checkpoint_activations(model, settings)
     if settings.init_checkpoint and is_new:
         report = load_model_weights(
             model, settings.init_checkpoint, class_names=class_names, fine_tune=True
@@ -132,6 +213,18 @@ def _build_model(
     elif is_new and is_main():  # the other processes get the first one's weights
         load_pretrained_parts(model)
     return model
+
+
+def _checkpoint_activations(model: nn.Module, settings: TrainSettings) -> None:
+    parts = asdict(settings.activation_checkpointing)
+    if not any(parts.values()):
+        return
+    if not hasattr(model, "checkpoint_activations"):
+        raise ValueError(
+            f"train.activation_checkpointing: {type(model).__name__} has no method "
+            "checkpoint_activations"
+        )
+    cast(Any, model).checkpoint_activations(**parts)
 
 
 def load_pretrained_parts(model: nn.Module) -> None:
@@ -153,16 +246,20 @@ def _build_step(
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     logger.info("optimizer %s\n%s", type(optimizer).__name__, describe_groups(optimizer))
+    survives_out_of_memory = settings.oom == "skip"
     return TrainingStep(
-        _distribute(model, device),
+        _distribute(model, device, broadcasts_buffers=not survives_out_of_memory),
         optimizer,
         device=device,
         amp=settings.amp,
         clip_grad=settings.clip_grad,
+        accumulate=settings.accumulate,
+        survive_out_of_memory=survives_out_of_memory,
+        survive_nonfinite=settings.nonfinite != "raise",
     )
 
 
-def _distribute(model: nn.Module, device: torch.device) -> nn.Module:
+def _distribute(model: nn.Module, device: torch.device, *, broadcasts_buffers: bool) -> nn.Module:
     if not is_distributed():
         return model
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
@@ -174,7 +271,12 @@ def _distribute(model: nn.Module, device: torch.device) -> nn.Module:
                 "its own images, so a step is not that of one process (torch synchronises it on "
                 "GPUs only)"
             )
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        # in the middle of a step, where a process that ran out of memory would be waited for
+        broadcast_buffers=broadcasts_buffers,
+    )
 
 
 def _log_resumption(checkpoint: Path, config: str) -> None:

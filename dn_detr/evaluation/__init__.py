@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .coco import CocoEvaluator, format_results
-from .inference import inference_on_dataset
+from .inference import EvaluationStopped, inference_on_dataset
 
-__all__ = ["CocoEvaluator", "format_results", "inference_on_dataset"]
+__all__ = ["CocoEvaluator", "EvaluationStopped", "format_results", "inference_on_dataset"]

@@ -20,7 +20,7 @@ def show(folder, capsys) -> tuple[str, str]:
         logging_to(folder),
         Progress(Timetable(8, 10), 3, logging.getLogger("dn_detr.engine")) as progress,
     ):
-        progress.advance()
+        progress.move_to(4)
         progress.show(ROW)
     return capsys.readouterr().out, (folder / "log.txt").read_text()
 

@@ -1,0 +1,171 @@
+"""All that a run is made of at one moment, to be saved and to be continued from."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from dn_detr.checkpoint import (
+    CheckpointError,
+    Snapshot,
+    load_model_weights,
+    load_training_state,
+    read_manifest,
+)
+
+from .best import BestResult
+from .distributed import all_gather, rank, world_size
+from .metrics import Interval
+from .optimizer import group_name
+from .random_state import capture_random_state, restore_random_state
+from .setup import LOGGER_NAME
+from .stability import MatchingStability
+from .step import TrainingStep
+
+logger = logging.getLogger(f"{LOGGER_NAME}.engine")
+
+
+class RunState:
+    """What changes during a run: a snapshot of it is a checkpoint.
+
+    Args:
+        model: the detector, not wrapped.
+        step: with the optimizer and the loss scale.
+        device: where the model is.
+        ema: the moving average of the model, if there is one.
+        best: the best evaluation, if one result is watched.
+        stability: follows the matching, if the data know their objects.
+
+    Attributes:
+        iteration: steps done.
+        batches_drawn: batches taken from the loader; more than `iteration` after a rollback.
+        nonfinite_steps: steps dropped because numbers were not finite.
+        skipped: files that were skipped in this epoch -> how often, on this process.
+        metrics: results of the evaluation at `iteration`, None if there was none.
+        interval: numbers since the last row.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        step: TrainingStep,
+        *,
+        device: torch.device,
+        ema: AveragedModel | None = None,
+        best: BestResult | None = None,
+        stability: MatchingStability | None = None,
+    ) -> None:
+        self.model = model
+        self.step = step
+        self.ema = ema
+        self.best = best
+        self.stability = stability
+        self.iteration = 0
+        self.batches_drawn = 0
+        self.nonfinite_steps = 0
+        self.skipped: Counter[str] = Counter()
+        self.metrics: dict[str, Any] | None = None
+        self.interval = Interval()
+        self._device = device
+        self._random_state: dict[str, Any] | None = None
+
+    def snapshot(self, epoch: float) -> Snapshot:
+        """Return the whole state, equal on all processes; a collective call."""
+        mine = {
+            "random": capture_random_state(),
+            "interval": self.interval.state_dict(),
+            "skipped": dict(self.skipped),
+        }
+        return Snapshot(
+            iteration=self.iteration,
+            epoch=epoch,
+            model=self.model.state_dict(),
+            ema=self.ema.module.state_dict() if self.ema is not None else None,
+            optimizer=self.step.optimizer.state_dict(),
+            training_state={
+                "scaler": self.step.scaler.state_dict(),
+                "best": self.best.state_dict() if self.best is not None else None,
+                "stability": self.stability.state_dict() if self.stability is not None else None,
+                "batches_drawn": self.batches_drawn,
+                "nonfinite_steps": self.nonfinite_steps,
+                "processes": all_gather(mine),
+            },
+        )
+
+    def restore(self, checkpoint: Path, class_names: Sequence[str]) -> None:
+        """Become what a checkpoint holds, as if there had been no interruption.
+
+        Learning rates and other settings of the optimizer stay the config's. Random numbers are
+        restored by `restore_random_numbers`, when nobody draws any more before the next step.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model or optimizer.
+        """
+        manifest = read_manifest(checkpoint)
+        state = load_training_state(checkpoint)
+        load_model_weights(self.model, checkpoint, class_names=class_names)
+        self._restore_ema(state["ema"])
+        _restore_optimizer(self.step.optimizer, state["optimizer"])
+        if state["scaler"] and self.step.scaler.is_enabled():
+            self.step.scaler.load_state_dict(state["scaler"])
+        if self.stability is not None and state["stability"] is not None:
+            self.stability.load_state_dict(state["stability"])
+        self.iteration, self.metrics = manifest.iteration, manifest.metrics
+        if self.best is not None:
+            if state["best"] is not None:
+                self.best.load_state_dict(state["best"])
+            if self.metrics is not None:  # of the evaluation after that checkpoint was written
+                self.best.update(self.metrics)
+        self.batches_drawn = state["batches_drawn"]
+        self.nonfinite_steps = state["nonfinite_steps"]
+        self._restore_process(state["processes"])
+
+    def restore_random_numbers(self) -> None:
+        """Continue with the random numbers that follow those of the restored checkpoint."""
+        if self._random_state is not None:
+            restore_random_state(self._random_state)
+            self._random_state = None
+
+    def _restore_ema(self, weights: Mapping[str, torch.Tensor] | None) -> None:
+        if self.ema is None:
+            return
+        if weights is None:
+            logger.warning("the checkpoint holds no averaged weights: the average starts anew")
+            self.ema.module.load_state_dict(self.model.state_dict())
+            return
+        self.ema.module.load_state_dict(dict(weights))
+        self.ema.n_averaged.fill_(1)  # not the first: update_parameters averages, copies nothing
+
+    def _restore_process(self, processes: Sequence[Mapping[str, Any]]) -> None:
+        if len(processes) != world_size():
+            logger.warning(
+                "saved by %d processes, continued by %d: global random numbers start anew, "
+                "samples do not change", len(processes), world_size(),
+            )  # fmt: skip
+            return
+        mine = processes[rank()]
+        self._random_state = mine["random"]
+        self.interval = Interval.from_state_dict(mine["interval"], self._device)
+        self.skipped = Counter(mine["skipped"])
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    present = [(group_name(g), len(g["params"])) for g in optimizer.param_groups]
+    saved = [(group_name(g), len(g["params"])) for g in state["param_groups"]]
+    if present != saved:
+        raise CheckpointError(
+            f"the checkpoint's optimizer has the groups (name, tensors) {saved}, the config's "
+            f"{present}; resume with the same optimizer.params, or start a new run with "
+            "train.init_checkpoint"
+        )
+    optimizer.load_state_dict(dict(state))
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
