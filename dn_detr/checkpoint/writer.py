@@ -26,7 +26,7 @@ from .folders import (
     prune,
     remove_leftovers,
 )
-from .manifest import CheckpointError, Manifest
+from .manifest import CheckpointError, Manifest, flush_to_disk
 from .shards import collect, hand_over, report_failure
 from .snapshot import HostCopy, HostMemory, Snapshot
 from .storage import record_metrics
@@ -113,6 +113,7 @@ class CheckpointWriter:
         if self._rank == 0:
             try:
                 self._checkpoints.mkdir(parents=True, exist_ok=True)
+                flush_to_disk(self._checkpoints.parent)
                 remove_leftovers(self._checkpoints)
                 partial.mkdir()
             except OSError as error:
@@ -154,7 +155,10 @@ class CheckpointWriter:
         return [self._failures.popleft() for _ in range(len(self._failures))]
 
     def close(self) -> None:
-        """Finish writing, end the thread, and log the failures that nobody has asked for."""
+        """Finish writing, end the thread, and log the failures that nobody has asked for.
+
+        What process 0 waits for the others is bounded by `shard_timeout`.
+        """
         if self._thread is not None:
             self._thread.shutdown(wait=True)
         self._memory.release()
