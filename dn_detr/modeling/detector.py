@@ -166,8 +166,8 @@ class Detector(nn.Module):
         """Number of objects and of noised boxes that a training batch gives in this process.
 
         Nothing is computed on the device. Where empty denoising slots are visible
-        (``mask_empty_slots=False``) images in batches of other composition may be noised another
-        number of times, so batches then do not add up to one of all images.
+        (``mask_empty_slots=False``) the fullest image of a batch decides how many slots the others
+        see and how often they are noised; batches then do not add up to one of all images.
 
         Args:
             samples: see ``forward``.
