@@ -43,7 +43,7 @@ class MatchingStability:
         self._previous = torch.full((num_boxes,), _NOT_SEEN, dtype=torch.int32)
         self._current = self._previous.clone()
         # changed queries, matched queries and images since the last row, of this process
-        self._sums = torch.zeros(3, dtype=torch.int64)
+        self._sums = [0, 0, 0]
 
     def begin_iteration(self, epoch: int) -> None:
         """Say which epoch the next batch belongs to; a collective call when a new one begins.
@@ -70,12 +70,13 @@ class MatchingStability:
                 to each of them; -1 for none.
         """
         for rows, now in zip(objects, queries, strict=True):
-            before = self._previous[rows]
+            pairs = zip(self._previous[rows].tolist(), now.tolist(), strict=True)
+            if known := [pair for pair in pairs if pair[0] != _NOT_SEEN]:
+                counts = (*_count_queries(known), 1)
+                self._sums = [a + b for a, b in zip(self._sums, counts, strict=True)]
             # the maximum, because an image that fills up a batch may come twice in an epoch
-            self._current[rows] = torch.maximum(self._current[rows], now.to(torch.int32))
-            is_known = before != _NOT_SEEN
-            if is_known.any():
-                self._sums += _compare(before[is_known], now.to(torch.int32)[is_known])
+            seen = torch.maximum(self._current[rows], now.to(self._current.dtype))
+            self._current[rows] = seen
 
     def ratios(self) -> dict[str, Ratio]:
         """Return this process's share of the numbers since the last call, and start anew.
@@ -86,8 +87,8 @@ class MatchingStability:
             measure. Images without an object of both epochs do not count, so there is nothing to
             merge in the first epoch.
         """
-        changed, matched, images = self._sums.tolist()
-        self._sums.zero_()
+        changed, matched, images = self._sums
+        self._sums = [0, 0, 0]
         return {
             "matching/changed": Ratio(changed, matched),
             "matching/instability": Ratio(changed, images),
@@ -99,7 +100,7 @@ class MatchingStability:
             "epoch": self._epoch,
             "previous": self._previous.clone(),
             "current": _maximum_over_ranks(self._current),
-            "sums": torch.stack(all_gather(self._sums)).sum(0),
+            "sums": [sum(column) for column in zip(*all_gather(self._sums), strict=True)],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -117,20 +118,18 @@ class MatchingStability:
         self._previous = state["previous"].clone()
         self._current = state["current"].clone()
         if is_main():  # a sum of all processes, so one has it
-            self._sums = state["sums"].clone()
+            self._sums = list(state["sums"])
 
 
-def _compare(before: Tensor, now: Tensor) -> Tensor:
-    """Compare an image's queries (n,) of the same objects in two epochs.
+def _count_queries(pairs: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Count queries of an image that changed their object, and queries that had one.
 
-    Returns:
-        (3,) int64: queries whose object differs, queries that had an object, and 1 for the image.
+    Args:
+        pairs: of every object, its query in the epoch before and in this one.
     """
-    differs = before != now
-    changed = torch.cat([before[differs], now[differs]]).unique()
-    matched = torch.cat([before, now]).unique()
-    counts = [(queries != _UNMATCHED).sum() for queries in (changed, matched)]
-    return torch.stack([*counts, torch.tensor(1)])
+    changed = {query for pair in pairs if pair[0] != pair[1] for query in pair} - {_UNMATCHED}
+    matched = {query for pair in pairs for query in pair} - {_UNMATCHED}
+    return len(changed), len(matched)
 
 
 def _maximum_over_ranks(values: Tensor) -> Tensor:

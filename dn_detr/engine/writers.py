@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, cast
@@ -110,7 +111,7 @@ class JsonLinesWriter:
         try:
             if self._has_failed:
                 self._remove_half_rows()
-            _write_all(self._file.fileno(), content)
+            _write_all(self._file, content)
         except OSError as error:
             with suppress(OSError):
                 self._remove_half_rows()
@@ -317,11 +318,11 @@ def _is_finite(value: float | int | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _write_all(file: int, content: bytes) -> None:
-    """Write to a file descriptor; a write that meets the end of the disk is a short one first."""
+def _write_all(file: FileIO, content: bytes) -> None:
+    """Write everything; what meets the end of the disk is a short write first, then an error."""
     view = memoryview(content)
     while view:
-        view = view[os.write(file, view) :]
+        view = view[file.write(view) :]
 
 
 def _truncate(path: Path, iteration: int, is_evaluated: bool) -> None:
