@@ -279,12 +279,18 @@ class Trainer:
         if self._saved_iteration == self._state.iteration:
             return
         snapshot = self._state.snapshot(self._timetable.epoch(self._state.iteration))
+        refusal: CheckpointError | None = None
         if is_main():
-            self._checkpoints.save(snapshot)
+            try:
+                self._checkpoints.save(snapshot)
+            except CheckpointError as error:
+                refusal = error
         if self._settings.checkpoint.sharded:
-            barrier()  # the first process has made the folder
+            barrier()  # the first process has made the folder, or all refuse the same content
             if not is_main():
                 self._checkpoints.save(snapshot)
+        if refusal is not None:
+            raise refusal
         self._saved_iteration = self._state.iteration
 
     def _finish_writing(self) -> None:

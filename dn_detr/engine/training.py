@@ -131,6 +131,7 @@ def _build_trainer(
             sharded=settings.checkpoint.sharded,
             rank=rank(),
             world_size=world_size(),
+            shard_timeout=settings.grace_seconds,
         ),
         open_rows=partial(
             open_writers,
