@@ -220,10 +220,11 @@ class Trainer:
                 f"{result.report}\n{self._state.nonfinite_steps} steps of this run were not "
                 f"finite, more than train.nonfinite_limit={limit}"
             )
-        logger.warning(
-            "%s\ntrain.nonfinite=%s; number %d of at most %d", result.report,
-            self._settings.nonfinite, self._state.nonfinite_steps, limit,
-        )  # fmt: skip
+        if is_main():  # the report is about all processes
+            logger.warning(
+                "%s\ntrain.nonfinite=%s; number %d of at most %d", result.report,
+                self._settings.nonfinite, self._state.nonfinite_steps, limit,
+            )  # fmt: skip
         if self._settings.nonfinite == "rollback":
             self._roll_back(result)
 
@@ -248,7 +249,8 @@ class Trainer:
         state.interval.count("nonfinite_steps")
         self._saved_iteration = None  # that checkpoint would draw the same images again
         self._start_rows()
-        logger.warning("rolled back to %s", checkpoint)
+        if is_main():
+            logger.warning("rolled back to %s", checkpoint)
 
     def _log_if_due(self, progress: Progress) -> None:
         if not self._timetable.is_due(self._settings.log_period, self._state.iteration):
@@ -309,7 +311,8 @@ class Trainer:
             self._save()
             self._finish_writing()
         reason = self._stop.reason or "another process was asked to"
-        logger.warning("stopped after iteration %d: %s", self._state.iteration, reason)
+        if is_main():
+            logger.warning("stopped after iteration %d: %s", self._state.iteration, reason)
         raise Stopped(
             f"stopped after iteration {self._state.iteration} ({reason}); --resume continues"
         )
