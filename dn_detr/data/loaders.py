@@ -66,6 +66,8 @@ class WatchedLoader(DataLoader[Sample]):
             return iter(self._reader)
         with self._watch.reporting(), self._watch.starting():
             batches = iter(self._reader)
+        # torch offers no public way to this queue
+        self._watch.begin(batches._worker_result_queue)  # type: ignore[attr-defined]
         return self._watched(batches, self._watch)
 
     def _watched(

@@ -17,7 +17,6 @@ from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -153,6 +152,8 @@ class WorkerWatch:
         self.context.Process = self._record(self.context.Process)  # type: ignore[attr-defined]
         self._dataset = dataset
         self._workers: list[BaseProcess] = []
+        self._has_begun = False
+        self._first_dead: int | None = None
 
     def _record(self, process_type: Callable[..., BaseProcess]) -> Callable[..., BaseProcess]:
         def create(*args: Any, **settings: Any) -> BaseProcess:
@@ -164,53 +165,78 @@ class WorkerWatch:
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Start workers within this context: signals for them wait until they are ready.
+        """Create within this context what starts the workers.
 
-        A worker is born with the handlers of its parent, and a signal would run them before
-        ``leave_signals_to_the_parent`` does away with them. The signals of the parent wait, too.
-        When the parent ends, it ends the workers whatever they are doing.
+        Signals for workers wait until they are ready: a worker is born with the handlers of its
+        parent, and would run them before ``leave_signals_to_the_parent`` does away with them.
+        The signals of the parent wait, too. torch's handler of SIGCHLD is taken away again: it
+        raises wherever the main process happens to be, also while it saves a checkpoint.
         """
-        known = len(self._workers)
-        with _signals_held_back():
+        with _signals_held_back(), _handler_of_child_signals_kept():
             yield
-        if started := self._workers[known:]:
-            # Before multiprocessing's own way, which waits without limit for a worker that is
-            # stuck in a library and does not hear SIGTERM.
-            Finalize(None, _end, args=(started,), exitpriority=0)
+
+    def begin(self, results: Any) -> None:
+        """Watch the workers from now on, if that has not begun yet.
+
+        When this process ends, they end, whatever they are doing.
+
+        Args:
+            results: the ``multiprocessing.Queue`` that they write to.
+        """
+        if self._has_begun:
+            return
+        self._has_begun, workers = True, list(self._workers)
+        # Before multiprocessing's own way, which waits without limit for a worker that is stuck
+        # in a library and does not hear SIGTERM.
+        Finalize(None, _end, args=(workers,), exitpriority=0)
+        threading.Thread(target=self._await_death, args=(workers, results), daemon=True).start()
+
+    def _await_death(self, workers: list[BaseProcess], results: Any) -> None:
+        """Let the main process read the end of the results when a worker dies.
+
+        Otherwise it would look at its workers every 5 seconds only, and never again if one died
+        while it was writing: the rest of a message would be awaited for ever, because everybody
+        else holds the pipe open.
+        """
+        dead = wait([worker.sentinel for worker in workers])
+        self._first_dead = next(n for n, worker in enumerate(workers) if worker.sentinel in dead)
+        for worker in workers:
+            worker.terminate()
+        results._writer.close()
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
-        """Raise at once, while the context lasts, when a worker is dead; never at another time.
-
-        torch's own handler of SIGCHLD raises wherever the main process happens to be, also while
-        it saves a checkpoint. The handler that was there before is restored at the end.
+        """Read from the workers within this context.
 
         Raises:
-            DatasetError: names the file, the process, how it died and what helps.
+            DatasetError: a worker is dead; names the file, the process, how it died and what
+                helps.
         """
-        with _on_child_signal(self._refuse_the_dead):
-            self._refuse_the_dead()
-            try:
-                yield
-            except (RuntimeError, OSError, EOFError) as error:
-                # What a dead worker leaves behind makes torch raise many things, some of them
-                # before the death is known. What a living one passes on begins with "Caught".
-                if not str(error).startswith("Caught "):
-                    wait([worker.sentinel for worker in self._started()], _UNTIL_A_DEATH_IS_KNOWN)
-                    self._refuse_the_dead(cause=error)
-                raise
-
-    def _started(self) -> list[BaseProcess]:
-        return [worker for worker in self._workers if worker.pid is not None]
+        self._refuse_the_dead()
+        try:
+            yield
+        except (RuntimeError, OSError, EOFError) as error:
+            # What a dead worker leaves behind makes torch raise many things, some of them before
+            # the death is known. What a living one passes on begins with "Caught".
+            if not str(error).startswith("Caught "):
+                self._refuse_the_dead(cause=error)
+            raise
 
     def _refuse_the_dead(self, cause: Exception | None = None) -> None:
-        for number, worker in enumerate(self._workers):
-            if worker.exitcode is not None:
-                death, remedy = _manner_of_death(worker.exitcode)
-                raise DatasetError(
-                    f"a worker process of the loader (pid {worker.pid}) {death}"
-                    f" {self._occupation(number)}; {remedy}"
-                ) from cause
+        started = {w.sentinel: w for w in self._workers if w.pid is not None}
+        for sentinel in wait(list(started), _UNTIL_A_DEATH_IS_KNOWN if cause else 0):
+            started[cast(int, sentinel)].join()  # it is ending
+        dead = [n for n, worker in enumerate(self._workers) if worker.exitcode is not None]
+        if not dead:
+            return
+        # All others were ended after the first, see above.
+        number = dead[0] if self._first_dead is None else self._first_dead
+        worker = self._workers[number]
+        death, remedy = _manner_of_death(cast(int, worker.exitcode))
+        raise DatasetError(
+            f"a worker process of the loader (pid {worker.pid}) {death}"
+            f" {self._occupation(number)}; {remedy}"
+        ) from cause
 
     def _occupation(self, number: int) -> str:
         index, was_reading = self.journal.last(number)
@@ -252,19 +278,12 @@ def _signals_held_back() -> Iterator[None]:
 
 
 @contextmanager
-def _on_child_signal(look: Callable[[], None]) -> Iterator[None]:
-    """Call ``look`` whenever a child process has ended."""
+def _handler_of_child_signals_kept() -> Iterator[None]:
+    """Put back the handler of SIGCHLD at the end."""
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield  # handlers belong to the main thread; torch itself looks every 5 seconds
+        yield  # only the main thread sets handlers
         return
     before = signal.getsignal(signal.SIGCHLD)
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        look()
-        if callable(before):
-            before(number, frame)
-
-    signal.signal(signal.SIGCHLD, handler)
     try:
         yield
     finally:
