@@ -104,7 +104,7 @@ class Mistaken(CocoDetection):
 def test_nothing_but_unreadable_images_is_skipped(folder: Any) -> None:
     folder.open()
     dataset = Mistaken(folder.images_dir, folder.annotation_file, train=True)
-    with pytest.raises(DatasetError, match="^the annotation of image 3"):
+    with pytest.raises(DatasetError, match=r"^the annotation of image 3"):
         next(iter(build_train_loader(dataset, 2, num_workers=0, on_error="skip")))
 
 
