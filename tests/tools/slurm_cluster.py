@@ -1,0 +1,208 @@
+"""A Slurm cluster of one node on this machine: munged, slurmctld and slurmd, without systemd."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+# Where Debian keeps the daemons, which an ordinary PATH does not name.
+SEARCH_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
+
+CONFIGURATION = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={slurmctld_port}
+SlurmdPort={slurmd_port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+# A requeued job starts only when its old credential is void: after 120 seconds by default.
+AuthInfo=socket={folder}/munge.socket,cred_expire=2
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+SlurmctldParameters=enable_configless
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+KillWait=5
+MinJobAge=600
+ReturnToService=2
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=low Nodes={host} Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=30
+PartitionName=lowest Nodes={host} MaxTime=INFINITE PriorityTier=1 GraceTime=0
+PartitionName=high Nodes={host} MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def missing_requirement() -> str | None:
+    """Why no cluster can be started here; None if one can."""
+    if os.geteuid() != 0:
+        return "only root can start slurmd"
+    absent = [name for name in PROGRAMS if shutil.which(name, path=SEARCH_PATH) is None]
+    return f"Slurm is not installed ({', '.join(absent)})" if absent else None
+
+
+class SlurmCluster:
+    """Starts on `with`, ends all its jobs and daemons at the end of it.
+
+    Args:
+        folder: for configuration, state and logs; a short path, because a socket lies there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "PATH": SEARCH_PATH, "SLURM_CONF": f"{folder}/slurm.conf"}
+        self.host = socket.gethostname().split(".")[0]
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> SlurmCluster:
+        for name in ("state", "spool"):
+            (self.folder / name).mkdir()
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        slurmctld_port, slurmd_port = free_ports(2)
+
+        text = CONFIGURATION.format(
+            folder=self.folder,
+            host=self.host,
+            slurmctld_port=slurmctld_port,
+            slurmd_port=slurmd_port,
+        )
+        (self.folder / "slurm.conf").write_text(text)
+        try:
+            self._start_daemons()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop()
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """The result of a command that sees this cluster."""
+        return subprocess.run(
+            command,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """What `scontrol show job` says, such as JobState, Restarts and ExitCode."""
+        result = self.run("scontrol", "--oneliner", "show", "job", job_id)
+        pairs = (word.partition("=") for word in result.stdout.split())
+        return {key: value for key, _, value in pairs}
+
+    def wait_for(
+        self, job_id: str, condition: Callable[[Mapping[str, str]], bool], timeout: float
+    ) -> dict[str, str]:
+        """The job as soon as it is as wanted.
+
+        Raises:
+            TimeoutError: it never was; the message has the job.
+        """
+        deadline = time.monotonic() + timeout
+        while not condition(job := self.job(job_id)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"after {timeout} s the job is {job}")
+            time.sleep(0.2)
+        return job
+
+    def wait_until_ended(self, job_id: str, timeout: float) -> dict[str, str]:
+        """The job when Slurm is done with it."""
+        ongoing = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+        return self.wait_for(job_id, lambda job: job["JobState"] not in ongoing, timeout)
+
+    def log(self) -> str:
+        """What the daemons wrote."""
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
+
+    def _start_daemons(self) -> None:
+        folder = self.folder
+        files = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        munge = [f"--{option}={folder}/munge.{name}" for option, name in files.items()]
+        self._start("munged", "--foreground", "--force", f"--key-file={folder}/munge.key", *munge)
+        self._wait_until("munge.socket is there", (folder / "munge.socket").exists)
+        self._start("slurmctld", "-D")
+        self._start("slurmd", "-D", "-N", self.host)
+        is_idle = ("sinfo", "--noheader", "--partition=low", "--format=%T")
+        self._wait_until("the node is idle", lambda: self.run(*is_idle).stdout.strip() == "idle")
+
+    def _start(self, name: str, *arguments: str) -> None:
+        program = shutil.which(name, path=SEARCH_PATH)
+        assert program is not None
+        with (self.folder / f"{name}.out").open("wb") as output:
+            self._daemons.append(
+                subprocess.Popen(
+                    [program, *arguments], env=self.environment, stdout=output, stderr=output
+                )
+            )
+
+    def _wait_until(self, what: str, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            if time.monotonic() > deadline or any(d.poll() is not None for d in self._daemons):
+                raise RuntimeError(f"waited in vain until {what}; the daemons say:\n{self.log()}")
+            time.sleep(0.1)
+
+    def _stop(self) -> None:
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+        for daemon in self._daemons:
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        for process_id in self._processes():  # jobs outlive the daemons that started them
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGKILL)
+
+    def _processes(self) -> list[int]:
+        """Everything that this cluster started, known by its environment."""
+        mark = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+        return found
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]

@@ -1,0 +1,178 @@
+"""Jobs on a real Slurm cluster, which the tests start on this machine."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from dn_detr.checkpoint import read_weights
+from tests.tools.slurm_cluster import SlurmCluster, missing_requirement
+from tools.submit import main
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = str(ROOT / "tests" / "tools" / "slow_config.py")
+THIS_CODE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+SLOW = "model.pause=1.0"  # a minute of training
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[SlurmCluster]:
+    if reason := missing_requirement():
+        pytest.skip(reason)
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm") as folder,  # short: a socket lies there
+        SlurmCluster(Path(folder)) as cluster,
+    ):
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Weights of two processes without Slurm and without interruption."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    command = [sys.executable, "tools/train_net.py", "--config-file", CONFIG, "--num-gpus", "2"]
+    environment = {**os.environ, **THIS_CODE}
+    subprocess.run([*command, f"train.output_dir={folder}"], env=environment, cwd=ROOT, check=True)
+    return read_weights(folder)
+
+
+def submit(cluster: SlurmCluster, folder: Path, *arguments: str) -> tuple[int, str]:
+    """Exit code and output of tools/submit.py.
+
+    In this process, because importing torch takes seconds; sbatch and the jobs inherit the
+    environment.
+    """
+    command = ["--config-file", CONFIG, "--processes-per-node", "2", "--time", "10", *arguments]
+    said = io.StringIO()
+    with (
+        patch.dict(os.environ, {**cluster.environment, **THIS_CODE}),
+        redirect_stdout(said),
+        redirect_stderr(said),
+    ):
+        return main([*command, f"train.output_dir={folder}"]), said.getvalue()
+
+
+class Job:
+    """A submitted training of two processes in `folder`."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path, *arguments: str) -> None:
+        self.cluster, self.folder = cluster, folder
+        status, self.said = submit(cluster, folder, *arguments)
+        assert status == 0, self.said
+        self.id = re.search(r"job (\d+)", self.said)[1]
+
+    def wait_for_step(self) -> None:
+        """Until the first start trains."""
+        deadline = time.monotonic() + 60
+        while "iteration 4/60" not in self.log():
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.2)
+
+    def end(self, timeout: float = 60) -> dict[str, str]:
+        return self.cluster.wait_until_ended(self.id, timeout)
+
+    def log(self) -> str:
+        files = sorted((self.folder / "slurm").glob(f"{self.id}_*_log.out"))
+        return "\n".join(path.read_text() for path in files)
+
+    def assert_resumed_to(self, weights: dict[str, torch.Tensor]) -> None:
+        """It was interrupted once and went on as if it had not been."""
+        job, log = self.end(), self.log()
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+        assert "resuming from" in log
+        assert_equal(weights, read_weights(self.folder))
+
+
+def assert_equal(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+
+
+def test_a_job_trains_like_num_gpus_and_completes(cluster, tmp_path, uninterrupted):
+    job = Job(cluster, tmp_path, "--cpus-per-gpu", "1")
+    assert f"scancel {job.id}" in job.said
+    state = job.end()
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "0"), job.log()
+    assert_equal(uninterrupted, read_weights(tmp_path))
+
+
+def test_a_job_at_its_time_limit_saves_and_resumes_to_the_same_weights(
+    cluster, tmp_path, uninterrupted
+):
+    job = Job(cluster, tmp_path, "--time", "1", "--save-before", "15", SLOW)
+    cluster.wait_for(job.id, lambda state: state["Restarts"] == "1", 120)
+    job.assert_resumed_to(uninterrupted)
+
+
+@pytest.mark.parametrize("partition", ["low", "lowest"])  # with 30 seconds of grace, and without
+def test_a_preempted_job_saves_and_resumes_to_the_same_weights(
+    cluster, tmp_path, uninterrupted, partition
+):
+    job = Job(cluster, tmp_path, "--partition", partition, SLOW)
+    job.wait_for_step()
+    urgent = cluster.run(
+        "sbatch",
+        "--partition=high",
+        "--exclusive",
+        "--chdir=/",
+        "--output=/dev/null",
+        "--wrap=true",
+    )
+    cluster.wait_until_ended(urgent.stdout.split()[-1], 60)
+    job.assert_resumed_to(uninterrupted)
+
+
+def test_a_job_whose_node_fails_resumes_to_the_same_weights(cluster, tmp_path, uninterrupted):
+    job = Job(cluster, tmp_path, "train.checkpoint.period=5", SLOW)
+    job.wait_for_step()
+    node = ("scontrol", "update", f"NodeName={cluster.host}")
+    cluster.run(*node, "State=DOWN", "Reason=test")
+    cluster.wait_for(job.id, lambda state: state["Restarts"] == "1", 30)
+    cluster.run(*node, "State=RESUME")
+    job.assert_resumed_to(uninterrupted)
+
+
+def test_a_cancelled_job_saves_and_does_not_start_again(cluster, tmp_path):
+    job = Job(cluster, tmp_path, SLOW)
+    job.wait_for_step()
+    cluster.run("scancel", job.id)
+    state = job.end()
+    assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0")
+    assert (tmp_path / "checkpoints" / "last").exists(), job.log()
+
+
+def test_a_job_starts_again_as_often_as_allowed(cluster, tmp_path):
+    job = Job(cluster, tmp_path, "--max-requeues", "0", SLOW)
+    job.wait_for_step()
+    cluster.run("scancel", "--signal=USR2", job.id)
+    state = job.end()
+    assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "0", "75:0")
+    assert "as often as --max-requeues allows" in job.log()
+
+
+def test_a_job_that_crashes_does_not_start_again(cluster, tmp_path):
+    job = Job(cluster, tmp_path, "model.nan_at=2")
+    state = job.end()
+    assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "0", "1:0")
+    assert "loss terms loss_class not finite" in job.log()
+
+
+def test_what_slurm_refuses_is_one_clear_message(cluster, tmp_path):
+    status, said = submit(cluster, tmp_path, "--partition", "absent")
+    assert status == 1
+    assert said.startswith("error: Slurm refused the job: ") and "invalid partition" in said
