@@ -17,7 +17,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from .cluster_job import ClusterJob
+from .cluster_job import ClusterJob, python_command
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 
@@ -161,7 +161,7 @@ def _slurm_executor(resources: Resources, folder: str | Path) -> submitit.SlurmE
         parameters["cpus_per_task"] = resources.cpus_per_process
         # srun does not take it from sbatch since Slurm 22.05
         srun_args.append(f"--cpus-per-task={resources.cpus_per_process}")
-    executor = submitit.SlurmExecutor(folder)
+    executor = submitit.SlurmExecutor(folder, python=python_command())
     executor.update_parameters(**parameters, srun_args=srun_args)
     return executor
 
@@ -169,7 +169,7 @@ def _slurm_executor(resources: Resources, folder: str | Path) -> submitit.SlurmE
 def _local_executor(resources: Resources, folder: str | Path) -> submitit.LocalExecutor:
     if resources.nodes != 1:
         raise SubmissionError(f"--cluster local has one node, not {resources.nodes}")
-    executor = submitit.LocalExecutor(folder)
+    executor = submitit.LocalExecutor(folder, python=python_command())
     executor.update_parameters(
         timeout_min=resources.minutes,
         tasks_per_node=resources.processes_per_node,

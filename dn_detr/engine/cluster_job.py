@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import runpy
+import shlex
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -103,12 +105,23 @@ def set_number_of_threads(job: submitit.JobEnvironment) -> None:
         torch.set_num_threads(int(os.environ.get("SLURM_CPUS_PER_TASK", max(1, share))))
 
 
+def python_command() -> str:
+    """Return the shell command by which submitit starts Python: with `STOP_SIGNALS` blocked.
+
+    A signal that comes during the imports, which take seconds, then waits for `signals_held`; it
+    would end the process otherwise.
+    """
+    block = f"signal.pthread_sigmask(signal.SIG_BLOCK, {[int(each) for each in STOP_SIGNALS]})"
+    start = "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    return shlex.join([sys.executable, "-c", f"import os, signal, sys; {block}; {start}"])
+
+
 @contextmanager
 def signals_held() -> Iterator[None]:
     """Keep signals that ask to stop until the training listens, and hand them over then.
 
-    Without this one that comes while the process starts would end it, or be lost in one of
-    submitit's handlers, which requeue and exit in the middle of whatever is going on.
+    They must not reach submitit's handlers, which queue the job again and exit in the middle of
+    whatever is going on.
     """
     held: list[int] = []
     is_over = threading.Event()
@@ -122,6 +135,7 @@ def signals_held() -> Iterator[None]:
                 os.kill(os.getpid(), held.pop(0))
 
     before = {number: signal.signal(number, hold) for number in STOP_SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     threading.Thread(target=hand_over, name="held signals", daemon=True).start()
     try:
         yield

@@ -11,7 +11,7 @@ from tests.engine.dummy import TinyDetector
 
 
 class SlowDetector(TinyDetector):
-    """Pauses before every training step, but not once Slurm has started the job again.
+    """Pauses before every training step, but not once Slurm or torchrun has started it again.
 
     Args:
         pause: seconds.
@@ -20,7 +20,10 @@ class SlowDetector(TinyDetector):
 
     def __init__(self, pause: float, **others: Any) -> None:
         super().__init__(**others)
-        self.pause = 0.0 if "SLURM_RESTART_COUNT" in os.environ else pause
+        restarts = (
+            os.environ.get(f"{name}_RESTART_COUNT", "0") for name in ("SLURM", "TORCHELASTIC")
+        )
+        self.pause = pause if set(restarts) == {"0"} else 0.0
 
     def forward(self, samples: Sequence[Mapping[str, Any]]) -> Any:
         if self.training:

@@ -26,8 +26,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job starts only when its old credential is void: after 120 seconds by default.
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+# A requeued job starts when its old credential is void: after 120 seconds by default.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -46,7 +46,8 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=5
+# A busy machine is slow to start a job, and a limit is one minute at least.
+OverTimeLimit=2
 MinJobAge=600
 ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN

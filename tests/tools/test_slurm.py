@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,15 +13,18 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import torch
 
-from dn_detr.checkpoint import read_weights
+from tests.tools.processes import (
+    ENVIRONMENT,
+    ROOT,
+    assert_equal_weights,
+    assert_success,
+    start,
+)
 from tests.tools.slurm_cluster import SlurmCluster, missing_requirement
 from tools.submit import main
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "tests" / "tools" / "slow_config.py")
-THIS_CODE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 SLOW = "model.pause=1.0"  # a minute of training
 
 pytestmark = pytest.mark.slow
@@ -41,13 +42,12 @@ def cluster() -> Iterator[SlurmCluster]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """Weights of two processes without Slurm and without interruption."""
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes without Slurm and without interruption."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    command = [sys.executable, "tools/train_net.py", "--config-file", CONFIG, "--num-gpus", "2"]
-    environment = {**os.environ, **THIS_CODE}
-    subprocess.run([*command, f"train.output_dir={folder}"], env=environment, cwd=ROOT, check=True)
-    return read_weights(folder)
+    command = ("tools/train_net.py", "--config-file", CONFIG, "--num-gpus", "2")
+    assert_success(start(*command, f"train.output_dir={folder}"))
+    return folder
 
 
 def submit(cluster: SlurmCluster, folder: Path, *arguments: str) -> tuple[int, str]:
@@ -59,7 +59,7 @@ def submit(cluster: SlurmCluster, folder: Path, *arguments: str) -> tuple[int, s
     command = ["--config-file", CONFIG, "--processes-per-node", "2", "--time", "10", *arguments]
     said = io.StringIO()
     with (
-        patch.dict(os.environ, {**cluster.environment, **THIS_CODE}),
+        patch.dict(os.environ, {**cluster.environment, **ENVIRONMENT}),
         redirect_stdout(said),
         redirect_stderr(said),
     ):
@@ -77,30 +77,24 @@ class Job:
 
     def wait_for_step(self) -> None:
         """Until the first start trains."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while "iteration 4/60" not in self.log():
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.2)
 
-    def end(self, timeout: float = 60) -> dict[str, str]:
+    def end(self, timeout: float = 180) -> dict[str, str]:
         return self.cluster.wait_until_ended(self.id, timeout)
 
     def log(self) -> str:
         files = sorted((self.folder / "slurm").glob(f"{self.id}_*_log.out"))
         return "\n".join(path.read_text() for path in files)
 
-    def assert_resumed_to(self, weights: dict[str, torch.Tensor]) -> None:
+    def assert_resumed_to(self, uninterrupted: Path) -> None:
         """It was interrupted once and went on as if it had not been."""
         job, log = self.end(), self.log()
         assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
         assert "resuming from" in log
-        assert_equal(weights, read_weights(self.folder))
-
-
-def assert_equal(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
-    assert expected.keys() == found.keys()
-    for name, value in expected.items():
-        assert torch.equal(value, found[name]), name
+        assert_equal_weights(uninterrupted, self.folder)
 
 
 def test_a_job_trains_like_num_gpus_and_completes(cluster, tmp_path, uninterrupted):
@@ -108,7 +102,7 @@ def test_a_job_trains_like_num_gpus_and_completes(cluster, tmp_path, uninterrupt
     assert f"scancel {job.id}" in job.said
     state = job.end()
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "0"), job.log()
-    assert_equal(uninterrupted, read_weights(tmp_path))
+    assert_equal_weights(uninterrupted, tmp_path)
 
 
 def test_a_job_at_its_time_limit_saves_and_resumes_to_the_same_weights(
@@ -133,7 +127,7 @@ def test_a_preempted_job_saves_and_resumes_to_the_same_weights(
         "--output=/dev/null",
         "--wrap=true",
     )
-    cluster.wait_until_ended(urgent.stdout.split()[-1], 60)
+    cluster.wait_until_ended(urgent.stdout.split()[-1], 180)
     job.assert_resumed_to(uninterrupted)
 
 
@@ -142,7 +136,7 @@ def test_a_job_whose_node_fails_resumes_to_the_same_weights(cluster, tmp_path, u
     job.wait_for_step()
     node = ("scontrol", "update", f"NodeName={cluster.host}")
     cluster.run(*node, "State=DOWN", "Reason=test")
-    cluster.wait_for(job.id, lambda state: state["Restarts"] == "1", 30)
+    cluster.wait_for(job.id, lambda state: state["Restarts"] == "1", 60)
     cluster.run(*node, "State=RESUME")
     job.assert_resumed_to(uninterrupted)
 

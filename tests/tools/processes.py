@@ -1,0 +1,51 @@
+"""Python programs of the repository in processes of their own, and what they leave."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dn_detr.checkpoint import read_weights
+
+ROOT = Path(__file__).resolve().parents[2]
+# This code also where another copy is installed; rounding depends on the number of threads.
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """Python with these arguments, in the repository."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env={**os.environ, **ENVIRONMENT},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def assert_success(*processes: subprocess.Popen[str]) -> None:
+    """Wait for all; each must exit with 0."""
+    said = [process.communicate(timeout=180)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
+
+
+def wait_for_log(folder: Path, text: str) -> None:
+    """Until the run in `folder` has logged `text`."""
+    log, deadline = folder / "log.txt", time.monotonic() + 180
+    while not log.exists() or text not in log.read_text():
+        assert time.monotonic() < deadline, f"no {text!r} in {log}"
+        time.sleep(0.1)
+
+
+def assert_equal_weights(first: Path, second: Path) -> None:
+    """To the last bit, in the last checkpoints of two runs."""
+    expected, found = read_weights(first), read_weights(second)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name

@@ -1,0 +1,123 @@
+"""The submission, and a job that runs on this machine without Slurm."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from dn_detr.engine.cluster import SubmissionError, parse_minutes
+from dn_detr.engine.cluster_job import STOP_SIGNALS, python_command, signals_held
+from tests.tools.processes import ROOT, assert_equal_weights, assert_success, start, wait_for_log
+from tools.submit import main
+
+CONFIG = str(ROOT / "tests" / "tools" / "slow_config.py")
+COMMAND = ["--config-file", CONFIG, "--time", "10"]
+ON_CPUS = ["--processes-per-node", "2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("90", 90),
+        ("5:01", 6),
+        ("24:00:00", 1440),
+        ("1:30:30", 91),
+        ("2-12", 3600),
+        ("1-0:30", 1470),
+        ("1-0:0:1", 1441),
+    ],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(text, minutes):
+    assert parse_minutes(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "1h", "1:2:3:4", "-5", "1-"])
+def test_other_time_limits_are_refused(text):
+    with pytest.raises(SubmissionError, match="expected minutes"):
+        parse_minutes(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*ON_CPUS, "train.output_dri=x"], "did you mean train.output_dir?"),
+        ([*ON_CPUS, "train.epochs=many"], "train.epochs"),
+        ([*ON_CPUS, "--config-file", "no_such_model"], "no config file 'no_such_model'"),
+        (["--gpus-per-node", "2"], "train.device=cpu uses no GPUs"),
+        ([*ON_CPUS, "train.device=cuda"], "train.device=cuda needs GPUs"),
+        ([*ON_CPUS, "--time", "soon"], "time limit 'soon'"),
+        ([*ON_CPUS, "--save-before", "600"], "leaves nothing to train"),
+        ([*ON_CPUS, "--nodes", "0"], "nodes: 0"),
+        ([*ON_CPUS, "--cluster", "local", "--nodes", "2"], "one node, not 2"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_queued(tmp_path, capsys, arguments, message):
+    assert main([*COMMAND, f"train.output_dir={tmp_path}/run", *arguments]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and message in said.err and said.out == ""
+    assert not list(tmp_path.rglob("*.pkl"))
+
+
+def test_a_machine_without_slurm_is_one_clear_message(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([*COMMAND, *ON_CPUS, f"train.output_dir={tmp_path}/run"]) == 1
+    assert "sbatch is not on the PATH" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_before_training_reaches_it(number):
+    received = []
+    before = signal.getsignal(number)
+    with signals_held():
+        os.kill(os.getpid(), number)
+        time.sleep(0.3)  # the process is still starting
+        assert received == []
+        signal.signal(number, lambda *_: received.append(number))
+        deadline = time.monotonic() + 10
+        while not received and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert received == [number]
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_imports_of_a_job_waits_for_the_training():
+    program = (
+        "import os, signal, time; os.kill(os.getpid(), signal.SIGUSR2); "
+        "from dn_detr.engine.cluster_job import signals_held\n"
+        "with signals_held():\n"
+        "    signal.signal(signal.SIGUSR2, lambda *_: print('received', flush=True))\n"
+        "    time.sleep(0.5)"
+    )
+    result = subprocess.run(
+        f"{python_command()} -c {shlex.quote(program)}", shell=True, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (0, "received\n"), result.stderr
+
+
+def submit_here(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = ["tools/submit.py", *COMMAND, *ON_CPUS, "--cluster", "local"]
+    return start(*command, f"train.output_dir={folder}", *arguments)
+
+
+@pytest.mark.slow
+def test_a_killed_local_job_saves_and_the_same_command_finishes_it(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert_success(submit_here(whole))
+
+    job = submit_here(stopped, "model.pause=0.5")
+    wait_for_log(stopped, "iteration 4/60")
+    [job_id] = {path.name.split("_")[0] for path in (stopped / "slurm").glob("*_log.out")}
+    os.kill(int(job_id), signal.SIGTERM)
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == 1 and "the same command continues it" in said
+
+    assert_success(submit_here(stopped))
+    assert "resuming from" in (stopped / "log.txt").read_text()
+    assert_equal_weights(whole, stopped)
