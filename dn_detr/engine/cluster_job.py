@@ -24,8 +24,7 @@ import submitit
 import torch
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
-EXIT_STOPPED = 75  # of tools/train_net.py: stopped on request after saving; --resume continues
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+from .stopping import EXIT_STOPPED, STOP_SIGNALS
 
 # Below the ports that Linux gives to outgoing connections (32768 and more).
 _FIRST_PORT, _PORTS = 20000, 12000
@@ -121,7 +120,7 @@ def signals_held() -> Iterator[None]:
     """Keep signals that ask to stop until the training listens, and hand them over then.
 
     They must not reach submitit's handlers, which queue the job again and exit in the middle of
-    whatever is going on.
+    whatever is going on. Afterwards these signals are ignored: the process is about to end.
     """
     held: list[int] = []
     is_over = threading.Event()
@@ -134,24 +133,25 @@ def signals_held() -> Iterator[None]:
             if held and signal.getsignal(held[0]) is not hold:
                 os.kill(os.getpid(), held.pop(0))
 
-    before = {number: signal.signal(number, hold) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        signal.signal(number, hold)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     threading.Thread(target=hand_over, name="held signals", daemon=True).start()
     try:
         yield
     finally:
         is_over.set()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def requeue(job_id: str, max_requeues: int) -> bool:
     """Queue this Slurm job again, unless Slurm has decided already.
 
-    Only a job that Slurm calls RUNNING is queued again: at its time limit, at the start of the
-    grace time of a preemption, or when somebody sent the signal alone. One that was cancelled is
-    no longer RUNNING when its processes get the signal, and one that is preempted without grace
-    time is queued again by Slurm.
+    Queued again is a job that Slurm calls RUNNING (its time limit is near, a preemption gives it
+    grace time, or somebody sent the signal alone), and one that was ended by its time limit. One
+    that was cancelled is no longer RUNNING when its processes get the signal, and one that is
+    preempted without grace time is queued again by Slurm.
 
     Args:
         job_id: number of the job.
@@ -161,8 +161,9 @@ def requeue(job_id: str, max_requeues: int) -> bool:
     Returns:
         Whether it was queued.
     """
-    if (state := _job_state(job_id)) != "RUNNING":
-        logger.info("job %s is %s: whether it starts again is up to Slurm", job_id, state)
+    job = _job_fields(job_id)
+    if job["JobState"] != "RUNNING" and job["Reason"] != "TimeLimit":
+        logger.info("job %s is %s: whether it starts again is up to Slurm", job_id, job["JobState"])
         return False
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     if restarts >= max_requeues:
@@ -176,9 +177,9 @@ def requeue(job_id: str, max_requeues: int) -> bool:
     return True
 
 
-def _job_state(job_id: str) -> str:
+def _job_fields(job_id: str) -> dict[str, str]:
     words = _scontrol("--oneliner", "show", "job", job_id).split()
-    return next(word.partition("=")[2] for word in words if word.startswith("JobState="))
+    return {key: value for key, _, value in (word.partition("=") for word in words)}
 
 
 def _scontrol(*arguments: str) -> str:

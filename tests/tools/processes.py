@@ -13,6 +13,7 @@ import torch
 from dn_detr.checkpoint import read_weights
 
 ROOT = Path(__file__).resolve().parents[2]
+SLOW_CONFIG = str(ROOT / "tests" / "tools" / "slow_config.py")
 # This code also where another copy is installed; rounding depends on the number of threads.
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 

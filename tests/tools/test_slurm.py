@@ -16,15 +16,12 @@ import pytest
 
 from tests.tools.processes import (
     ENVIRONMENT,
-    ROOT,
+    SLOW_CONFIG,
     assert_equal_weights,
-    assert_success,
-    start,
 )
 from tests.tools.slurm_cluster import SlurmCluster, missing_requirement
 from tools.submit import main
 
-CONFIG = str(ROOT / "tests" / "tools" / "slow_config.py")
 SLOW = "model.pause=1.0"  # a minute of training
 
 pytestmark = pytest.mark.slow
@@ -41,22 +38,21 @@ def cluster() -> Iterator[SlurmCluster]:
         yield cluster
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes without Slurm and without interruption."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    command = ("tools/train_net.py", "--config-file", CONFIG, "--num-gpus", "2")
-    assert_success(start(*command, f"train.output_dir={folder}"))
-    return folder
-
-
 def submit(cluster: SlurmCluster, folder: Path, *arguments: str) -> tuple[int, str]:
     """Exit code and output of tools/submit.py.
 
     In this process, because importing torch takes seconds; sbatch and the jobs inherit the
     environment.
     """
-    command = ["--config-file", CONFIG, "--processes-per-node", "2", "--time", "10", *arguments]
+    command = [
+        "--config-file",
+        SLOW_CONFIG,
+        "--processes-per-node",
+        "2",
+        "--time",
+        "10",
+        *arguments,
+    ]
     said = io.StringIO()
     with (
         patch.dict(os.environ, {**cluster.environment, **ENVIRONMENT}),
@@ -75,10 +71,9 @@ class Job:
         assert status == 0, self.said
         self.id = re.search(r"job (\d+)", self.said)[1]
 
-    def wait_for_step(self) -> None:
-        """Until the first start trains."""
+    def wait_for_iteration(self, iteration: int) -> None:
         deadline = time.monotonic() + 180
-        while "iteration 4/60" not in self.log():
+        while f"iteration {iteration}/60" not in self.log():
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.2)
 
@@ -90,9 +85,9 @@ class Job:
         return "\n".join(path.read_text() for path in files)
 
     def assert_resumed_to(self, uninterrupted: Path) -> None:
-        """It was interrupted once and went on as if it had not been."""
+        """It was interrupted and went on as if it had not been."""
         job, log = self.end(), self.log()
-        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+        assert job["JobState"] == "COMPLETED" and int(job["Restarts"]) >= 1, log
         assert "resuming from" in log
         assert_equal_weights(uninterrupted, self.folder)
 
@@ -109,7 +104,7 @@ def test_a_job_at_its_time_limit_saves_and_resumes_to_the_same_weights(
     cluster, tmp_path, uninterrupted
 ):
     job = Job(cluster, tmp_path, "--time", "1", "--save-before", "15", SLOW)
-    cluster.wait_for(job.id, lambda state: state["Restarts"] == "1", 120)
+    cluster.wait_for(job.id, lambda state: state["Restarts"] != "0", 180)
     job.assert_resumed_to(uninterrupted)
 
 
@@ -118,7 +113,7 @@ def test_a_preempted_job_saves_and_resumes_to_the_same_weights(
     cluster, tmp_path, uninterrupted, partition
 ):
     job = Job(cluster, tmp_path, "--partition", partition, SLOW)
-    job.wait_for_step()
+    job.wait_for_iteration(4)
     urgent = cluster.run(
         "sbatch",
         "--partition=high",
@@ -133,7 +128,7 @@ def test_a_preempted_job_saves_and_resumes_to_the_same_weights(
 
 def test_a_job_whose_node_fails_resumes_to_the_same_weights(cluster, tmp_path, uninterrupted):
     job = Job(cluster, tmp_path, "train.checkpoint.period=5", SLOW)
-    job.wait_for_step()
+    job.wait_for_iteration(10)  # the checkpoint of 5 is written
     node = ("scontrol", "update", f"NodeName={cluster.host}")
     cluster.run(*node, "State=DOWN", "Reason=test")
     cluster.wait_for(job.id, lambda state: state["Restarts"] == "1", 60)
@@ -143,7 +138,7 @@ def test_a_job_whose_node_fails_resumes_to_the_same_weights(cluster, tmp_path, u
 
 def test_a_cancelled_job_saves_and_does_not_start_again(cluster, tmp_path):
     job = Job(cluster, tmp_path, SLOW)
-    job.wait_for_step()
+    job.wait_for_iteration(4)
     cluster.run("scancel", job.id)
     state = job.end()
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0")
@@ -152,7 +147,7 @@ def test_a_cancelled_job_saves_and_does_not_start_again(cluster, tmp_path):
 
 def test_a_job_starts_again_as_often_as_allowed(cluster, tmp_path):
     job = Job(cluster, tmp_path, "--max-requeues", "0", SLOW)
-    job.wait_for_step()
+    job.wait_for_iteration(4)
     cluster.run("scancel", "--signal=USR2", job.id)
     state = job.end()
     assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "0", "75:0")
