@@ -28,6 +28,8 @@ AuthType=auth/munge
 CredType=cred/munge
 # A requeued job starts when its old credential is void: after 120 seconds by default.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
+# Jobs take the port of their processes from their number; another cluster may be here as well.
+FirstJobId={slurmctld_port}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
