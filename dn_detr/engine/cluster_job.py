@@ -31,6 +31,9 @@ _FIRST_PORT, _PORTS = 20000, 12000
 # submitit starts a local job so long before `ClusterJob` at most, because importing takes time.
 _START_SECONDS = 60
 
+# A job that is being sent the signal before its time limit may be called SIGNALING for a moment.
+_RUNNING = ("RUNNING", "SIGNALING")
+
 logger = logging.getLogger("submitit")  # the job's own log
 
 
@@ -162,7 +165,7 @@ def requeue(job_id: str, max_requeues: int) -> bool:
         Whether it was queued.
     """
     job = _job_fields(job_id)
-    if job["JobState"] != "RUNNING" and job["Reason"] != "TimeLimit":
+    if job["JobState"] not in _RUNNING and job["Reason"] != "TimeLimit":
         logger.info("job %s is %s: whether it starts again is up to Slurm", job_id, job["JobState"])
         return False
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))

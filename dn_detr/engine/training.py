@@ -272,12 +272,11 @@ def _distribute(model: nn.Module, device: torch.device, *, broadcasts_buffers: b
                 "its own images, so a step is not that of one process (torch synchronises it on "
                 "GPUs only)"
             )
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        # in the middle of a step, where a process that ran out of memory would be waited for
-        broadcast_buffers=broadcasts_buffers,
-    )
+    wrapped = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+    # They are sent at the start of a step, where nobody must wait for a process without memory. As
+    # an attribute, because the argument has another name from PyTorch 2.14 on.
+    wrapped.broadcast_buffers = broadcasts_buffers
+    return wrapped
 
 
 def _log_resumption(checkpoint: Path, config: str) -> None:

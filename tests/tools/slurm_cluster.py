@@ -143,8 +143,8 @@ class SlurmCluster:
 
     def wait_until_ended(self, job_id: str, timeout: float) -> dict[str, str]:
         """The job when Slurm is done with it."""
-        ongoing = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
-        return self.wait_for(job_id, lambda job: job["JobState"] not in ongoing, timeout)
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE")
+        return self.wait_for(job_id, lambda job: job["JobState"] in ended, timeout)
 
     def log(self) -> str:
         """What the daemons wrote."""
