@@ -9,8 +9,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
     """Return a copy of a model that follows its weights and running statistics.
 
-    Call `update_parameters(model)` after every optimizer step: the first call copies, each later
-    one moves every weight by 1 - decay of its distance. `.module` is the averaged model.
+    Call `update_parameters(model)` after every optimizer step: it moves every weight by 1 - decay
+    of its distance. `.module` is the averaged model, which is all that a checkpoint needs to keep.
 
     Args:
         model: not wrapped by DistributedDataParallel; all processes have the same average then.
@@ -18,4 +18,5 @@ def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
     """
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     averaged.requires_grad_(False)
+    averaged.n_averaged.fill_(1)  # the weights to start from count; 0 would make them forgotten
     return averaged

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .distributed import all_gather
 from .memory import image_name
-from .random_state import preserved_random_state
 
 Sample = Mapping[str, Any]
 Compute = Callable[[Sequence[Sample]], Mapping[str, Tensor]]
@@ -52,7 +54,7 @@ class RunningStatistics:
 def explain(
     model: nn.Module,
     compute: Compute,
-    batch: Sequence[Sample],
+    pieces: Sequence[Sequence[Sample]],
     losses: Mapping[str, float],
     grad_norm: float,
     iteration: int,
@@ -64,17 +66,22 @@ def explain(
     Args:
         model: not wrapped by DistributedDataParallel, in training mode.
         compute: returns the loss terms of some samples without talking to other processes.
-        batch: this process's samples.
+        pieces: this process's samples, as they were computed.
         losses: terms of this process.
         grad_norm: of the whole gradient.
         iteration: number of the step, for the message.
     """
     culprits = [name for name, value in losses.items() if not math.isfinite(value)]
-    statistics = RunningStatistics(model)
-    with preserved_random_state():
-        module = first_nonfinite_module(model, compute, batch)
-        images = [image_name(sample) + _verdict(model, compute, sample) for sample in batch]
-    statistics.restore()
+    samples = [sample for piece in pieces for sample in piece]
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        # Its passes talk to the other processes, which may have found their culprit earlier.
+        module = "unknown (batch normalisation is synchronised)"
+        images = [image_name(sample) for sample in samples]
+    else:
+        statistics = RunningStatistics(model)
+        module = first_nonfinite_module(model, compute, pieces)
+        images = [image_name(sample) + _verdict(compute, sample) for sample in samples]
+        statistics.restore()
     reports = all_gather((dict(losses), culprits, module, images))
     terms = sorted({name for _, names, _, _ in reports for name in names})
     what = f"loss terms {', '.join(terms)}" if terms else "the gradient"
@@ -87,74 +94,143 @@ def explain(
     return "\n".join(lines)
 
 
-def first_nonfinite_module(model: nn.Module, compute: Compute, batch: Sequence[Sample]) -> str:
+def first_nonfinite_module(
+    model: nn.Module, compute: Compute, pieces: Sequence[Sequence[Sample]]
+) -> str:
     """Compute a step again and return where it first went wrong.
 
     Args:
         model: in training mode; its gradients are left alone.
-        compute: returns the loss terms of the samples.
-        batch: samples.
+        compute: returns the loss terms of some samples.
+        pieces: of a batch, one after the other.
 
     Returns:
-        The name of the innermost module whose output, or else of the one at whose output the
-        gradient, is the first that is not finite; "none, when computed again" if all is finite
+        The first weight or buffer that is not finite; else the innermost module whose output is the
+        first that is not finite; else the module in whose backward pass the gradient broke, or the
+        last one before if that lies between modules. "none, when computed again" if all is finite
         (another draw of dropout, for instance).
     """
-    forward: list[str] = []
-    backward: list[str] = []
-    with _watched(model, forward, backward), torch.enable_grad():
-        losses = compute(batch)
-        if forward:
-            return forward[0]
+    for name, value in chain(model.named_parameters(), model.named_buffers()):
+        if not value.isfinite().all():
+            return f"{name} (a number of the model)"
+    for piece in pieces:
+        if found := _first_in_piece(model, compute, piece):
+            return found
+    return "none, when computed again"
+
+
+def _first_in_piece(model: nn.Module, compute: Compute, piece: Sequence[Sample]) -> str:
+    watch = _Watch()
+    with watch.over(model), torch.enable_grad():
+        losses = compute(piece)
+        if watch.wrong_outputs:
+            return watch.wrong_outputs[0]
         total = torch.stack([value.float() for value in losses.values()]).sum()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         gradients = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
     if not torch.isfinite(total):
         return "none; the losses, computed from finite outputs"
+    if culprit := watch.where_the_gradient_broke():
+        return culprit
     wrong = [
         name
         for (name, _), gradient in zip(named, gradients, strict=True)
         if gradient is not None and not gradient.isfinite().all()
     ]
-    first = next(iter(backward + wrong), None)
-    return f"{first} (its gradient)" if first else "none, when computed again"
+    return f"{wrong[0]} (its gradient)" if wrong else ""
 
 
-@contextmanager
-def _watched(model: nn.Module, forward: list[str], backward: list[str]) -> Iterator[None]:
-    """Note, in order, modules whose outputs and whose outputs' gradients are not finite."""
+@dataclass
+class _Call:
+    """One call of a module; what is known of the gradients of its outputs."""
 
-    def watch(name: str) -> Any:
+    name: str
+    has_gradient: bool = False
+    has_wrong_gradient: bool = False
+
+
+@dataclass
+class _Watch:
+    """Follows outputs through the forward pass and gradients through the backward pass.
+
+    Attributes:
+        wrong_outputs: modules with an output that is not finite, in the order of their return.
+        wrong_output_gradients: modules that got a gradient that is not finite, in order.
+        wrong_input_gradients: calls that passed on a gradient that is not finite, in order.
+    """
+
+    wrong_outputs: list[str] = field(default_factory=list)
+    wrong_output_gradients: list[str] = field(default_factory=list)
+    wrong_input_gradients: list[_Call] = field(default_factory=list)
+    _open: dict[str, _Call] = field(default_factory=dict)
+
+    @contextmanager
+    def over(self, model: nn.Module) -> Iterator[None]:
+        """Watch every module inside a model."""
+        handles = []
+        for name, module in model.named_modules():
+            if module is not model:
+                enter, leave = partial(self._enter, name), partial(self._leave, name)
+                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def where_the_gradient_broke(self) -> str:
+        """Return the innermost module that turned finite gradients into others; "" if none did."""
+        culprit = ""
+        for call in self.wrong_input_gradients:
+            is_culprit = call.has_gradient and not call.has_wrong_gradient
+            if is_culprit and (not culprit or call.name.startswith(f"{culprit}.")):
+                culprit = call.name
+        if culprit:
+            return f"{culprit} (its gradient)"
+        if self.wrong_output_gradients:
+            return f"{self.wrong_output_gradients[0]} (the gradient of its output)"
+        return ""
+
+    def _enter(self, name: str, module: nn.Module, inputs: Any, named_inputs: Any) -> Any:
+        call = self._open[name] = _Call(name)
+
         def note_gradient(gradient: Tensor) -> None:
             if not gradient.isfinite().all():
-                backward.append(name)
+                self.wrong_input_gradients.append(call)
 
-        def note_output(module: nn.Module, inputs: Any, output: Any) -> None:
-            for value in tree_leaves(output):
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    if not value.isfinite().all():
-                        forward.append(name)
-                    if value.requires_grad:
-                        value.register_hook(note_gradient)
+        def of_its_own(value: Any) -> Any:
+            """A view, whose gradient is what this module alone, of all that read it, passes on."""
+            if not _is_float(value) or not value.requires_grad:
+                return value
+            view = value.view_as(value)
+            view.register_hook(note_gradient)
+            return view
 
-        return note_output
+        return tree_map(of_its_own, (inputs, named_inputs))
 
-    handles = [
-        module.register_forward_hook(watch(name))
-        for name, module in model.named_modules()
-        if module is not model
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _leave(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        call = self._open.pop(name)
+
+        def note_gradient(gradient: Tensor) -> None:
+            call.has_gradient = True
+            if not gradient.isfinite().all():
+                call.has_wrong_gradient = True
+                self.wrong_output_gradients.append(name)
+
+        for value in filter(_is_float, tree_leaves(output)):
+            if not value.isfinite().all():
+                self.wrong_outputs.append(name)
+            if value.requires_grad:
+                value.register_hook(note_gradient)
 
 
-def _verdict(model: nn.Module, compute: Compute, sample: Sample) -> str:
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _verdict(compute: Compute, sample: Sample) -> str:
     """Say whether an image alone is not finite either."""
-    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        return ""  # its forward pass talks to the other processes, which have other images
     with torch.no_grad():
         losses = compute([sample])
     is_finite = all(bool(value.isfinite()) for value in losses.values())

@@ -122,7 +122,7 @@ class RunState:
             if state["best"] is not None:
                 self.best.load_state_dict(state["best"])
             if self.metrics is not None:  # of the evaluation after that checkpoint was written
-                self.best.update(self.metrics)
+                self.best.update(self.metrics, self.iteration)
         self.batches_drawn = state["batches_drawn"]
         self.nonfinite_steps = state["nonfinite_steps"]
         self._restore_process(state["processes"])
@@ -141,7 +141,6 @@ class RunState:
             self.ema.module.load_state_dict(self.model.state_dict())
             return
         self.ema.module.load_state_dict(dict(weights))
-        self.ema.n_averaged.fill_(1)  # not the first: update_parameters averages, copies nothing
 
     def _restore_process(self, processes: Sequence[Mapping[str, Any]]) -> None:
         if len(processes) != world_size():

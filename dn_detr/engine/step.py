@@ -20,6 +20,7 @@ from .distributed import any_process, average_gradients, is_distributed
 from .errors import NonFiniteError
 from .memory import OutOfMemory, describe_batch, is_out_of_memory
 from .nonfinite import RunningStatistics, explain
+from .random_state import preserved_random_state
 from .settings import AmpSettings, ClipGradSettings
 
 Sample = Mapping[str, Any]
@@ -105,9 +106,7 @@ class TrainingStep:
         self._module = model.module if isinstance(model, DistributedDataParallel) else model
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._averages_itself = survive_out_of_memory and is_distributed()
-        self._statistics = (
-            RunningStatistics(self._module) if survive_out_of_memory or survive_nonfinite else None
-        )
+        self._statistics = RunningStatistics(self._module)
         if self._averages_itself and any(
             isinstance(module, nn.SyncBatchNorm) for module in self._module.modules()
         ):
@@ -132,8 +131,7 @@ class TrainingStep:
                 is none.)
             OutOfMemory: on the process that ran out of memory.
         """
-        if self._statistics is not None:
-            self._statistics.remember()
+        self._statistics.remember()
         random_state = _random_state(self._device)
         pieces = split_evenly(batch, self._accumulate)
         counts = self._count(pieces)
@@ -149,7 +147,7 @@ class TrainingStep:
         outcome, stop = self._agree(terms.sum(), norm, wants_stop)
         result = StepResult(names, terms, norm, outcome, stop, diagnostics)
         if outcome is Outcome.NONFINITE:
-            return self._drop(batch, iteration, result, counts, random_state)
+            return self._drop(pieces, iteration, result, counts, random_state)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return result
@@ -227,7 +225,7 @@ class TrainingStep:
 
     def _drop(
         self,
-        batch: Sequence[Sample],
+        pieces: Sequence[Sequence[Sample]],
         iteration: int,
         result: StepResult,
         counts: ObjectCounts | None,
@@ -235,20 +233,23 @@ class TrainingStep:
     ) -> StepResult:
         """Explain a step whose numbers are not finite; undo what it changed, or raise."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self._statistics is not None:
-            self._statistics.restore()
-
-        def compute(samples: Sequence[Sample]) -> dict[str, Tensor]:
-            _set_random_state(self._device, random_state)
-            return self._losses(self._module, samples, counts)
-
+        self._statistics.restore()
         losses = dict(zip(result.names, result.losses.tolist(), strict=True))
-        report = explain(self._module, compute, batch, losses, result.grad_norm.item(), iteration)
+        with preserved_random_state():
+            _set_random_state(self._device, random_state)
+            report = explain(
+                self._module,
+                lambda samples: self._losses(self._module, samples, counts),
+                pieces,
+                losses,
+                result.grad_norm.item(),
+                iteration,
+            )
         if not self._survives_nonfinite:
             raise NonFiniteError(f"{report}\nstopped before the optimizer step")
-        if self.scaler.is_enabled():
-            self.scaler.update()  # forgets the gradients that were unscaled
-        return result._replace(report=report)
+        if self.scaler.is_enabled():  # forget the gradients; the scale is not to blame
+            self.scaler.update(self.scaler.get_scale())
+        return result._replace(diagnostics=(), report=report)
 
     @contextmanager
     def _memory_guard(self, batch: Sequence[Sample], iteration: int) -> Iterator[list[str]]:
@@ -274,8 +275,7 @@ class TrainingStep:
     def _give_up(self, iteration: int, failures: Sequence[str], stop: bool) -> StepResult:
         """End a step that did not fit into memory somewhere."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self._statistics is not None:
-            self._statistics.restore()
+        self._statistics.restore()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         nothing = torch.zeros(0, device=self._device)

@@ -124,14 +124,18 @@ class Trainer:
         self._state.restore_random_numbers()
         with Progress(self._timetable, self._state.iteration, logger) as progress:
             while not self._is_finished():
+                done = self._state.iteration
                 result = self._one_iteration(batches)
+                is_new = self._state.iteration > done  # not after a rollback
                 progress.move_to(self._state.iteration)
-                self._log_if_due(progress)
+                if is_new:
+                    self._log_if_due(progress)
                 self._report_skipped_files()
                 if result.stop:
                     self._save_and_stop()
-                self._save_if_due()
-                self._evaluate_if_due()
+                if is_new:
+                    self._save_if_due()
+                    self._evaluate_if_due()
                 self._report_failed_writes()
 
     def _is_finished(self) -> bool:
@@ -247,8 +251,8 @@ class Trainer:
         state.restore_random_numbers()
         state.batches_drawn, state.nonfinite_steps, state.skipped = drawn, dropped, skipped
         state.interval.count("nonfinite_steps")
-        self._saved_iteration = None  # that checkpoint would draw the same images again
         self._start_rows()
+        self._save_again()
         if is_main():
             logger.warning("rolled back to %s", checkpoint)
 
@@ -295,6 +299,13 @@ class Trainer:
             raise refusal
         self._saved_iteration = self._state.iteration
 
+    def _save_again(self) -> None:
+        """Replace the checkpoint of this iteration, which would draw the bad images again."""
+        self._saved_iteration = None
+        self._save()
+        if self._state.metrics is not None:
+            self._checkpoints.record_evaluation(self._state.iteration, self._state.metrics)
+
     def _finish_writing(self) -> None:
         """Wait until every process has written what it is writing."""
         try:
@@ -333,7 +344,7 @@ class Trainer:
     def _keep_best(self) -> None:
         best, metrics = self._state.best, self._state.metrics
         assert metrics is not None
-        is_best = best is not None and is_main() and best.update(metrics)
+        is_best = best is not None and is_main() and best.update(metrics, self._state.iteration)
         if broadcast_from_main(is_best):
             self._save()
         if is_main() and self._saved_iteration == self._state.iteration:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from omegaconf import DictConfig
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from dn_detr.checkpoint import (
@@ -115,7 +116,10 @@ def _build_trainer(
         train_loader.batch_sampler.iterations_per_epoch, settings.epochs, settings.max_iter
     )
     logger.info("%d iterations, %d per epoch", timetable.max_iter, timetable.iterations_per_epoch)
-    state = _build_state(cfg, settings, model, device, train_loader.dataset)
+    accumulate = _plan_pieces(
+        settings.accumulate, train_loader.batch_sampler.total_batch_size, model
+    )
+    state = _build_state(cfg, settings, model, device, train_loader.dataset, accumulate)
     if checkpoint is not None:
         state.restore(checkpoint, class_names)
     models = {"": model} | ({"ema": state.ema.module} if state.ema is not None else {})
@@ -155,16 +159,41 @@ def _build_state(
     model: nn.Module,
     device: torch.device,
     dataset: Any,
+    accumulate: int,
 ) -> RunState:
     watched, stopping = settings.checkpoint.best, settings.early_stopping
     return RunState(
         model,
-        _build_step(cfg, settings, model, device),
+        _build_step(cfg, settings, model, device, accumulate),
         device=device,
         ema=averaged_model(model, settings.ema.decay) if settings.ema.enabled else None,
         best=BestResult(watched, stopping.patience, stopping.min_delta) if watched else None,
         stability=MatchingStability(dataset.num_boxes) if hasattr(dataset, "num_boxes") else None,
     )
+
+
+def _plan_pieces(wanted: int, total_batch_size: int, model: nn.Module) -> int:
+    """Return in how many pieces every process computes its images; say what a step is made of."""
+    smallest, largest = total_batch_size // world_size(), -(-total_batch_size // world_size())
+    pieces = min(wanted, smallest)  # the same everywhere, as synchronised normalisation needs it
+    if not is_main():
+        return pieces
+    if pieces < wanted:
+        logger.warning(
+            "train.accumulate=%d: a process has %d images of a step, which are computed in %d "
+            "pieces", wanted, smallest, pieces,
+        )  # fmt: skip
+    least, most = smallest // pieces, -(-largest // pieces)
+    logger.info(
+        "each step: %d images = %d process(es) x %d piece(s) of %s", total_batch_size,
+        world_size(), pieces, least if least == most else f"{least} to {most}",
+    )  # fmt: skip
+    if pieces > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        logger.warning(
+            "train.accumulate=%d: trainable batch normalisation normalises with the images of a "
+            "piece, so a step is not quite that of the whole batch", wanted,
+        )  # fmt: skip
+    return pieces
 
 
 def _build_evaluators(cfg: DictConfig, names: Iterable[str]) -> dict[str, Any]:
@@ -240,7 +269,11 @@ def load_pretrained_parts(model: nn.Module) -> None:
 
 
 def _build_step(
-    cfg: DictConfig, settings: TrainSettings, model: nn.Module, device: torch.device
+    cfg: DictConfig,
+    settings: TrainSettings,
+    model: nn.Module,
+    device: torch.device,
+    accumulate: int,
 ) -> TrainingStep:
     groups = instantiate(cfg.optimizer.params, model=model)
     optimizer = instantiate(cfg.optimizer, params=groups)
@@ -254,7 +287,7 @@ def _build_step(
         device=device,
         amp=settings.amp,
         clip_grad=settings.clip_grad,
-        accumulate=settings.accumulate,
+        accumulate=accumulate,
         survive_out_of_memory=survives_out_of_memory,
         survive_nonfinite=settings.nonfinite != "raise",
     )
@@ -263,7 +296,7 @@ def _build_step(
 def _distribute(model: nn.Module, device: torch.device, *, broadcasts_buffers: bool) -> nn.Module:
     if not is_distributed():
         return model
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         else:
