@@ -8,11 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ADDRESSABLE = 2**47  # bytes; the allocator fails for real
 Spoil = Callable[[Tensor], Tensor]
 
 
 def _infinite_slope(value: Tensor) -> Tensor:
     return value + (value * 0).abs().sqrt()
+
+
+class _HungryBackward(torch.autograd.Function):
+    """The identity, whose backward pass wants more memory than a machine can address."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return gradient + torch.empty(ADDRESSABLE, dtype=torch.uint8).sum()
 
 
 FAULTS: dict[str, Spoil] = {
@@ -22,6 +35,8 @@ FAULTS: dict[str, Spoil] = {
     "nan_gradient_of_loss": _infinite_slope,
     "nan_output": lambda output: output.masked_fill(torch.ones_like(output) > 0, torch.nan),
     "nan_gradient": _infinite_slope,
+    "hungry_forward": lambda value: value + torch.empty(ADDRESSABLE, dtype=torch.uint8).sum(),
+    "hungry_backward": lambda value: _HungryBackward.apply(value),
 }
 
 

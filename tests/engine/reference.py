@@ -53,7 +53,8 @@ def train_by_hand(cfg: DictConfig, numbers: Sequence[int]) -> tuple[Weights, Wei
         if number in numbers and step(batch, number).outcome is Outcome.APPLIED:
             for name, value in model.state_dict().items():
                 decay = settings.ema.decay
-                averages[name] = averages[name] * decay + value * (1 - decay)
+                average = averages[name] * decay + value * (1 - decay)
+                averages[name] = average.to(value.dtype)
     return dict(model.state_dict()), averages
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dn_detr.structures import Boxes, Instances
 from tests.modeling.conftest import small_model_config
 
 HEIGHT, WIDTH = 48, 64
+HUGE_SIDE = 4000  # the first convolution alone gives 1 GiB
 SMALL_CONFIG = Path(__file__).with_name("small_config.py")
 # Overrides for runs that are compared to rounding: Adam makes much of the rounding of gradients
 # that are almost zero.
@@ -26,21 +28,21 @@ class DrawnScenes(Dataset):
     Args:
         length: number of images.
         nan_images: indices of images that hold NaN.
-        huge_images: side of the square image at each index.
+        huge_images: indices of images that are squares of `HUGE_SIDE` pixels.
     """
 
     def __init__(
         self,
         length: int = 16,
-        nan_images: tuple[int, ...] = (),
-        huge_images: dict[int, int] | None = None,
+        nan_images: Sequence[int] = (),
+        huge_images: Sequence[int] = (),
     ) -> None:
         self.image_ids = list(range(1, length + 1))
         self.class_names = ["class0", "class1"]
         self.category_ids = [1, 2]
         self.annotation_file = Path("drawn.json")
         self._nan_images = tuple(nan_images)
-        self._huge_images = {int(index): side for index, side in (huge_images or {}).items()}
+        self._huge_images = tuple(huge_images)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -50,8 +52,9 @@ class DrawnScenes(Dataset):
         if index >= len(self):
             raise IndexError(index)
         generator = torch.Generator().manual_seed(1000 * epoch + index)
-        side = self._huge_images.get(index)
-        height, width = (side, side) if side else (HEIGHT - 8 * (index % 2), WIDTH)
+        height, width = HEIGHT - 8 * (index % 2), WIDTH
+        if index in self._huge_images:
+            height = width = HUGE_SIDE
         count = index % 4
         corners = torch.rand(count, 2, 2, generator=generator) * torch.tensor([width, height])
         boxes_xyxy = torch.cat([corners.amin(1), corners.amax(1)], dim=1)

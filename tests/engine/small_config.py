@@ -11,7 +11,7 @@ from .tiny_config import lr_schedule, optimizer, train
 model = L(faulty)(model=small_detector(), kind="nan_loss", bad_images=[], inside="")
 dataloader = dict(
     train=L(build_train_loader)(
-        dataset=L(DrawnScenes)(length=32, nan_images=[], huge_images={}),
+        dataset=L(DrawnScenes)(length=32, nan_images=[], huge_images=[]),
         total_batch_size=4,
         num_workers=0,
         seed="${train.seed}",
