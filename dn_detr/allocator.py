@@ -27,15 +27,22 @@ def keep_freed_memory() -> bool:
     choice = os.environ.get("DN_DETR_MALLOC") or "1"
     if choice not in ("0", "1"):
         raise ValueError(f"DN_DETR_MALLOC is {choice!r}; choose 0 or 1")
-    mallopt = _mallopt()
+    mallopt = _function("mallopt")
     if choice == "0" or mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
 
 
-def _mallopt() -> ctypes._NamedFuncPointer | None:
-    """glibc's function; other C libraries have none, or one that does nothing."""
+def release_freed_memory() -> None:
+    """Give the kernel back what is kept, once: after a step that did not fit into memory."""
+    malloc_trim = _function("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(ctypes.c_size_t(0))
+
+
+def _function(name: str) -> ctypes._NamedFuncPointer | None:
+    """One of glibc's; other C libraries have none, or one that does nothing."""
     try:
-        return ctypes.CDLL(None).mallopt
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):
         return None

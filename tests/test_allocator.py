@@ -22,12 +22,29 @@ faults()
 print(min(faults() for _ in range(3)))
 """
 
+_KEPT = """
+import pathlib, torch
+import dn_detr.modeling
+from dn_detr.allocator import release_freed_memory
+
+def resident():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4 // 1024
+
+before = resident()
+large = torch.ones(64, 2**20)  # 256 MiB
+after = torch.ones(1000)  # lies behind
+del large
+kept = resident() - before
+release_freed_memory()
+print(kept, resident() - before)
+"""
+
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
 
 
-def _run(**environment: str) -> subprocess.CompletedProcess[str]:
+def _run(program: str = _FAULTS, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", _FAULTS],
+        [sys.executable, "-c", program],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -42,6 +59,12 @@ def test_large_tensors_fault_once():
 @glibc
 def test_the_setting_can_be_refused():
     assert int(_run(DN_DETR_MALLOC="0").stdout) > 10_000  # pages of 4 KiB
+
+
+@glibc
+def test_what_is_kept_can_be_released():
+    kept, left = map(int, _run(_KEPT, DN_DETR_MALLOC="1").stdout.split())
+    assert kept > 200 and left < 50  # MiB
 
 
 def test_another_choice_is_an_error():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from dn_detr.allocator import release_freed_memory
 from dn_detr.modeling import ObjectCounts, mean_over_ranks
 
 from .distributed import any_process, average_gradients, is_distributed
@@ -278,6 +279,7 @@ class TrainingStep:
         self._statistics.restore()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+        release_freed_memory()  # others, such as the writer of checkpoints, need some too
         nothing = torch.zeros(0, device=self._device)
         report = "\n".join(failures) or f"iteration {iteration}: out of memory on another process"
         return StepResult((), nothing, nothing.sum(), Outcome.OUT_OF_MEMORY, stop, report=report)
