@@ -229,7 +229,9 @@ def test_a_run_resumed_after_a_rollback_equals_one_that_was_not_interrupted(tmp_
         )
     train(small_run(tmp_path / "parts", *common, "train.eval_period=3"), resume=True)
     whole, parts = ([untimed(row) for row in rows(tmp_path / run)] for run in ("whole", "parts"))
-    assert parts == whole
+    assert parts == whole and sum(row.get("nonfinite_steps", 0) for row in whole) == 2
+    # the first bad images did not come again
+    assert (tmp_path / "parts/log.txt").read_text().count("rolled back to") == 2
     expected, _ = train_by_hand(small_run(tmp_path / "hand", *common), [1, 2, 3, 7, 8])
     assert_weights(tmp_path / "parts", expected)
 
