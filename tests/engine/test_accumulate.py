@@ -36,7 +36,7 @@ def step_of(pieces: int, *, dtype: str | None = None, images: tuple[int, ...] = 
     return step([data[index] for index in images], 1), model.state_dict(), step
 
 
-@pytest.mark.parametrize("name", [DENSE, DEFORMABLE])
+@pytest.mark.parametrize("name", [DENSE, pytest.param(DEFORMABLE, marks=pytest.mark.slow)])
 def test_two_pieces_of_four_are_a_batch_of_eight(name, tmp_path):
     train(small_run(tmp_path / "whole", *EIGHT, name=name))
     train(small_run(tmp_path / "pieces", *EIGHT, "train.accumulate=2", name=name))

@@ -70,7 +70,7 @@ def test_evaluating_and_fine_tuning_from_the_averages_use_them(run, tiny_config,
     assert_equal_weights(tmp_path / "c", averages_of(tmp_path / "a"))
 
 
-@pytest.mark.parametrize("first", ["applied", "overflowing"])
+@pytest.mark.parametrize("first", [pytest.param("applied", marks=pytest.mark.slow), "overflowing"])
 def test_a_resumed_average_is_that_of_an_uninterrupted_run(first, tmp_path):
     """Also where no step had changed a weight before: float16 begins with overflows."""
     overflowing = ["train.amp.enabled=true", "train.amp.dtype=float16"]

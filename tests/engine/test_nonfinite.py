@@ -108,8 +108,12 @@ def test_a_weight_that_is_nan_is_named(name, weight):
         make_step(model)([DrawnScenes()[1]], 1)
 
 
+SWEPT = [*FAMILIES, "dn_detr_swin_t"]
+
+
 @pytest.mark.parametrize(
-    "name", [*FAMILIES, pytest.param("dn_detr_swin_t", marks=pytest.mark.slow)]
+    "name",
+    [n if "two_stage" in n else pytest.param(n, marks=pytest.mark.slow) for n in SWEPT],
 )
 def test_no_module_of_a_healthy_step_is_blamed(name):
     """Padding, masks and proposals have infinities inside; none leaves a module."""
@@ -144,7 +148,7 @@ def test_the_module_whose_gradient_breaks_is_named(name):
     assert planted > 20 and not wrong
 
 
-@pytest.mark.parametrize("dtype", ["none", "float16"])
+@pytest.mark.parametrize("dtype", ["none", pytest.param("float16", marks=pytest.mark.slow)])
 def test_a_skipped_step_is_as_if_it_had_been_left_out(dtype, tmp_path):
     amp = [f"train.amp.enabled={dtype != 'none'}", "train.amp.dtype=float16"]
     bad = images_of_batch(3)[1]
@@ -218,6 +222,7 @@ def test_a_rollback_before_the_first_checkpoint_says_what_to_do(tmp_path):
         train(small_run(tmp_path, *ROLLBACK, bad))
 
 
+@pytest.mark.slow
 def test_a_run_resumed_after_a_rollback_equals_one_that_was_not_interrupted(tmp_path):
     """It ends at its limit, after the rollback and before the next regular checkpoint."""
     bad = images_of_batch(5)[:1] + images_of_batch(6)[:1]
