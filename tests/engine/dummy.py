@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dn_detr.engine.distributed import all_gather, rank
+from dn_detr.modeling.detector import Diagnostics
 from dn_detr.structures import Boxes, Instances
+
+from .pausing import pause_at
 
 SIZE = 16
 
 
 class TinyDataset(Dataset):
-    """Images with one bright rectangle each.
+    """Images with one bright rectangle each; loading one is a place to pause: "image of epoch N".
 
     Args:
         length: number of images.
@@ -32,6 +35,7 @@ class TinyDataset(Dataset):
         self.class_names = [f"class{i}" for i in range(num_classes)]
         self.category_ids = list(range(1, num_classes + 1))
         self.annotation_file = Path("tiny.json")
+        self.num_boxes = length
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -40,6 +44,7 @@ class TinyDataset(Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if index >= len(self):
             raise IndexError(index)
+        pause_at(f"image of epoch {epoch}")
         generator = torch.Generator().manual_seed(1000 * epoch + index)
         x, y = torch.randint(0, SIZE // 2, (2,), generator=generator).tolist()
         box_xyxy = torch.tensor([[x, y, x + SIZE // 2, y + SIZE // 2]], dtype=torch.float32)
@@ -56,6 +61,7 @@ class TinyDataset(Dataset):
                 (SIZE, SIZE),
                 gt_boxes=Boxes(box_xyxy),
                 gt_classes=torch.tensor([index % len(self.class_names)]),
+                gt_ids=torch.tensor([index]),
             ),
         }
 
@@ -65,6 +71,8 @@ class TinyDataset(Dataset):
 
 class TinyDetector(nn.Module):
     """One box per image. It draws from the global generator (dropout), as a real one may.
+
+    Its Nth training step in a process is a place to pause, "step N".
 
     Args:
         num_classes: number of classes.
@@ -92,6 +100,7 @@ class TinyDetector(nn.Module):
         self.register_buffer("scale", torch.tensor(255.0))
         self.nan_at, self.nan_rank, self.kill_at = nan_at, nan_rank, kill_at
         self.steps = 0
+        self.diagnostics: Diagnostics | None = None
 
     def forward(self, samples: Sequence[Mapping[str, Any]]) -> Any:
         device = self.scale.device
@@ -113,9 +122,14 @@ class TinyDetector(nn.Module):
         self.steps += 1
         if self.steps == self.kill_at and "TINY_DETECTOR_KILL" in os.environ:
             os.kill(os.getpid(), signal.SIGKILL)
+        pause_at(f"step {self.steps}")
         targets = [sample["instances"].to(logits.device) for sample in samples]
         boxes = torch.stack([target.gt_boxes.tensor[0] for target in targets]) / SIZE
         classes = torch.cat([target.gt_classes for target in targets])
+        # The largest coordinate stands for the query that was matched.
+        queries = tuple(boxes_norm.detach().argmax(1, keepdim=True).cpu())
+        correct = (logits.argmax(1) == classes).sum()
+        self.diagnostics = Diagnostics(queries, correct, len(samples))
         loss_class = nn.functional.cross_entropy(logits, classes)
         if self.steps == self.nan_at and rank() == self.nan_rank:
             loss_class = loss_class * float("nan")
@@ -130,12 +144,19 @@ class TinyDetector(nn.Module):
 
 
 class TinyEvaluator:
-    """Its AP is a number that depends on every prediction; it logs it, as evaluators do."""
+    """Its AP is a number that depends on every prediction; it logs it, as evaluators do.
+
+    The first predictions of the Nth evaluation of a process are a place to pause, "evaluation N".
+    """
+
+    evaluations = 0
 
     def reset(self, dataset: Dataset) -> None:
         self.scores: dict[int, float] = {}
+        self.evaluations += 1
 
     def process(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        pause_at(f"evaluation {self.evaluations}")
         for sample, output in zip(inputs, outputs, strict=True):
             instances = output["instances"]
             total = instances.scores.double().sum() + instances.pred_boxes.tensor.double().sum()

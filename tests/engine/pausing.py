@@ -1,0 +1,53 @@
+"""Places at which a run waits until a test lets it go on, so that a fault meets it right there.
+
+Environment variables say where: PAUSE_AT is the place, PAUSE_FOLDER a folder in which a process
+that has come there leaves a file, and in which the test leaves one to let it go on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+_GO = "go on"
+_SECONDS = 60.0
+
+
+def pause_at(place: str) -> None:
+    """Wait here, if this is the place, until `let_go_on`."""
+    if os.environ.get("PAUSE_AT") != place:
+        return
+    folder = Path(os.environ["PAUSE_FOLDER"])
+    (folder / f"{place}, process {os.getpid()}").touch()
+    while not (folder / _GO).exists():
+        time.sleep(0.005)
+
+
+def let_go_on(folder: Path) -> None:
+    """End the pause of all processes; there will be no other one."""
+    (folder / _GO).touch()
+
+
+def wait_for_pause(folder: Path, place: str, processes: int = 1) -> None:
+    """Return when so many processes have come to the place."""
+    deadline = time.monotonic() + _SECONDS
+    while len(list(folder.glob(f"{place}, process *"))) < processes:
+        assert time.monotonic() < deadline, f"nobody came to {place!r}"
+        time.sleep(0.005)
+
+
+def pause_while_saving() -> None:
+    """Let this process pause in a slow disk's place: before a file of a checkpoint is flushed.
+
+    The place is "saving N", N the iteration.
+    """
+    flush = os.fsync
+
+    def slow_flush(file: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{file}"))
+        if path.parent.suffix == ".partial":
+            pause_at(f"saving {int(path.parent.stem[1:])}")
+        flush(file)
+
+    os.fsync = slow_flush

@@ -1,0 +1,205 @@
+"""Whole runs of the training command in processes of their own, and what they leave.
+
+The processes are forked from a server that has imported the library, because importing takes
+longer than such a run. From then on they are like any other: they run the command, are signalled
+and killed, start workers, and form groups of processes as torchrun's workers do.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils.tensorboard  # noqa: F401 - for the server: importing it takes a second
+from torch.distributed import TCPStore
+
+from dn_detr.checkpoint import read_manifest
+from dn_detr.engine.stopping import STOP_SIGNALS
+from tests.engine.pausing import let_go_on, pause_while_saving, wait_for_pause
+from tools.train_net import main
+
+CONFIG = str(Path(__file__).with_name("tiny_config.py"))
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["dn_detr.checkpoint", __name__])
+
+_TIMINGS = ("data_time", "iter_time", "images_per_s", "memory_mib")
+_SECONDS = 60.0
+
+
+class Run:
+    """One process that runs the training command; a context manager that leaves none behind.
+
+    Args:
+        folder: `train.output_dir`.
+        arguments: of the command: overrides and options.
+        pause: a place of `pausing`, or "" for none.
+        config: the config file.
+        environment: of the process, besides the test's.
+        name: of the log and of the folder for pauses, beside `folder`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        pause: str = "",
+        config: str = CONFIG,
+        environment: Mapping[str, str] | None = None,
+        name: str = "",
+    ) -> None:
+        name = name or f"{folder.name}-{len(list(folder.parent.iterdir()))}"
+        self.folder = folder
+        self._place = pause
+        self._pauses = folder.with_name(f"{name}.pauses")
+        self._pauses.mkdir(exist_ok=True)
+        self._log = folder.with_name(f"{name}.txt")
+        variables = {"PAUSE_AT": pause, "PAUSE_FOLDER": str(self._pauses), **(environment or {})}
+        command = ["--config-file", config, f"train.output_dir={folder}", *arguments]
+        self._process = PROCESSES.Process(target=_run, args=(command, variables, str(self._log)))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process, which leads a process group."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        """What the process has printed."""
+        return self._log.read_text()
+
+    def reach_pause(self) -> Run:
+        """Return when the process is at its place."""
+        wait_for_pause(self._pauses, self._place)
+        return self
+
+    def go_on(self) -> Run:
+        """End the pause."""
+        let_go_on(self._pauses)
+        return self
+
+    def signal(self, number: int) -> Run:
+        """Send a signal to the process alone."""
+        os.kill(self.pid, number)
+        return self
+
+    def wait(self, seconds: float = _SECONDS) -> int:
+        """Return the exit code, minus the number of the signal that killed the process."""
+        self._process.join(seconds)
+        assert self._process.exitcode is not None, f"still running:\n{self.log}"
+        return self._process.exitcode
+
+    def succeed(self) -> None:
+        """Wait; the exit code has to be 0."""
+        assert self.wait() == 0, self.log
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(ProcessLookupError):  # with its workers
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.join()
+
+
+class Group:
+    """Two processes that run the training command together; a context manager, as `Run` is.
+
+    Args:
+        folder: `train.output_dir`.
+        arguments: of the command.
+        pauses: the place of each process.
+    """
+
+    def __init__(self, folder: Path, *arguments: str, pauses: Sequence[str] = ("", "")) -> None:
+        # Served from here, as torchrun's agent does: so the port is free for sure.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "WORLD_SIZE": str(len(pauses)),
+        }
+        number = len(list(folder.parent.iterdir()))
+        self.runs = [
+            Run(
+                folder,
+                *arguments,
+                pause=pause,
+                environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                name=f"{folder.name}-{number}-rank{rank}",
+            )
+            for rank, pause in enumerate(pauses)
+        ]
+
+    def wait(self, seconds: float = _SECONDS) -> list[int]:
+        """Return the exit codes."""
+        return [run.wait(seconds) for run in self.runs]
+
+    @property
+    def log(self) -> str:
+        """What both have printed."""
+        return "\n".join(run.log for run in self.runs)
+
+    def succeed(self) -> None:
+        """Wait; the exit codes have to be 0."""
+        assert self.wait() == [0] * len(self.runs), self.log
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for run in self.runs:
+            run.__exit__()
+
+
+def _run(command: Sequence[str], variables: Mapping[str, str], log: str) -> None:
+    os.setpgid(0, 0)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(variables)
+    for number in STOP_SIGNALS:  # whatever the shell of the tests left
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method(None, force=True)  # the default, for its own workers
+    torch.set_num_threads(1)
+    if variables["PAUSE_AT"].startswith("saving"):
+        pause_while_saving()
+    raise SystemExit(main(command))
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What two equal runs leave equal: the last checkpoint to the bit, results and rows."""
+    manifest = read_manifest(folder / "checkpoints" / "last")
+    return {
+        "iteration": manifest.iteration,
+        "results": manifest.metrics,
+        "digests": manifest.files,
+        "best": (folder / "checkpoints" / "best").resolve().name,
+        "rows": rows(folder),
+    }
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Of metrics.jsonl, without what depends on the clock and the machine."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if k not in _TIMINGS} for row in found]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = _SECONDS) -> None:
+    """Return when `condition()` is true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

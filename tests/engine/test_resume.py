@@ -1,0 +1,220 @@
+"""Runs that are interrupted and resumed in new processes end as uninterrupted ones, to the bit."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dn_detr.checkpoint import (
+    last_checkpoint,
+    load_training_state,
+    read_manifest,
+    read_weights,
+    save_checkpoint,
+)
+
+from .runs import Group, Run, outcome
+
+# All that has a state: averaged weights, a loss scale, the best result, rows that begin before a
+# checkpoint and end after it.
+EVERYTHING = (
+    "train.amp.enabled=true",
+    "train.amp.dtype=float16",
+    "train.ema.enabled=true",
+    "train.checkpoint.best=ema/AP",
+    "train.checkpoint.period=2",
+    "train.early_stopping.patience=100",
+    "train.log_period=3",
+)
+WORKERS = "dataloader.train.num_workers={}".format
+TERM, KILL = signal.SIGTERM, signal.SIGKILL
+EXIT_CODES = {TERM: 75, KILL: -signal.SIGKILL}
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Any]]:
+    """The outcome of an uninterrupted run of 1 or 2 processes, without workers."""
+    known: dict[int, dict[str, Any]] = {}
+
+    def run(processes: int) -> dict[str, Any]:
+        if processes not in known:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            with started(folder, processes) as process:
+                process.succeed()
+            known[processes] = outcome(folder)
+        return known[processes]
+
+    return run
+
+
+@contextmanager
+def started(
+    folder: Path, processes: int, *arguments: str, pause: str = ""
+) -> Iterator[Run | Group]:
+    with (
+        Run(folder, *EVERYTHING, *arguments, pause=pause)
+        if processes == 1
+        else Group(folder, *EVERYTHING, *arguments, pauses=(pause, pause))
+    ) as process:
+        yield process
+
+
+def interrupt(folder: Path, processes: int, *arguments: str, pause: str, number: int) -> None:
+    """Start a run, and send a signal to all of its processes when they are at a place."""
+    with started(folder, processes, *arguments, pause=pause) as process:
+        members = process.runs if isinstance(process, Group) else [process]
+        # the first process alone saves
+        waiting = members[:1] if pause.startswith("saving") else members
+        for member in waiting:
+            member.reach_pause()
+        for member in members:
+            member.signal(number)
+        for member in members:
+            member.go_on()
+        assert [member.wait() for member in members] == [EXIT_CODES[number]] * len(members)
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "workers", "options"),
+    [
+        ("step 5", TERM, (0, 2), ()),
+        ("saving 4", KILL, (0, 0), ()),
+        pytest.param("step 5", KILL, (2, 0), (), marks=slow),
+        pytest.param("step 5", KILL, (0, 0), (), marks=slow),
+        pytest.param("step 5", TERM, (2, 2), (), marks=slow),
+        pytest.param("step 1", TERM, (0, 0), (), marks=slow),
+        pytest.param("image of epoch 1", TERM, (2, 0), (), marks=slow),
+        pytest.param("image of epoch 1", KILL, (0, 2), (), marks=slow),
+        pytest.param("evaluation 1", TERM, (2, 2), (), marks=slow),
+        pytest.param("evaluation 2", KILL, (0, 0), (), marks=slow),
+        pytest.param("evaluation 3", TERM, (0, 0), (), marks=slow),  # the last
+        pytest.param("saving 4", TERM, (2, 2), (), marks=slow),
+        pytest.param(
+            "saving 6", TERM, (0, 0), ("train.checkpoint.asynchronous=false",), marks=slow
+        ),
+        pytest.param(
+            "saving 6", KILL, (2, 2), ("train.checkpoint.asynchronous=false",), marks=slow
+        ),
+        pytest.param("saving 9", TERM, (0, 0), (), marks=slow),  # the last
+    ],
+)
+def test_one_process_resumes_exactly(tmp_path, whole, place, number, workers, options):
+    folder = tmp_path / "run"
+    before, after = map(WORKERS, workers)
+    interrupt(folder, 1, before, *options, pause=place, number=number)
+    with started(folder, 1, after, *options, "--resume") as resumed:
+        resumed.succeed()
+    assert outcome(folder) == whole(1)
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "workers", "options"),
+    [
+        ("step 5", TERM, (0, 0), ()),
+        pytest.param("step 5", KILL, (2, 0), (), marks=slow),
+        pytest.param("image of epoch 1", TERM, (0, 2), (), marks=slow),
+        pytest.param("evaluation 2", TERM, (0, 0), (), marks=slow),
+        pytest.param("evaluation 2", KILL, (0, 0), (), marks=slow),
+        pytest.param(
+            "saving 4", TERM, (0, 0), ("train.checkpoint.asynchronous=false",), marks=slow
+        ),
+        pytest.param("saving 4", KILL, (2, 2), (), marks=slow),
+        pytest.param("saving 4", KILL, (0, 0), ("train.checkpoint.sharded=true",), marks=slow),
+    ],
+)
+def test_two_processes_resume_exactly(tmp_path, whole, place, number, workers, options):
+    folder = tmp_path / "run"
+    before, after = map(WORKERS, workers)
+    interrupt(folder, 2, before, *options, pause=place, number=number)
+    # whole tensors again in the last checkpoint, whose files are compared
+    with started(folder, 2, after, "--resume") as resumed:
+        resumed.succeed()
+    assert outcome(folder) == whole(2)
+
+
+@slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_may_be_interrupted_again_and_again(tmp_path, whole, processes):
+    folder = tmp_path / "run"
+    interrupt(folder, processes, pause="step 2", number=TERM)
+    interrupt(folder, processes, "--resume", WORKERS(2), pause="step 2", number=KILL)
+    interrupt(folder, processes, "--resume", pause="evaluation 2", number=TERM)
+    with started(folder, processes, "--resume", WORKERS(2)) as resumed:
+        resumed.succeed()
+    assert outcome(folder) == whole(processes)
+
+
+@slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_equal_seeds_give_equal_digests_with_any_number_of_workers(tmp_path, whole, processes):
+    with started(tmp_path / "a", processes, WORKERS(2)) as run:
+        run.succeed()
+    assert outcome(tmp_path / "a") == whole(processes)
+    with started(tmp_path / "b", processes, "train.seed=1") as run:
+        run.succeed()
+    different = outcome(tmp_path / "b")["digests"]
+    assert all(different[name] != digest for name, digest in whole(processes)["digests"].items())
+
+
+def _other_random_numbers(state: dict[str, Any]) -> None:
+    state["processes"][0]["random"]["torch"] = torch.Generator().manual_seed(1).get_state()
+
+
+def _other_moments(state: dict[str, Any]) -> None:
+    state["optimizer"]["state"][0]["exp_avg"] *= 2
+
+
+def _other_average(state: dict[str, Any]) -> None:
+    state["ema"]["head.bias"] += 1e-3
+
+
+def _no_rows_begun(state: dict[str, Any]) -> None:
+    state["processes"][0]["interval"]["losses"].clear()
+    state["processes"][0]["interval"]["grad_norms"].clear()
+
+
+def _other_matching(state: dict[str, Any]) -> None:
+    state["stability"]["sums"] += 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _other_random_numbers,
+        *(
+            pytest.param(change, marks=slow)
+            for change in (
+                _other_moments,
+                _other_average,
+                _no_rows_begun,
+                _other_matching,
+                lambda state: state["scaler"].update(scale=2.0**10),
+                lambda state: state.update(batches_drawn=3),
+                lambda state: state["best"].update(value=1e9),
+                lambda state: state.update(nonfinite_steps=1),
+            )
+        ),
+    ],
+)
+def test_a_run_that_resumes_with_another_state_ends_differently(tmp_path, whole, change):
+    """The negative control: each entry of a checkpoint matters and would be missed."""
+    folder = tmp_path / "run"
+    interrupt(folder, 1, pause="step 5", number=TERM)
+    checkpoint = last_checkpoint(folder)
+    manifest, state = read_manifest(checkpoint), load_training_state(checkpoint)
+    change(state)
+    save_checkpoint(
+        folder, read_weights(checkpoint), state, iteration=manifest.iteration,
+        epoch=manifest.epoch, config=manifest.config, class_names=manifest.class_names,
+    )  # fmt: skip
+    with started(folder, 1, "--resume") as resumed:
+        resumed.succeed()
+    assert outcome(folder) != whole(1)
