@@ -25,6 +25,8 @@ SIZE = 16
 class TinyDataset(Dataset):
     """Images with one bright rectangle each; loading one is a place to pause: "image of epoch N".
 
+    Another one, "start", is making the data set.
+
     Args:
         length: number of images.
         num_classes: the class is the index of the image modulo this.
@@ -36,6 +38,7 @@ class TinyDataset(Dataset):
         self.category_ids = list(range(1, num_classes + 1))
         self.annotation_file = Path("tiny.json")
         self.num_boxes = length
+        pause_at("start")
 
     def __len__(self) -> int:
         return len(self.image_ids)

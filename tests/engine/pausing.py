@@ -1,7 +1,8 @@
 """Places at which a run waits until a test lets it go on, so that a fault meets it right there.
 
 Environment variables say where: PAUSE_AT is the place, PAUSE_FOLDER a folder in which a process
-that has come there leaves a file, and in which the test leaves one to let it go on.
+that has come there leaves a file, and in which the test leaves one to let it go on. With PAUSE_IN_C the
+process does not wait but computes, for minutes, in one call of a library.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+
+import torch
 
 _GO = "go on"
 _SECONDS = 60.0
@@ -20,6 +23,8 @@ def pause_at(place: str) -> None:
         return
     folder = Path(os.environ["PAUSE_FOLDER"])
     (folder / f"{place}, process {os.getpid()}").touch()
+    if "PAUSE_IN_C" in os.environ:
+        torch.linalg.eigvals(torch.rand(6000, 6000))
     while not (folder / _GO).exists():
         time.sleep(0.005)
 

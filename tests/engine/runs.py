@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils.tensorboard  # noqa: F401 - for the server: importing it takes a second
+import torch.utils.tensorboard  # for the server: importing it takes a second
 from torch.distributed import TCPStore
 
 from dn_detr.checkpoint import read_manifest

@@ -42,7 +42,7 @@ train = dict(
     nonfinite="raise",
     nonfinite_limit=10,
     oom="raise",
-    grace_seconds=60,
+    grace_seconds=60.0,
     checkpoint=dict(period="1ep", keep=3, best="AP", asynchronous=True, sharded=False),
     early_stopping=dict(patience=None, min_delta=0.0),
     wandb=dict(enabled=False, project="tests", name=None, mode="offline"),
