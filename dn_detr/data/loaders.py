@@ -70,6 +70,14 @@ class WatchedLoader(DataLoader[Sample]):
         self._watch.begin(batches._worker_result_queue)  # type: ignore[attr-defined]
         return self._watched(batches, self._watch)
 
+    def end_workers(self) -> None:
+        """End the workers, whatever they are doing; the loader is of no use any more.
+
+        Without this, torch waits 5 seconds for each of them whose image hangs.
+        """
+        if self._watch is not None:
+            self._watch.end()
+
     def _watched(
         self, batches: Iterator[list[Sample]], watch: WorkerWatch
     ) -> Iterator[list[Sample]]:

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from multiprocessing.connection import wait
@@ -191,6 +192,10 @@ class WorkerWatch:
         Finalize(None, _end, args=(workers,), exitpriority=0)
         threading.Thread(target=self._await_death, args=(workers, results), daemon=True).start()
 
+    def end(self) -> None:
+        """End the workers, whatever they are doing."""
+        _end([worker for worker in self._workers if worker.pid is not None])
+
     def _await_death(self, workers: list[BaseProcess], results: Any) -> None:
         """Let the main process read the end of the results when a worker dies.
 
@@ -259,8 +264,9 @@ def _end(workers: list[BaseProcess]) -> None:
     """End workers, which have nothing to save, whatever they are doing."""
     for worker in workers:
         worker.terminate()
+    deadline = time.monotonic() + _TO_END_AT_EXIT
     for worker in workers:
-        worker.join(_TO_END_AT_EXIT)
+        worker.join(max(0.0, deadline - time.monotonic()))
         worker.kill()
 
 
