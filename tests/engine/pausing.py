@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,11 +35,11 @@ def let_go_on(folder: Path) -> None:
     (folder / _GO).touch()
 
 
-def wait_for_pause(folder: Path, place: str, processes: int = 1) -> None:
-    """Return when so many processes have come to the place."""
+def wait_for_pause(folder: Path, place: str, is_alive: Callable[[], bool]) -> None:
+    """Return when a process has come to the place."""
     deadline = time.monotonic() + _SECONDS
-    while len(list(folder.glob(f"{place}, process *"))) < processes:
-        assert time.monotonic() < deadline, f"nobody came to {place!r}"
+    while not any(folder.glob(f"{place}, process *")):
+        assert is_alive() and time.monotonic() < deadline, f"nobody came to {place!r}"
         time.sleep(0.005)
 
 

@@ -79,7 +79,7 @@ class Run:
 
     def reach_pause(self) -> Run:
         """Return when the process is at its place."""
-        wait_for_pause(self._pauses, self._place)
+        wait_for_pause(self._pauses, self._place, self._process.is_alive)
         return self
 
     def go_on(self) -> Run:

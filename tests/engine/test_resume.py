@@ -182,7 +182,7 @@ def _no_rows_begun(state: dict[str, Any]) -> None:
 
 
 def _other_matching(state: dict[str, Any]) -> None:
-    state["stability"]["sums"] += 1
+    state["stability"]["sums"][0] += 1
 
 
 @pytest.mark.parametrize(

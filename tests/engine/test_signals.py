@@ -85,9 +85,8 @@ def test_one_process_stops_though_its_loader_hangs(tmp_path, whole, workers):
         run.reach_pause()
         time.sleep(0.5)  # until the first epoch is over
         os.killpg(run.pid, TERM)
-        started = time.monotonic()
-        assert run.wait(SOON) == STOPPED
-        print(f"with {workers} workers {time.monotonic() - started:.1f} s")
+        # torch alone would wait 5 seconds for each of the workers
+        assert run.wait(7) == STOPPED
         assert "Traceback" not in run.log
     assert_resumes(run.folder, whole[1])
 
