@@ -11,6 +11,11 @@ Ten iterations on a CPU, with small images:
 
 from __future__ import annotations
 
+from dn_detr.early_signals import exit_when_signalled
+
+if __name__ in ("__main__", "__mp_main__"):  # the command, and processes that it starts
+    exit_when_signalled()  # before the imports, which take seconds
+
 import argparse
 import os
 import signal
@@ -39,8 +44,8 @@ from dn_detr.engine import (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code, 0 only when all went well.
 
-    1: an error; 2: a wrong option; 75: stopped on request after saving, `--resume` continues;
-    128 + N: ended at once by signal N.
+    1: an error; 2: a wrong option; 75: stopped on request, a training after saving: `--resume`
+    continues; 128 + N: ended at once by signal N.
     """
     arguments = _parser().parse_intermixed_args(argv)
     try:

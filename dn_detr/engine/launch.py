@@ -27,7 +27,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from .devices import parse_device, require_gpus
 from .errors import LaunchError, ProcessFailure, is_user_error, user_message
-from .stopping import EXIT_SIGNAL, STOP_SIGNALS, KilledError, Stopped
+from .stopping import EXIT_SIGNAL, EXIT_STOPPED, STOP_SIGNALS, KilledError, Stopped
 
 # Long enough for rank 0 to run COCOeval while the others wait.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
@@ -127,15 +127,16 @@ def _process_group(device_type: str, init_method: str) -> Iterator[None]:
 def _spawn(function: Callable[..., object], count: int, args: tuple[Any, ...], device: str) -> None:
     with tempfile.TemporaryDirectory(prefix="dn_detr_launch_") as name:
         folder = Path(name)
-        group = multiprocessing.start_processes(
-            _run_child,
-            args=(count, folder, device, function, args),
-            nprocs=count,
-            join=False,
-            start_method="spawn",
-        )
         try:
-            with _signals_passed_on(group.processes):
+            with _signals_passed_on() as pass_on_to:
+                group = multiprocessing.start_processes(
+                    _run_child,
+                    args=(count, folder, device, function, args),
+                    nprocs=count,
+                    join=False,
+                    start_method="spawn",
+                )
+                pass_on_to(group.processes)
                 while not group.join(grace_period=_FAREWELL_SECONDS):
                     pass
         except (ProcessExitedException, ProcessRaisedException) as error:
@@ -145,23 +146,34 @@ def _spawn(function: Callable[..., object], count: int, args: tuple[Any, ...], d
 
 
 @contextmanager
-def _signals_passed_on(processes: Sequence[Any]) -> Iterator[None]:
-    """Send every request to stop on to the processes."""
+def _signals_passed_on() -> Iterator[Callable[[Sequence[Any]], None]]:
+    """Send every request to stop on to processes, which the function that is given starts with."""
+    processes: list[Any] = []
+    early: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield processes.extend
         return
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def pass_on(number: int, frame: FrameType | None = None) -> None:
+        if not processes:
+            early.append(number)
         for process in processes:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, number)
 
+    def pass_on_to(started: Sequence[Any]) -> None:
+        processes.extend(started)
+        for number in early:
+            pass_on(number)
+
+    wakeup = signal.set_wakeup_fd(-1)  # whoever reads signals there would not pass them on
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        yield
+        yield pass_on_to
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
 
 
 def _run_child(
@@ -204,6 +216,8 @@ def _raise_first_failure(
 ) -> None:
     """Raise what the first process to fail said: the others fail because it is gone."""
     code = getattr(error, "exit_code", 0)
+    if code == EXIT_STOPPED or -code in STOP_SIGNALS:  # no training had begun that would take it
+        raise Stopped("stopped while the processes were starting or ending") from None
     if code - EXIT_SIGNAL in STOP_SIGNALS:
         raise KilledError(str(error), code) from None
     failures = [json.loads(path.read_text()) for path in folder.glob("failure_*.json")]

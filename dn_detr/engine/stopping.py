@@ -16,16 +16,15 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import NoReturn
 
+from dn_detr.early_signals import EXIT_STOPPED as EXIT_STOPPED
+from dn_detr.early_signals import STOP_SIGNALS
+
 from .distributed import is_main, rank
 
 EXIT_DONE = 0
 EXIT_ERROR = 1
 EXIT_USAGE = 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not an error, to be tried again
 EXIT_SIGNAL = 128  # plus the number of the signal that ended the process at once
-
-# Schedulers warn with SIGTERM, SIGUSR1 or SIGUSR2, people with Ctrl-C.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 # One request may arrive several times: from a scheduler that signals every process of a job, and
 # again from the parent or torchrun, which pass it on.

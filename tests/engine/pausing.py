@@ -1,8 +1,8 @@
 """Places at which a run waits until a test lets it go on, so that a fault meets it right there.
 
 Environment variables say where: PAUSE_AT is the place, PAUSE_FOLDER a folder in which a process
-that has come there leaves a file, and in which the test leaves one to let it go on. With PAUSE_IN_C the
-process does not wait but computes, for minutes, in one call of a library.
+that has come there leaves a file, and in which the test leaves one to let it go on. With PAUSE_IN_C
+the process does not wait but computes, for minutes, in one call of a library.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import torch.utils.tensorboard  # for the server: importing it takes a second
 from torch.distributed import TCPStore
 
 from dn_detr.checkpoint import read_manifest
-from dn_detr.engine.stopping import STOP_SIGNALS
+from dn_detr.early_signals import exit_when_signalled
 from tests.engine.pausing import let_go_on, pause_while_saving, wait_for_pause
 from tools.train_net import main
 
@@ -168,9 +168,7 @@ def _run(command: Sequence[str], variables: Mapping[str, str], log: str) -> None
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(variables)
-    for number in STOP_SIGNALS:  # whatever the shell of the tests left
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    exit_when_signalled()  # as tools/train_net.py does
     multiprocessing.set_start_method(None, force=True)  # the default, for its own workers
     torch.set_num_threads(1)
     if variables["PAUSE_AT"].startswith("saving"):
