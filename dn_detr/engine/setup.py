@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -32,13 +32,33 @@ class _TerminalHandler(logging.Handler):
             tqdm.write(self.format(record), file=sys.stdout)
 
 
+class _LogFile(logging.FileHandler):
+    """Writes a log; a full disk costs lines, is told once and stops nothing."""
+
+    _has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say on stderr why lines will be missing."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_failed:
+            self._has_failed = True
+            print(f"{self.baseFilename} will lack lines: {error.strerror}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Close the file; what could not be written is given up."""
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def logging_to(output_dir: Path) -> Iterator[logging.Logger]:
     """Log to the terminal and to `output_dir/log.txt`; only warnings, to stderr, on other ranks."""
     logger = logging.getLogger(LOGGER_NAME)
     handlers: list[logging.Handler] = []
     if is_main():
-        handlers = [_TerminalHandler(), logging.FileHandler(output_dir / "log.txt")]
+        handlers = [_TerminalHandler(), _LogFile(output_dir / "log.txt")]
         layout = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
     else:
         handlers = [logging.StreamHandler()]
@@ -99,10 +119,19 @@ def record_run(config: str, folder: Path, device: torch.device) -> None:
         config: YAML of the config after overrides.
         folder: of the run.
         device: of the run.
+
+    Raises:
+        ValueError: they cannot be written.
     """
-    (folder / "config.yaml").write_text(config, encoding="utf-8")
-    with (folder / "environment.txt").open("a", encoding="utf-8") as file:
-        file.write(describe_environment(device) + "\n")
+    try:
+        (folder / "config.yaml").write_text(config, encoding="utf-8")
+        with (folder / "environment.txt").open("a", encoding="utf-8") as file:
+            file.write(describe_environment(device) + "\n")
+    except OSError as error:
+        raise ValueError(
+            f"train.output_dir={folder}: cannot be written to: {error.strerror}; free disk space, "
+            "or choose another folder"
+        ) from error
 
 
 def describe_environment(device: torch.device) -> str:
