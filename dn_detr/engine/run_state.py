@@ -74,6 +74,7 @@ class RunState:
         self.metrics: dict[str, Any] | None = None
         self.interval = Interval()
         self._device = device
+        self._best_before: dict[str, Any] | None = None
         self._random_state: dict[str, Any] | None = None
 
     def snapshot(self, epoch: float) -> Snapshot:
@@ -91,13 +92,30 @@ class RunState:
             optimizer=self.step.optimizer.state_dict(),
             training_state={
                 "scaler": self.step.scaler.state_dict(),
-                "best": self.best.state_dict() if self.best is not None else None,
+                "best": self._best_before_evaluation(),
                 "stability": self.stability.state_dict() if self.stability is not None else None,
                 "batches_drawn": self.batches_drawn,
                 "nonfinite_steps": self.nonfinite_steps,
                 "processes": all_gather(mine),
             },
         )
+
+    def take_results(self) -> bool:
+        """Compare `metrics` with the best; return whether they are the best so far."""
+        if self.best is None or self.metrics is None:
+            return False
+        self._best_before = self.best.state_dict()
+        return self.best.update(self.metrics, self.iteration)
+
+    def _best_before_evaluation(self) -> dict[str, Any] | None:
+        """Return the state of `best` without the evaluation at this iteration.
+
+        The evaluation may come after the checkpoint and is recorded in its manifest, or made again.
+        """
+        if self.best is None:
+            return None
+        is_taken = self.metrics is not None and self._best_before is not None
+        return self._best_before if is_taken else self.best.state_dict()
 
     def restore(self, checkpoint: Path, class_names: Sequence[str]) -> None:
         """Become what a checkpoint holds, as if there had been no interruption.
@@ -118,11 +136,9 @@ class RunState:
         if self.stability is not None and state["stability"] is not None:
             self.stability.load_state_dict(state["stability"])
         self.iteration, self.metrics = manifest.iteration, manifest.metrics
-        if self.best is not None:
-            if state["best"] is not None:
-                self.best.load_state_dict(state["best"])
-            if self.metrics is not None:  # of the evaluation after that checkpoint was written
-                self.best.update(self.metrics, self.iteration)
+        if self.best is not None and state["best"] is not None:
+            self.best.load_state_dict(state["best"])
+        self.take_results()
         self.batches_drawn = state["batches_drawn"]
         self.nonfinite_steps = state["nonfinite_steps"]
         self._restore_process(state["processes"])

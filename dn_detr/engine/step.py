@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
@@ -20,11 +21,14 @@ from dn_detr.modeling import ObjectCounts, mean_over_ranks
 from .distributed import any_process, average_gradients, is_distributed
 from .errors import NonFiniteError
 from .memory import OutOfMemory, describe_batch, is_out_of_memory
-from .nonfinite import RunningStatistics, explain
+from .nonfinite import RunningStatistics, explain, image_name
 from .random_state import preserved_random_state
 from .settings import AmpSettings, ClipGradSettings
+from .setup import LOGGER_NAME
 
 Sample = Mapping[str, Any]
+
+logger = logging.getLogger(f"{LOGGER_NAME}.engine")
 
 
 class Outcome(Enum):
@@ -301,3 +305,16 @@ def _set_random_state(device: torch.device, state: tuple[Tensor, ...]) -> None:
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
+
+
+@contextmanager
+def images_named_on_failure(batch: Sequence[Sample], iteration: int) -> Iterator[None]:
+    """Log which images a failing step worked on; the exception goes on as it is."""
+    try:
+        yield
+    except (NonFiniteError, OutOfMemory):
+        raise
+    except Exception:
+        names = ", ".join(map(image_name, batch))
+        logger.error("iteration %d failed on %s", iteration, names)
+        raise

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -16,7 +16,7 @@ from dn_detr.evaluation import EvaluationStopped
 
 from .distributed import all_gather, any_process, barrier, broadcast_from_main, is_main, world_size
 from .errors import NonFiniteError
-from .memory import OutOfMemory, image_name
+from .memory import OutOfMemory
 from .metrics import Interval, Row, average_over_ranks, evaluation_row, peak_memory_mib
 from .optimizer import learning_rates
 from .progress import Progress
@@ -24,7 +24,7 @@ from .run_state import RunState
 from .schedule import LearningRateRule, Timetable, set_learning_rates
 from .settings import TrainSettings
 from .setup import LOGGER_NAME
-from .step import Outcome, Sample, StepResult
+from .step import Outcome, Sample, StepResult, images_named_on_failure
 from .stopping import Stopped, StopRequest, WaitInterrupted
 from .writers import RunWriters
 
@@ -83,6 +83,8 @@ class Trainer:
         self._class_names = list(class_names)
         self._rows = RunWriters()
         self._saved_iteration: int | None = state.iteration
+        self._has_unwritten = False  # whether something of the newest checkpoint was not written
+        self._is_best = False  # whether the last evaluation is the best so far
         self._has_stagnated = False
         self._out_of_memory_in_a_row = 0
 
@@ -104,7 +106,7 @@ class Trainer:
         try:
             self._evaluate_if_interrupted()
             self._train()
-            self._checkpoints.wait()
+            self._save_for_good()
             failed = False
         except Stopped:
             failed = False
@@ -151,7 +153,7 @@ class Trainer:
         set_learning_rates(self._step.optimizer, self._lr_rule(epoch, self._timetable.total_epochs))
         batch = self._next_batch(batches)
         data_seconds = time.perf_counter() - started
-        with _images_named_on_failure(batch, state.iteration + 1):
+        with images_named_on_failure(batch, state.iteration + 1):
             wants_stop = self._stop.reason is not None
             result = self._step(batch, state.iteration + 1, wants_stop=wants_stop)
         state.iteration += 1
@@ -300,14 +302,13 @@ class Trainer:
                 self._checkpoints.save(snapshot)
         if refusal is not None:
             raise refusal
-        self._saved_iteration = self._state.iteration
+        self._saved_iteration, self._has_unwritten = self._state.iteration, False
 
     def _save_again(self) -> None:
         """Replace the checkpoint of this iteration, which would draw the bad images again."""
-        self._saved_iteration = None
+        self._saved_iteration, self._is_best = None, False  # if it was, `best` points there
         self._save()
-        if self._state.metrics is not None:
-            self._checkpoints.record_evaluation(self._state.iteration, self._state.metrics)
+        self._record_evaluation()
 
     def _finish_writing(self) -> None:
         """Wait until every process has written what it is writing."""
@@ -318,12 +319,34 @@ class Trainer:
 
     def _report_failed_writes(self) -> None:
         for failure in self._checkpoints.failures():
+            self._has_unwritten = True
             logger.error("%s; training goes on, and the next checkpoint is tried", failure)
+
+    def _save_for_good(self) -> None:
+        """Have a checkpoint of this iteration on the disk, because the run ends.
+
+        Raises:
+            CheckpointError: it could not be written, even if that was tried before.
+        """
+        if not self._is_on_disk():
+            self._saved_iteration = None
+            self._save()
+            self._record_evaluation()
+            self._finish_writing()
+
+    def _is_on_disk(self) -> bool:
+        """Wait, and return whether all processes have written a checkpoint of this iteration."""
+        try:
+            self._checkpoints.wait()
+        except CheckpointError as error:
+            self._has_unwritten = True
+            logger.error("%s; tried once more, because the run ends", error)
+        is_missing = self._has_unwritten or self._saved_iteration != self._state.iteration
+        return not any_process(is_missing, device=self._device)[0]
 
     def _save_and_stop(self) -> NoReturn:
         if self._state.iteration > 0:
-            self._save()
-            self._finish_writing()
+            self._save_for_good()
         reason = self._stop.reason or "another process was asked to"
         if is_main():
             logger.warning("stopped after iteration %d: %s", self._state.iteration, reason)
@@ -345,13 +368,16 @@ class Trainer:
         self._has_stagnated = self._agree_on_stagnation()
 
     def _keep_best(self) -> None:
-        best, metrics = self._state.best, self._state.metrics
-        assert metrics is not None
-        is_best = best is not None and is_main() and best.update(metrics, self._state.iteration)
-        if broadcast_from_main(is_best):
+        self._is_best = is_main() and self._state.take_results()
+        if broadcast_from_main(self._is_best):
             self._save()
-        if is_main() and self._saved_iteration == self._state.iteration:
-            self._checkpoints.record_evaluation(self._state.iteration, metrics, is_best=is_best)
+        self._record_evaluation()
+
+    def _record_evaluation(self) -> None:
+        """Add the results of an evaluation of this iteration to its checkpoint, if it has one."""
+        iteration, metrics = self._state.iteration, self._state.metrics
+        if is_main() and metrics is not None and self._saved_iteration == iteration:
+            self._checkpoints.record_evaluation(iteration, metrics, is_best=self._is_best)
 
     def _agree_on_stagnation(self) -> bool:
         best = self._state.best
@@ -376,16 +402,3 @@ class Trainer:
         self._rows.close(failed=False)
         is_evaluated = self._state.metrics is not None
         self._rows = self._open_rows(self._state.iteration, is_evaluated=is_evaluated)
-
-
-@contextmanager
-def _images_named_on_failure(batch: Sequence[Sample], iteration: int) -> Iterator[None]:
-    """Log which images a failing step worked on; the exception goes on as it is."""
-    try:
-        yield
-    except (NonFiniteError, OutOfMemory):
-        raise
-    except Exception:
-        names = ", ".join(map(image_name, batch))
-        logger.error("iteration %d failed on %s", iteration, names)
-        raise
