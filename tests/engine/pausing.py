@@ -1,8 +1,8 @@
 """Places at which a run waits until a test lets it go on, so that a fault meets it right there.
 
-Environment variables say where: PAUSE_AT is the place, PAUSE_FOLDER a folder in which a process
-that has come there leaves a file, and in which the test leaves one to let it go on. With PAUSE_IN_C
-the process does not wait but computes, for minutes, in one call of a library.
+Environment variables say where: PAUSE_AT are the places, separated by commas, PAUSE_FOLDER a folder
+in which a process that has come to one leaves a file, and in which the test leaves one to let it go
+on. With PAUSE_IN_C the process does not wait but computes, for minutes, in one call of a library.
 """
 
 from __future__ import annotations
@@ -14,25 +14,24 @@ from pathlib import Path
 
 import torch
 
-_GO = "go on"
 _SECONDS = 60.0
 
 
 def pause_at(place: str) -> None:
-    """Wait here, if this is the place, until `let_go_on`."""
-    if os.environ.get("PAUSE_AT") != place:
+    """Wait here, if this is one of the places, until `let_go_on`."""
+    if place not in os.environ.get("PAUSE_AT", "").split(","):
         return
     folder = Path(os.environ["PAUSE_FOLDER"])
     (folder / f"{place}, process {os.getpid()}").touch()
     if "PAUSE_IN_C" in os.environ:
         torch.linalg.eigvals(torch.rand(6000, 6000))
-    while not (folder / _GO).exists():
+    while not (folder / f"{place}, go on").exists():
         time.sleep(0.005)
 
 
-def let_go_on(folder: Path) -> None:
-    """End the pause of all processes; there will be no other one."""
-    (folder / _GO).touch()
+def let_go_on(folder: Path, place: str) -> None:
+    """End the pause of all processes at this place; there will be no other one there."""
+    (folder / f"{place}, go on").touch()
 
 
 def wait_for_pause(folder: Path, place: str, is_alive: Callable[[], bool]) -> None:

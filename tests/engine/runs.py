@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +43,10 @@ class Run:
     Args:
         folder: `train.output_dir`.
         arguments: of the command: overrides and options.
-        pause: a place of `pausing`, or "" for none.
+        pause: places of `pausing` in the order in which the run comes there; "" for none.
         config: the config file.
         environment: of the process, besides the test's.
-        name: of the log and of the folder for pauses, beside `folder`.
+        name: of the folder for pauses, beside `folder`.
     """
 
     def __init__(
@@ -57,14 +60,24 @@ class Run:
     ) -> None:
         name = name or f"{folder.name}-{len(list(folder.parent.iterdir()))}"
         self.folder = folder
-        self._place = pause
+        self._places = pause.split(",")
         self._pauses = folder.with_name(f"{name}.pauses")
         self._pauses.mkdir(exist_ok=True)
-        self._log = folder.with_name(f"{name}.txt")
+        self._printed = bytearray()
         variables = {"PAUSE_AT": pause, "PAUSE_FOLDER": str(self._pauses), **(environment or {})}
         command = ["--config-file", config, f"train.output_dir={folder}", *arguments]
-        self._process = PROCESSES.Process(target=_run, args=(command, variables, str(self._log)))
+        # A pipe, because a limit on the size of files is none for it.
+        receiver, sender = PROCESSES.Pipe(duplex=False)
+        self._process = PROCESSES.Process(target=_run, args=(command, variables, sender))
         self._process.start()
+        sender.close()
+        self._reader = threading.Thread(target=self._read, args=(receiver,), daemon=True)
+        self._reader.start()
+
+    def _read(self, receiver: Connection) -> None:
+        with receiver:
+            while printed := os.read(receiver.fileno(), 4096):
+                self._printed += printed
 
     @property
     def pid(self) -> int:
@@ -75,16 +88,18 @@ class Run:
     @property
     def log(self) -> str:
         """What the process has printed."""
-        return self._log.read_text()
+        return self._printed.decode()
 
     def reach_pause(self) -> Run:
-        """Return when the process is at its place."""
-        wait_for_pause(self._pauses, self._place, self._process.is_alive)
+        """Return when the process is at its next place."""
+        wait_for_pause(self._pauses, self._places[0], self._process.is_alive)
         return self
 
     def go_on(self) -> Run:
         """End the pause."""
-        let_go_on(self._pauses)
+        let_go_on(self._pauses, self._places[0])
+        if len(self._places) > 1:
+            del self._places[0]
         return self
 
     def signal(self, number: int) -> Run:
@@ -92,10 +107,24 @@ class Run:
         os.kill(self.pid, number)
         return self
 
+    def limit_file_size(self, size: int | None) -> Run:
+        """Let writing more bytes than that to a file fail as on a full disk; None: no limit."""
+        _, hard = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)
+        limits = (hard if size is None else size, hard)
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, limits)
+        return self
+
+    def wait_for_log(self, text: str) -> Run:
+        """Return when the process has printed a text."""
+        wait_until(lambda: text in self.log or not self._process.is_alive())
+        assert text in self.log, self.log
+        return self
+
     def wait(self, seconds: float = _SECONDS) -> int:
         """Return the exit code, minus the number of the signal that killed the process."""
         self._process.join(seconds)
         assert self._process.exitcode is not None, f"still running:\n{self.log}"
+        self._reader.join(1)  # it ends with the last worker
         return self._process.exitcode
 
     def succeed(self) -> None:
@@ -162,11 +191,11 @@ class Group:
             run.__exit__()
 
 
-def _run(command: Sequence[str], variables: Mapping[str, str], log: str) -> None:
+def _run(command: Sequence[str], variables: Mapping[str, str], output: Connection) -> None:
     os.setpgid(0, 0)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    output.close()
     os.environ.update(variables)
     exit_when_signalled()  # as tools/train_net.py does
     multiprocessing.set_start_method(None, force=True)  # the default, for its own workers

@@ -164,6 +164,21 @@ def test_equal_seeds_give_equal_digests_with_any_number_of_workers(tmp_path, who
     assert all(different[name] != digest for name, digest in whole(processes)["digests"].items())
 
 
+@slow
+def test_the_results_of_a_checkpoint_that_was_saved_for_them_count_once(tmp_path):
+    """`best` is saved after the evaluation, other checkpoints before it."""
+    best_only = "train.checkpoint.period=100"
+    with started(tmp_path / "whole", 1, best_only) as run:
+        run.succeed()
+    for number in (TERM, KILL):
+        folder = tmp_path / number.name
+        # the next checkpoint is that of the next best evaluation, or of the end
+        interrupt(folder, 1, best_only, pause="step 4", number=number)
+        with started(folder, 1, best_only, "--resume") as resumed:
+            resumed.succeed()
+        assert outcome(folder) == outcome(tmp_path / "whole")
+
+
 def _other_random_numbers(state: dict[str, Any]) -> None:
     state["processes"][0]["random"]["torch"] = torch.Generator().manual_seed(1).get_state()
 
