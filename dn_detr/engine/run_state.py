@@ -100,6 +100,11 @@ class RunState:
             },
         )
 
+    @property
+    def has_stagnated(self) -> bool:
+        """Whether the last evaluations gained nothing."""
+        return self.best is not None and self.best.has_stagnated
+
     def take_results(self) -> bool:
         """Compare `metrics` with the best; return whether they are the best so far."""
         if self.best is None or self.metrics is None:

@@ -257,7 +257,8 @@ class Trainer:
         state.batches_drawn, state.nonfinite_steps, state.skipped = drawn, dropped, skipped
         state.interval.count("nonfinite_steps")
         self._start_rows()
-        self._save_again()
+        self._is_best = False  # where it is, `best` points at it already
+        self._save_again()  # it would draw the bad images again
         if is_main():
             logger.warning("rolled back to %s", checkpoint)
 
@@ -305,8 +306,8 @@ class Trainer:
         self._saved_iteration, self._has_unwritten = self._state.iteration, False
 
     def _save_again(self) -> None:
-        """Replace the checkpoint of this iteration, which would draw the bad images again."""
-        self._saved_iteration, self._is_best = None, False  # if it was, `best` points there
+        """Write the checkpoint of this iteration anew, with the results of its evaluation."""
+        self._saved_iteration = None
         self._save()
         self._record_evaluation()
 
@@ -323,15 +324,9 @@ class Trainer:
             logger.error("%s; training goes on, and the next checkpoint is tried", failure)
 
     def _save_for_good(self) -> None:
-        """Have a checkpoint of this iteration on the disk, because the run ends.
-
-        Raises:
-            CheckpointError: it could not be written, even if that was tried before.
-        """
+        """Have a checkpoint of this iteration on the disk, or raise a CheckpointError."""
         if not self._is_on_disk():
-            self._saved_iteration = None
-            self._save()
-            self._record_evaluation()
+            self._save_again()
             self._finish_writing()
 
     def _is_on_disk(self) -> bool:
@@ -348,11 +343,10 @@ class Trainer:
         if self._state.iteration > 0:
             self._save_for_good()
         reason = self._stop.reason or "another process was asked to"
+        done = f"stopped after iteration {self._state.iteration} ({reason})"
         if is_main():
-            logger.warning("stopped after iteration %d: %s", self._state.iteration, reason)
-        raise Stopped(
-            f"stopped after iteration {self._state.iteration} ({reason}); --resume continues"
-        )
+            logger.warning(done)
+        raise Stopped(f"{done}; --resume continues")
 
     def _evaluate_if_due(self) -> None:
         # Saved before: an evaluation that fails or is interrupted costs no training.
@@ -380,8 +374,7 @@ class Trainer:
             self._checkpoints.record_evaluation(iteration, metrics, is_best=self._is_best)
 
     def _agree_on_stagnation(self) -> bool:
-        best = self._state.best
-        has_stagnated: bool = broadcast_from_main(best is not None and best.has_stagnated)
+        has_stagnated: bool = broadcast_from_main(self._state.has_stagnated)
         if has_stagnated:
             logger.info("early stopping: the last evaluations gained nothing")
         return has_stagnated
