@@ -114,9 +114,9 @@ class Run:
         resource.prlimit(self.pid, resource.RLIMIT_FSIZE, limits)
         return self
 
-    def wait_for_log(self, text: str) -> Run:
+    def wait_for_log(self, text: str, seconds: float = _SECONDS) -> Run:
         """Return when the process has printed a text."""
-        wait_until(lambda: text in self.log or not self._process.is_alive())
+        wait_until(lambda: text in self.log or not self._process.is_alive(), seconds)
         assert text in self.log, self.log
         return self
 

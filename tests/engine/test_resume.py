@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,7 @@ EVERYTHING = (
     "train.early_stopping.patience=100",
     "train.log_period=3",
 )
+ROOT = Path(__file__).resolve().parents[2]
 WORKERS = "dataloader.train.num_workers={}".format
 TERM, KILL = signal.SIGTERM, signal.SIGKILL
 EXIT_CODES = {TERM: 75, KILL: -signal.SIGKILL}
@@ -180,6 +183,33 @@ def test_the_results_of_a_checkpoint_that_was_saved_for_them_count_once(tmp_path
     assert last_checkpoint(tmp_path / "run").name == "0000006"
     with started(tmp_path / "run", 1, *options, "--resume") as resumed:
         resumed.succeed()
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+@slow
+def test_a_real_detector_resumes_exactly(tmp_path):
+    pytest.importorskip("sklearn")
+    data = tmp_path / "digits"
+    make = [sys.executable, str(ROOT / "tools" / "make_digits.py"), "--root", str(data)]
+    subprocess.run([*make, "--num-train", "32", "--num-val", "8"], check=True, cwd=ROOT)
+    overrides = (
+        f"dataloader.root={data}",
+        "train.device=cpu",
+        "train.max_iter=6",
+        "train.checkpoint.period=2",
+        "train.ema.enabled=true",
+        "train.log_period=3",
+        "dataloader.train.total_batch_size=4",
+    )
+    config = str(ROOT / "configs" / "digits_dn_deformable_detr.py")
+    with Run(tmp_path / "whole", *overrides, config=config) as whole:
+        assert whole.wait(300) == 0, whole.log
+    with Run(tmp_path / "run", *overrides, config=config) as run:
+        run.wait_for_log("iteration 3/6", 300)
+        run.signal(KILL).wait()
+    assert last_checkpoint(tmp_path / "run").name == "0000002"
+    with Run(tmp_path / "run", *overrides, WORKERS(0), "--resume", config=config) as resumed:
+        assert resumed.wait(300) == 0, resumed.log
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 

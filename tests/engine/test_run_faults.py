@@ -109,6 +109,16 @@ def test_a_file_system_that_fills_up_does_not_end_the_training(tmp_path):
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"), [((), 0), (("train.epochs=0",), 1), (("--no-such-option",), 2)]
+)
+def test_the_exit_code_tells_success_a_mistake_and_a_wrong_option_apart(tmp_path, arguments, code):
+    """Those of signals are in test_signals.py."""
+    with Run(tmp_path / "run", *arguments) as run:
+        assert run.wait() == code
+        assert "Traceback" not in run.log
+
+
 def test_a_full_disk_at_the_start_is_one_clear_message(tmp_path, whole):
     folder = tmp_path / "run"
     with Run(folder, pause="start") as run:
