@@ -176,6 +176,22 @@ class RunState:
         self.skipped = Counter(mine["skipped"])
 
 
+def batches_drawn(checkpoint: Path) -> int:
+    """Return how many batches a run had taken from its loader when it wrote a checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged, or of a version that did not write this down.
+    """
+    state = load_training_state(checkpoint)
+    if "batches_drawn" not in state:
+        raise CheckpointError(
+            f"{checkpoint}: an older dn_detr wrote it, and its training cannot be continued; start "
+            f"a new run from its weights with train.init_checkpoint={checkpoint}"
+        )
+    drawn: int = state["batches_drawn"]
+    return drawn
+
+
 def _restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     present = [(group_name(g), len(g["params"])) for g in optimizer.param_groups]

@@ -21,7 +21,6 @@ from dn_detr.checkpoint import (
     CheckpointWriter,
     last_checkpoint,
     load_model_weights,
-    load_training_state,
     log_loading,
     read_manifest,
 )
@@ -35,7 +34,7 @@ from .ema import averaged_model
 from .evaluation import evaluate_model
 from .optimizer import describe_groups
 from .random_state import seed_everything
-from .run_state import RunState
+from .run_state import RunState, batches_drawn
 from .schedule import Timetable
 from .settings import TrainSettings
 from .setup import LOGGER_NAME, announce_device, logging_to, make_folder, record_run
@@ -105,7 +104,7 @@ def _build_trainer(
     config: str,
     stop: StopRequest,
 ) -> Trainer:
-    start = load_training_state(checkpoint)["batches_drawn"] if checkpoint else 0
+    start = batches_drawn(checkpoint) if checkpoint else 0
     train_loader = instantiate(cfg.dataloader.train, start_iteration=start)
     test_loader = instantiate(cfg.dataloader.test)
     check_same_categories(train_loader.dataset, test_loader.dataset)

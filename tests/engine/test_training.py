@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dn_detr.checkpoint import read_manifest, read_weights
+from dn_detr.checkpoint import (
+    load_training_state,
+    read_manifest,
+    read_weights,
+    save_checkpoint,
+)
 from dn_detr.config import LazyConfig
 from dn_detr.engine import NonFiniteError, evaluate, train
 from dn_detr.engine.training import config_changes
@@ -292,3 +297,13 @@ def test_pretrained_parts_load_in_a_new_run_only(run, tiny_config, tmp_path, mon
     run("b", "train.max_iter=1", f"train.init_checkpoint={tmp_path}/a")
     evaluate(tiny_config(f"train.output_dir={tmp_path}/a"))
     assert len(calls) == 1
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_with_the_remedy(run, tmp_path):
+    run("a", "train.max_iter=1")
+    checkpoint = tmp_path / "a" / "checkpoints" / "0000001"
+    state = load_training_state(checkpoint)
+    del state["batches_drawn"]
+    save_checkpoint(tmp_path / "a", read_weights(checkpoint), state, iteration=1, epoch=0.1)
+    with pytest.raises(ValueError, match=r"older dn_detr.*init_checkpoint=.*0000001"):
+        run("a", resume=True)
