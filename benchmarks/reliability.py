@@ -127,7 +127,7 @@ class TakingTurns:
     def __init__(self, model: Any, start_iteration: int = 0) -> None:
         self.dataset = SyntheticImages(1000)
         self.batch_sampler = self
-        self.iterations_per_epoch = 1000
+        self.iterations_per_epoch, self.total_batch_size = 1000, IMAGES
         self._bare = BareLoop(instantiate(model))
         TakingTurns.seconds = []
 
