@@ -106,7 +106,6 @@ def interrupt(folder: Path, processes: int, *arguments: str, pause: str, number:
         pytest.param(
             "saving 6", KILL, (2, 2), ("train.checkpoint.asynchronous=false",), marks=slow
         ),
-        pytest.param("saving 9", TERM, (0, 0), (), marks=slow),  # the last
     ],
 )
 def test_one_process_resumes_exactly(tmp_path, whole, place, number, workers, options):
