@@ -77,7 +77,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     # The first process leaves a result only when the run is finished.
     if submitted.task(0).paths.result_pickle.exists():
         return 0
-    return _report(f"the run is not finished, see {log}; the same command continues it")
+    return _report(f"the run was stopped or failed, see {log}; the same command continues it")
 
 
 def _report(message: str) -> int:
@@ -87,6 +87,7 @@ def _report(message: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="Train on a cluster: submit a training to Slurm.",
         epilog="Overrides: key=value changes a key, +key=value adds one, ~key removes one.",
     )

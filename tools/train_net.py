@@ -84,6 +84,7 @@ def _report(message: str, exit_code: int = EXIT_ERROR) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="Train, evaluate or resume what a config describes.",
         epilog="Overrides: key=value changes a key, +key=value adds one, ~key removes one.",
     )

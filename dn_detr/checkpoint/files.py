@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .folders import CHECKPOINTS_DIR, EMA_FILE, MODEL_FILE, is_checkpoint
+from .folders import CHECKPOINTS_DIR, EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, is_checkpoint
 from .manifest import MANIFEST_NAME, CheckpointError, Manifest
 from .pickles import read_pickle
 from .storage import find_checkpoint, good_ones_named
@@ -86,6 +86,10 @@ def read_file(path: str | Path, *, ema: bool = False) -> FileContent:
         content = _read_huggingface(path)
     elif path.name in (MODEL_FILE, EMA_FILE) and is_checkpoint(path.parent):
         return _read_ours(path.parent, EMA_FILE if ema else path.name)
+    elif path.name == OPTIMIZER_FILE and is_checkpoint(path.parent):
+        raise CheckpointError(
+            f"{path}: the state of an optimizer, no weights; those are in {MODEL_FILE} beside it"
+        )
     elif path.is_dir() and not (_is_ours(path) or path.name == CHECKPOINTS_DIR):
         raise CheckpointError(
             f"{path}: neither a checkpoint folder (with {MANIFEST_NAME}) nor the output folder of "

@@ -22,7 +22,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     Returns:
         The SHA-256 of the file in hexadecimal.
     """
+    path.touch()
+    mode = path.stat().st_mode  # what the user's umask gives; safetensors would keep others out
     safetensors.torch.save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
     flush_to_disk(path)
     return file_digest(path)
 

@@ -19,6 +19,11 @@ from .distributed import all_gather
 from .memory import image_name
 
 Sample = Mapping[str, Any]
+_REMEDIES = (
+    "what helps: correct the annotations of images that are marked; a lower optimizer.lr or "
+    "train.clip_grad.max_norm; bfloat16 for float16; train.nonfinite=skip or rollback"
+)
+
 Compute = Callable[[Sequence[Sample]], Mapping[str, Tensor]]
 
 
@@ -76,11 +81,11 @@ def explain(
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         # Its passes talk to the other processes, which may have found their culprit earlier.
         module = "unknown (batch normalisation is synchronised)"
-        images = [image_name(sample) for sample in samples]
+        images = [f"image {image_name(sample)}" for sample in samples]
     else:
         statistics = RunningStatistics(model)
         module = first_nonfinite_module(model, compute, pieces)
-        images = [image_name(sample) + _verdict(compute, sample) for sample in samples]
+        images = _judged(compute, samples)
         statistics.restore()
     reports = all_gather((dict(losses), culprits, module, images))
     terms = sorted({name for _, names, _, _ in reports for name in names})
@@ -90,8 +95,8 @@ def explain(
         lines.append(f"rank {process}:" if len(reports) > 1 else "this batch:")
         lines.append(f"  first module whose numbers are not finite: {where}")
         lines += [f"  {name} = {value:.6g}" for name, value in values.items()]
-        lines += [f"  image {name}" for name in names]
-    return "\n".join(lines)
+        lines += [f"  {name}" for name in names]
+    return "\n".join([*lines, _REMEDIES])
 
 
 def first_nonfinite_module(
@@ -229,9 +234,18 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _verdict(compute: Compute, sample: Sample) -> str:
-    """Say whether an image alone is not finite either."""
+def _judged(compute: Compute, samples: Sequence[Sample]) -> list[str]:
+    """Return a line for each image, marking those that are not finite alone."""
     with torch.no_grad():
-        losses = compute([sample])
-    is_finite = all(bool(value.isfinite()) for value in losses.values())
-    return "" if is_finite else "  <- not finite alone either"
+        guilty = [not _is_finite(compute([sample])) for sample in samples]
+    names = [f"image {image_name(sample)}" for sample in samples]
+    if all(guilty) and len(samples) > 1:
+        return [*names, "none of them is finite alone: the weights are to blame, not the images"]
+    return [
+        f"{name}  <- not finite alone either" if is_guilty else name
+        for name, is_guilty in zip(names, guilty, strict=True)
+    ]
+
+
+def _is_finite(losses: Mapping[str, Tensor]) -> bool:
+    return all(bool(value.isfinite()) for value in losses.values())

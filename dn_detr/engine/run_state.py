@@ -91,6 +91,7 @@ class RunState:
             ema=self.ema.module.state_dict() if self.ema is not None else None,
             optimizer=self.step.optimizer.state_dict(),
             training_state={
+                "optimizer_type": type(self.step.optimizer).__name__,
                 "scaler": self.step.scaler.state_dict(),
                 "best": self._best_before_evaluation(),
                 "stability": self.stability.state_dict() if self.stability is not None else None,
@@ -135,6 +136,7 @@ class RunState:
         state = load_training_state(checkpoint)
         load_model_weights(self.model, checkpoint, class_names=class_names)
         self._restore_ema(state["ema"])
+        _require_same_type(self.step.optimizer, state["optimizer_type"])
         _restore_optimizer(self.step.optimizer, state["optimizer"])
         if state["scaler"] and self.step.scaler.is_enabled():
             self.step.scaler.load_state_dict(state["scaler"])
@@ -166,7 +168,7 @@ class RunState:
     def _restore_process(self, processes: Sequence[Mapping[str, Any]]) -> None:
         if len(processes) != world_size():
             logger.warning(
-                "saved by %d processes, continued by %d: global random numbers start anew, "
+                "saved by %d process(es), continued by %d: global random numbers start anew, "
                 "samples do not change", len(processes), world_size(),
             )  # fmt: skip
             return
@@ -190,6 +192,15 @@ def batches_drawn(checkpoint: Path) -> int:
         )
     drawn: int = state["batches_drawn"]
     return drawn
+
+
+def _require_same_type(optimizer: torch.optim.Optimizer, saved: str) -> None:
+    if type(optimizer).__name__ != saved:
+        raise CheckpointError(
+            f"the checkpoint's optimizer is {saved}, the config's {type(optimizer).__name__}, "
+            "which has no use for its state; resume with the same optimizer, or start a new run with "
+            "train.init_checkpoint"
+        )
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ SECTIONS = ("model", "dataloader", "optimizer", "lr_schedule", "train")
 AMP_DTYPES = ("float16", "bfloat16")
 NONFINITE_POLICIES = ("raise", "skip", "rollback")
 OOM_POLICIES = ("raise", "skip")
+WANDB_MODES = ("online", "offline", "disabled")
 
 
 @dataclass
@@ -170,6 +171,8 @@ class TrainSettings:
         _check("nonfinite_limit", self.nonfinite_limit, lambda value: value > 0, ">= 1")
         _check("oom", self.oom, OOM_POLICIES.__contains__, " or ".join(OOM_POLICIES))
         _check("grace_seconds", self.grace_seconds, lambda value: value > 0, "> 0")
+        modes = (None, *WANDB_MODES)
+        _check("wandb.mode", self.wandb.mode, modes.__contains__, f"null, {', '.join(WANDB_MODES)}")
         self._check_early_stopping()
         for period in (self.eval_period, self.checkpoint.period):
             parse_period(period, 1)

@@ -22,13 +22,16 @@ LOGGER_NAME = "dn_detr"
 _PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "omegaconf", "safetensors", "scipy")
 # Rows of numbers that a progress bar shows anyway go to the file only.
 FILE_ONLY = {"file_only": True}
+# What somebody else prints goes to the file in any case.
+NEVER_IN_TERMINAL = {"never_in_terminal": True}
 
 
 class _TerminalHandler(logging.Handler):
     """Prints above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not (getattr(record, "file_only", False) and sys.stdout.isatty()):
+        is_shown_by_bar = getattr(record, "file_only", False) and sys.stdout.isatty()
+        if not (is_shown_by_bar or getattr(record, "never_in_terminal", False)):
             tqdm.write(self.format(record), file=sys.stdout)
 
 
@@ -101,6 +104,10 @@ def make_folder(path: str | Path) -> Path:
         ValueError: it cannot be created or written to.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise ValueError(
+            f"train.output_dir={path}: cannot be created: there is a file of that name"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

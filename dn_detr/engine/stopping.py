@@ -72,6 +72,7 @@ class StopRequest:
         self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self._first: tuple[float, int] | None = None
         self._is_interruptible = False
+        self._has_saved = False
 
     @property
     def reason(self) -> str | None:
@@ -111,6 +112,10 @@ class StopRequest:
         self._sender.close()
         self._receiver.close()
 
+    def has_saved(self) -> None:
+        """Say that the run has written its checkpoint: ending at once loses nothing any more."""
+        self._has_saved = True
+
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Let a signal end what is done inside at once: waiting for images, for instance.
@@ -146,7 +151,7 @@ class StopRequest:
                 is_announced = True
                 self._announce(number)
             elif now - self._first[0] > _ONE_REQUEST_SECONDS:
-                _exit_at_once(number, "a second signal")
+                self._exit_at_once(number, "a second signal")
 
     def _next_signal(self) -> int:
         """Wait for a signal; 0 at the end. Watches the grace period meanwhile."""
@@ -155,7 +160,7 @@ class StopRequest:
                 left = self._first[0] + self._grace_seconds - time.monotonic()
                 if left <= 0:
                     why = f"no checkpoint within train.grace_seconds={self._grace_seconds:g}"
-                    _exit_at_once(self._first[1], why)
+                    self._exit_at_once(self._first[1], why)
                 self._receiver.settimeout(left)
             try:
                 received = self._receiver.recv(1)
@@ -171,10 +176,11 @@ class StopRequest:
                 f"{self._grace_seconds:g} s; a second signal exits at once"
             )
 
-
-def _exit_at_once(number: int, why: str) -> NoReturn:
-    _tell(f"{why} ({signal.Signals(number).name}): process {rank()} exits without saving")
-    os._exit(EXIT_SIGNAL + number)
+    def _exit_at_once(self, number: int, why: str) -> NoReturn:
+        if self._has_saved:
+            os._exit(EXIT_STOPPED)
+        _tell(f"{why} ({signal.Signals(number).name}): process {rank()} exits without saving")
+        os._exit(EXIT_SIGNAL + number)
 
 
 def _tell(text: str) -> None:

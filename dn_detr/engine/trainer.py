@@ -343,6 +343,7 @@ class Trainer:
         if self._state.iteration > 0:
             self._save_for_good()
         reason = self._stop.reason or "another process was asked to"
+        self._stop.has_saved()
         done = f"stopped after iteration {self._state.iteration} ({reason})"
         if is_main():
             logger.warning(done)

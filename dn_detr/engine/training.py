@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,16 +33,25 @@ from .best import BestResult
 from .devices import choose_device
 from .distributed import broadcast_from_main, is_distributed, is_main, rank, world_size
 from .ema import averaged_model
+from .errors import is_user_error, user_message
 from .evaluation import evaluate_model
+from .lock import sole_run
 from .optimizer import describe_groups
 from .random_state import seed_everything
 from .run_state import RunState, batches_drawn
 from .schedule import Timetable
 from .settings import TrainSettings
-from .setup import LOGGER_NAME, announce_device, logging_to, make_folder, record_run
+from .setup import (
+    LOGGER_NAME,
+    NEVER_IN_TERMINAL,
+    announce_device,
+    logging_to,
+    make_folder,
+    record_run,
+)
 from .stability import MatchingStability
 from .step import TrainingStep
-from .stopping import StopRequest
+from .stopping import Stopped, StopRequest
 from .trainer import Trainer
 from .writers import open_writers
 
@@ -70,18 +81,32 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
         device = choose_device(settings.device)
         seed_everything(settings.seed + rank())
         folder = make_folder(settings.output_dir)
-        with logging_to(folder):
+        with logging_to(folder), _end_logged(), sole_run(folder) if is_main() else nullcontext():
             checkpoint = _starting_point(settings, resume)
             announce_device(device, settings.device)
             config = LazyConfig.to_yaml(cfg)
-            trainer = _build_trainer(cfg, settings, device, checkpoint, config, stop)
-            if checkpoint is not None:
+            if checkpoint is not None:  # first: what changed explains what then does not fit
                 _log_resumption(checkpoint, config)
-            elif resume:
+            trainer = _build_trainer(cfg, settings, device, checkpoint, config, stop)
+            if resume and checkpoint is None:
                 logger.info("nothing to resume in %s: starting a new run", folder)
             if is_main():  # only now: a refused start leaves the record of the run before as it was
                 record_run(config, folder, device)
             return trainer.run()
+
+
+@contextmanager
+def _end_logged() -> Iterator[None]:
+    """Leave in the log why a run ends; the terminal gets that from whoever catches it."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        if is_main():
+            text = user_message(error) if is_user_error(error) else traceback.format_exc()
+            logger.error("%s", text, extra=NEVER_IN_TERMINAL)
+        raise
 
 
 def _starting_point(settings: TrainSettings, resume: bool) -> Path | None:
@@ -122,6 +147,8 @@ def _build_trainer(
     if checkpoint is not None:
         state.restore(checkpoint, class_names)
     models = {"": model} | ({"ema": state.ema.module} if state.ema is not None else {})
+    evaluators = _build_evaluators(cfg, models)
+    _check_watched_result(settings.checkpoint.best, evaluators, class_names)
     return Trainer(
         state,
         train_loader,
@@ -142,7 +169,7 @@ def _build_trainer(
             wandb=settings.wandb,
             config=yaml.safe_load(config),
         ),
-        evaluate=partial(_evaluate_all, models, test_loader, _build_evaluators(cfg, models)),
+        evaluate=partial(_evaluate_all, models, test_loader, evaluators),
         stop=stop,
         device=device,
         timetable=timetable,
@@ -204,6 +231,24 @@ def _build_evaluators(cfg: DictConfig, names: Iterable[str]) -> dict[str, Any]:
             node.output_dir = str(Path(node.output_dir) / name)
         evaluators[name] = instantiate(node)
     return evaluators
+
+
+def _check_watched_result(
+    watched: str | None, evaluators: Mapping[str, Any], class_names: Sequence[str]
+) -> None:
+    """Refuse `train.checkpoint.best` at the start, if the evaluators say what they will return."""
+    names = [
+        f"{prefix}/{name}" if prefix else name
+        for prefix, evaluator in evaluators.items()
+        if hasattr(evaluator, "result_names")
+        for name in evaluator.result_names(class_names)
+    ]
+    if watched is not None and names and watched not in names:
+        raise ValueError(
+            f"train.checkpoint.best={watched}: no evaluation has such a result; they have "
+            f"{', '.join(names)}"
+            + ("; ema/... needs train.ema.enabled=true" if watched.startswith("ema/") else "")
+        )
 
 
 def _evaluate_all(

@@ -55,6 +55,10 @@ class CocoEvaluator:
         self.output_dir = None if output_dir is None else Path(output_dir)
         self._dataset: CocoDetection | None = None
 
+    def result_names(self, class_names: Sequence[str]) -> list[str]:
+        """Names of the results of an evaluation: "AP" and the like, and "per_class/cat"."""
+        return [*METRIC_NAMES, *(f"per_class/{name}" for name in class_names)]
+
     def reset(self, dataset: CocoDetection) -> None:
         """Forget everything and evaluate on ``dataset`` from now on."""
         self._dataset = dataset

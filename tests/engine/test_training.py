@@ -51,7 +51,7 @@ def test_a_run_leaves_config_environment_log_metrics_events_and_checkpoints(run,
     folder = tmp_path / "a"
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "checkpoints", "config.yaml", "environment.txt", "log.txt", "metrics.jsonl", "tensorboard",
+        ".lock", "checkpoints", "config.yaml", "environment.txt", "log.txt", "metrics.jsonl", "tensorboard",
     }  # fmt: skip
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
         "0000003", "0000006", "0000009", "best", "last",
@@ -307,3 +307,22 @@ def test_a_checkpoint_of_an_older_version_is_refused_with_the_remedy(run, tmp_pa
     save_checkpoint(tmp_path / "a", read_weights(checkpoint), state, iteration=1, epoch=0.1)
     with pytest.raises(ValueError, match=r"older dn_detr.*init_checkpoint=.*0000001"):
         run("a", resume=True)
+
+
+def test_another_optimizer_type_is_no_place_to_resume_into(run):
+    run("a", "train.max_iter=1")
+    with pytest.raises(ValueError, match="optimizer is AdamW, the config's SGD"):
+        run("a", "train.max_iter=2", "optimizer._target_=torch.optim.SGD", resume=True)
+
+
+def test_the_log_tells_why_a_run_failed(run, tmp_path):
+    with pytest.raises(NonFiniteError):
+        run("a", "model.nan_at=2")
+    log = (tmp_path / "a" / "log.txt").read_text()
+    assert "ERROR iteration 2: loss terms loss_class not finite" in log and "what helps" in log
+
+
+def test_weights_can_be_read_by_whoever_may_read_the_manifest(run, tmp_path):
+    run("a", "train.max_iter=1")
+    modes = {path.stat().st_mode for path in (tmp_path / "a" / "checkpoints" / "last").iterdir()}
+    assert len(modes) == 1

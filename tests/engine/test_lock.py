@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from dn_detr.engine import lock
+from dn_detr.engine.lock import sole_run
+
+
+def hold(folder, is_held, may_end) -> None:
+    with sole_run(folder):
+        is_held.set()
+        may_end.wait(60)
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """Another process that holds the folder."""
+    context = multiprocessing.get_context("fork")
+    is_held, may_end = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path, is_held, may_end))
+    process.start()
+    assert is_held.wait(60)
+    yield process
+    may_end.set()
+    process.join()
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_told_which_is_the_first(
+    tmp_path, other_run, monkeypatch
+):
+    monkeypatch.setattr(lock, "_PATIENCE_SECONDS", 0.3)
+    message = f"another run is writing there .process {other_run.pid} on"
+    with pytest.raises(ValueError, match=message), sole_run(tmp_path):
+        pass
+
+
+def test_a_run_that_was_killed_holds_nothing(tmp_path, other_run):
+    os.kill(other_run.pid, signal.SIGKILL)
+    with sole_run(tmp_path):
+        pass
+
+
+def test_runs_may_follow_each_other(tmp_path):
+    for _ in range(2):
+        with sole_run(tmp_path):
+            pass
