@@ -198,8 +198,8 @@ def _require_same_type(optimizer: torch.optim.Optimizer, saved: str) -> None:
     if type(optimizer).__name__ != saved:
         raise CheckpointError(
             f"the checkpoint's optimizer is {saved}, the config's {type(optimizer).__name__}, "
-            "which has no use for its state; resume with the same optimizer, or start a new run with "
-            "train.init_checkpoint"
+            "which has no use for its state; resume with the same optimizer, or start a new run "
+            "with train.init_checkpoint"
         )
 
 

@@ -51,7 +51,8 @@ def test_a_run_leaves_config_environment_log_metrics_events_and_checkpoints(run,
     folder = tmp_path / "a"
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        ".lock", "checkpoints", "config.yaml", "environment.txt", "log.txt", "metrics.jsonl", "tensorboard",
+        ".lock", "checkpoints", "config.yaml", "environment.txt", "log.txt", "metrics.jsonl",
+        "tensorboard",
     }  # fmt: skip
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
         "0000003", "0000006", "0000009", "best", "last",
