@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 
@@ -10,22 +11,22 @@ from dn_detr.engine import lock
 from dn_detr.engine.lock import sole_run
 
 
-def hold(folder, is_held, may_end) -> None:
+def hold(folder, is_held) -> None:
     with sole_run(folder):
         is_held.set()
-        may_end.wait(60)
+        time.sleep(60)
 
 
 @pytest.fixture
 def other_run(tmp_path):
     """Another process that holds the folder."""
     context = multiprocessing.get_context("fork")
-    is_held, may_end = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(tmp_path, is_held, may_end))
+    is_held = context.Event()
+    process = context.Process(target=hold, args=(tmp_path, is_held))
     process.start()
     assert is_held.wait(60)
     yield process
-    may_end.set()
+    process.kill()
     process.join()
 
 
