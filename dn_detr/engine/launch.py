@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
+from torch.distributed.rendezvous import rendezvous
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from .devices import parse_device, require_gpus
@@ -105,7 +106,7 @@ def _process_group(device_type: str, init_method: str) -> Iterator[None]:
     dist.init_process_group(
         "nccl" if is_cuda else "gloo",
         device_id=device,
-        init_method=init_method,
+        store=_meeting_place(init_method),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=COLLECTIVE_TIMEOUT,
@@ -122,6 +123,18 @@ def _process_group(device_type: str, init_method: str) -> Iterator[None]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _meeting_place(init_method: str) -> dist.Store:
+    """Return where the processes of the group find each other's addresses.
+
+    torchrun keeps the store when it restarts its processes, which must not find those of the
+    processes before them.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    places = rendezvous(init_method, rank, world_size, timeout=COLLECTIVE_TIMEOUT)
+    store, _, _ = next(iter(places))
+    return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _spawn(function: Callable[..., object], count: int, args: tuple[Any, ...], device: str) -> None:

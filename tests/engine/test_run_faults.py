@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -162,7 +163,10 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_the_start(tmp_path):
     if shutil.which("setpriv") is None:
         pytest.skip("root may write everywhere; setpriv (util-linux) would take that away")
     command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60
+    )
     assert done.returncode == 1
     message = f"error: train.output_dir={folder}: no permission to write there"
     assert done.stderr.strip() == message
