@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 
 def is_distributed() -> bool:
@@ -91,10 +91,3 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 def broadcast_from_main(value: Any) -> Any:
     """Return the picklable `value` of the first process, to every process."""
     return all_gather(value if is_main() else None)[0]
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """Add up a tensor over all processes, in place."""
-    if is_distributed():
-        dist.all_reduce(values)
-    return values

@@ -23,7 +23,6 @@ from .distributed import is_main, rank
 
 EXIT_DONE = 0
 EXIT_ERROR = 1
-EXIT_USAGE = 2
 EXIT_SIGNAL = 128  # plus the number of the signal that ended the process at once
 
 # One request may arrive several times: from a scheduler that signals every process of a job, and
