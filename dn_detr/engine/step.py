@@ -140,12 +140,12 @@ class TrainingStep:
         random_state = _random_state(self._device)
         pieces = split_evenly(batch, self._accumulate)
         counts = self._count(pieces)
-        with self._memory_guard(batch, iteration) as failures:
+        with self._memory_guard(batch, iteration) as complaints:
             names, terms, diagnostics = self._compute_gradients(pieces, counts)
-        if self._averages_itself or failures:
-            ran_out, stop = any_process(bool(failures), wants_stop, device=self._device)
+        if self._averages_itself or complaints:
+            ran_out, stop = any_process(bool(complaints), wants_stop, device=self._device)
             if ran_out:
-                return self._give_up(iteration, failures, stop)
+                return self._give_up(batch, iteration, complaints, stop)
             average_gradients(self._parameters)
         self.scaler.unscale_(self.optimizer)
         norm = self._clip()
@@ -259,34 +259,42 @@ class TrainingStep:
     @contextmanager
     def _memory_guard(self, batch: Sequence[Sample], iteration: int) -> Iterator[list[str]]:
         """Turn running out of memory into an OutOfMemory, or into an entry of the list."""
-        failures: list[str] = []
+        complaints: list[str] = []
         try:
-            yield failures
+            yield complaints
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            report = (
-                f"iteration {iteration}: out of memory on {self._device}: {error}\n"
-                f"{describe_batch(batch)}\n"
-                "what helps: train.accumulate=2 or more, train.activation_checkpointing.encoder="
-                "true (backbone, decoder), a smaller dataloader.image_scale, "
-                "model.denoising.max_queries or dataloader.train.total_batch_size, or "
-                "train.oom=skip if only some images are too large"
-            )
             if not self._survives_out_of_memory:
-                raise OutOfMemory(report) from error
-            failures.append(report)
+                raise OutOfMemory(self._memory_report(batch, iteration, str(error))) from error
+            complaints.append(str(error))
 
-    def _give_up(self, iteration: int, failures: Sequence[str], stop: bool) -> StepResult:
+    def _give_up(
+        self, batch: Sequence[Sample], iteration: int, complaints: Sequence[str], stop: bool
+    ) -> StepResult:
         """End a step that did not fit into memory somewhere."""
         self.optimizer.zero_grad(set_to_none=True)
         self._statistics.restore()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         release_freed_memory()  # others, such as the writer of checkpoints, need some too
+        # Written only now, so that no text lies behind the freed blocks and keeps them.
+        if complaints:
+            report = self._memory_report(batch, iteration, complaints[0])
+        else:
+            report = f"iteration {iteration}: out of memory on another process"
         nothing = torch.zeros(0, device=self._device)
-        report = "\n".join(failures) or f"iteration {iteration}: out of memory on another process"
         return StepResult((), nothing, nothing.sum(), Outcome.OUT_OF_MEMORY, stop, report=report)
+
+    def _memory_report(self, batch: Sequence[Sample], iteration: int, complaint: str) -> str:
+        return (
+            f"iteration {iteration}: out of memory on {self._device}: {complaint}\n"
+            f"{describe_batch(batch)}\n"
+            "what helps: train.accumulate=2 or more, train.activation_checkpointing.encoder="
+            "true (backbone, decoder), a smaller dataloader.image_scale, "
+            "model.denoising.max_queries or dataloader.train.total_batch_size, or "
+            "train.oom=skip if only some images are too large"
+        )
 
 
 def split_evenly(batch: Sequence[Sample], count: int) -> list[Sequence[Sample]]:
