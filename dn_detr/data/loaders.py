@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from .coco import CocoDetection, Sample
 from .samplers import EndlessBatchSampler, rank_and_world_size
 from .skipping import OnError, SkipBrokenImages
-from .workers import JournaledDataset, WorkerWatch, leave_signals_to_the_parent
+from .workers import JournaledDataset, WorkerWatch, serve_the_parent
 
 
 class WatchedLoader(DataLoader[Sample]):
@@ -52,7 +52,7 @@ class WatchedLoader(DataLoader[Sample]):
             settings.update(
                 num_workers=num_workers,
                 persistent_workers=True,
-                worker_init_fn=leave_signals_to_the_parent,
+                worker_init_fn=serve_the_parent,
                 multiprocessing_context=self._watch.context,
             )
         if skip_seed is not None:

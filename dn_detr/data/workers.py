@@ -10,6 +10,7 @@ import copy
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sized
@@ -18,6 +19,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
+from types import TracebackType
 from typing import Any, cast
 
 import torch
@@ -100,8 +102,25 @@ def file_of(dataset: Dataset[Any], index: int) -> str:
     return str(dataset.image_path(index)) if hasattr(dataset, "image_path") else f"image {index}"
 
 
-def leave_signals_to_the_parent(_worker: int) -> None:
-    """Let only the process that started this worker end it; a loader's ``worker_init_fn``.
+def serve_the_parent(_worker: int) -> None:
+    """Live and end as the process that started this worker wants; a loader's ``worker_init_fn``."""
+    _leave_signals_to_the_parent()
+    sys.excepthook = _say_nothing_of_a_parent_that_left
+
+
+def _say_nothing_of_a_parent_that_left(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Report what no code catches, except that a parent which ends takes no batch any more.
+
+    A thread of multiprocessing hands over each tensor, and would print a traceback then.
+    """
+    if not issubclass(kind, ConnectionError):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _leave_signals_to_the_parent() -> None:
+    """Let only the process that started this worker end it.
 
     Ctrl-C and a scheduler's signals reach every process of a job, and the main process needs its
     workers to finish its step. SIGINT, SIGUSR1 and SIGUSR2 are ignored. SIGTERM counts only from
@@ -169,7 +188,7 @@ class WorkerWatch:
         """Create within this context what starts the workers.
 
         Signals for workers wait until they are ready: a worker is born with the handlers of its
-        parent, and would run them before ``leave_signals_to_the_parent`` does away with them.
+        parent, and would run them before ``serve_the_parent`` does away with them.
         The signals of the parent wait, too. torch's handler of SIGCHLD is taken away again: it
         raises wherever the main process happens to be, also while it saves a checkpoint.
         """

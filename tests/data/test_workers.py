@@ -11,7 +11,8 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
-from multiprocessing import active_children
+from multiprocessing import Pipe, Process, active_children, resource_sharer
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 from torch.utils.data import Dataset
 
 from dn_detr.data import CocoDetection, DatasetError, build_test_loader, build_train_loader
+from dn_detr.data.workers import serve_the_parent
 from dn_detr.engine import is_user_error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,6 +190,24 @@ def test_a_stuck_worker_obeys_the_process_that_started_it(dataset: CocoDetection
         worker.terminate()
         worker.join(2)
     assert [worker.exitcode for worker in started] == [0, 0]
+
+
+def hand_over_files(to_parent: Connection) -> None:
+    """Serve the parent as a worker does that has tensors for it."""
+    serve_the_parent(0)
+    to_parent.send([resource_sharer.DupFd(to_parent.fileno())._id for _ in range(20)])
+    to_parent.recv()
+
+
+def test_a_worker_says_nothing_of_a_parent_that_stops_in_the_middle_of_a_batch(capfd) -> None:
+    ours, theirs = Pipe()
+    worker = Process(target=hand_over_files, args=(theirs,), daemon=True)
+    worker.start()
+    for identity in ours.recv():
+        resource_sharer._ResourceSharer.get_connection(identity).close()
+    ours.send("end")
+    worker.join(10)
+    assert (worker.exitcode, capfd.readouterr().err) == (0, "")
 
 
 PROLOGUE = """
