@@ -169,6 +169,9 @@ def requeue(job_id: str, max_requeues: int) -> bool:
         logger.info("job %s is %s: whether it starts again is up to Slurm", job_id, job["JobState"])
         return False
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    if int(job["Restarts"]) > restarts:  # a node failed, and Slurm did not wait for this process
+        logger.info("job %s has started again already", job_id)
+        return False
     if restarts >= max_requeues:
         logger.error(
             "job %s was started again %d times, as often as --max-requeues allows; submit the same "

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -51,7 +51,8 @@ PreemptMode=REQUEUE
 # A busy machine is slow to start a job, and a limit is one minute at least.
 OverTimeLimit=2
 MinJobAge=600
-ReturnToService=2
+# A node that was set down stays so until it is resumed.
+ReturnToService=1
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=low Nodes={host} Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=30
 PartitionName=lowest Nodes={host} MaxTime=INFINITE PriorityTier=1 GraceTime=0
@@ -146,6 +147,19 @@ class SlurmCluster:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE")
         return self.wait_for(job_id, lambda job: job["JobState"] in ended, timeout)
 
+    def lose_node(self, job_id: str) -> None:
+        """Let the node that runs a job end as by a power cut, be noticed, and come back."""
+        slurmd = self._daemons.pop()
+        slurmd.kill()
+        slurmd.wait()
+        _kill(_processes_titled(f"slurmstepd: [{job_id}."))  # before they can report the others
+        _kill(self._processes(f"SLURM_JOB_ID={job_id}"))
+        node = ("scontrol", "update", f"NodeName={self.host}")
+        self.run(*node, "State=DOWN", "Reason=test")
+        self.wait_for(job_id, lambda job: job["Restarts"] == "1", 60)
+        self._start_node()
+        self.run(*node, "State=RESUME")
+
     def log(self) -> str:
         """What the daemons wrote."""
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
@@ -157,9 +171,12 @@ class SlurmCluster:
         self._start("munged", "--foreground", "--force", f"--key-file={folder}/munge.key", *munge)
         self._wait_until("munge.socket is there", (folder / "munge.socket").exists)
         self._start("slurmctld", "-D")
-        self._start("slurmd", "-D", "-N", self.host)
+        self._start_node()
         is_idle = ("sinfo", "--noheader", "--partition=low", "--format=%T")
         self._wait_until("the node is idle", lambda: self.run(*is_idle).stdout.strip() == "idle")
+
+    def _start_node(self) -> None:
+        self._start("slurmd", "-D", "-N", self.host)
 
     def _start(self, name: str, *arguments: str) -> None:
         program = shutil.which(name, path=SEARCH_PATH)
@@ -187,19 +204,32 @@ class SlurmCluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        for process_id in self._processes():  # jobs outlive the daemons that started them
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process_id, signal.SIGKILL)
+        _kill(self._processes())  # jobs outlive the daemons that started them
 
-    def _processes(self) -> list[int]:
-        """Everything that this cluster started, known by its environment."""
-        mark = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()
+    def _processes(self, *marks: str) -> list[int]:
+        """Everything that this cluster started, known by its environment, with these marks."""
+        expected = {f"SLURM_CONF={self.environment['SLURM_CONF']}", *marks}
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):
-                if mark in path.read_bytes().split(b"\0"):
+                if expected <= set(path.read_bytes().decode(errors="replace").split("\0")):
                     found.append(int(path.parent.name))
         return found
+
+
+def _processes_titled(start: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().startswith(start.encode()):
+                found.append(int(path.parent.name))
+    return found
+
+
+def _kill(process_ids: Iterable[int]) -> None:
+    for process_id in process_ids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process_id, signal.SIGKILL)
 
 
 def free_ports(count: int) -> list[int]:

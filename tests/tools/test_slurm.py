@@ -14,11 +14,8 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.tools.processes import (
-    ENVIRONMENT,
-    SLOW_CONFIG,
-    assert_equal_weights,
-)
+from dn_detr.engine.cluster_job import requeue
+from tests.tools.processes import ENVIRONMENT, SLOW_CONFIG, assert_equal_weights
 from tests.tools.slurm_cluster import SlurmCluster, missing_requirement
 from tools.submit import main
 
@@ -129,11 +126,24 @@ def test_a_preempted_job_saves_and_resumes_to_the_same_weights(
 def test_a_job_whose_node_fails_resumes_to_the_same_weights(cluster, tmp_path, uninterrupted):
     job = Job(cluster, tmp_path, "train.checkpoint.period=5", SLOW)
     job.wait_for_iteration(10)  # the checkpoint of 5 is written
-    node = ("scontrol", "update", f"NodeName={cluster.host}")
-    cluster.run(*node, "State=DOWN", "Reason=test")
-    cluster.wait_for(job.id, lambda state: state["Restarts"] == "1", 60)
-    cluster.run(*node, "State=RESUME")
+    cluster.lose_node(job.id)
     job.assert_resumed_to(uninterrupted)
+
+
+def test_a_process_that_outlives_a_restart_does_not_queue_the_job_again(cluster):
+    sleeping = cluster.run("sbatch", "--chdir=/", "--output=/dev/null", "--wrap=sleep 600")
+    job_id = sleeping.stdout.split()[-1]
+    cluster.wait_for(job_id, lambda state: state["JobState"] == "RUNNING", 60)
+    cluster.run("scontrol", "requeue", job_id)
+    cluster.wait_for(
+        job_id, lambda state: (state["JobState"], state["Restarts"]) == ("RUNNING", "1"), 60
+    )
+    with patch.dict(os.environ, {**cluster.environment, "SLURM_RESTART_COUNT": "0"}):
+        assert not requeue(job_id, max_requeues=10)
+    assert cluster.job(job_id)["JobState"] == "RUNNING"
+    with patch.dict(os.environ, {**cluster.environment, "SLURM_RESTART_COUNT": "1"}):
+        assert requeue(job_id, max_requeues=10)
+    cluster.run("scancel", job_id)
 
 
 def test_a_cancelled_job_saves_and_does_not_start_again(cluster, tmp_path):
