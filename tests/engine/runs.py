@@ -26,7 +26,7 @@ from torch.distributed import TCPStore
 
 from dn_detr.checkpoint import read_manifest
 from dn_detr.early_signals import exit_when_signalled
-from tests.engine.pausing import let_go_on, pause_while_saving, wait_for_pause
+from tests.engine.pausing import let_go_on, pause_at_the_end, pause_while_saving, wait_for_pause
 from tools.train_net import main
 
 CONFIG = str(Path(__file__).with_name("tiny_config.py"))
@@ -202,6 +202,8 @@ def _run(command: Sequence[str], variables: Mapping[str, str], output: Connectio
     torch.set_num_threads(1)
     if variables["PAUSE_AT"].startswith("saving"):
         pause_while_saving()
+    if variables["PAUSE_AT"].endswith("end"):
+        pause_at_the_end()
     raise SystemExit(main(command))
 
 

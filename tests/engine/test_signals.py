@@ -204,6 +204,20 @@ def test_a_second_signal_while_a_checkpoint_is_written_leaves_the_one_before(tmp
 
 
 @slow
+def test_a_second_signal_after_saving_costs_nothing(tmp_path, whole):
+    with Run(tmp_path / "run", pause="step 5,end") as run:
+        run.reach_pause().signal(TERM)
+        time.sleep(0.2)
+        run.go_on().reach_pause()
+        time.sleep(ONE_REQUEST)
+        run.signal(TERM)
+        assert run.wait(2) == STOPPED
+        assert "without saving" not in run.log
+    assert iteration(run.folder) == 5
+    assert_resumes(run.folder, whole[1])
+
+
+@slow
 @pytest.mark.parametrize("environment", [{}, {"PAUSE_IN_C": "1"}])
 def test_a_step_that_does_not_end_is_ended_after_the_grace_period(tmp_path, environment):
     settings = "train.grace_seconds=0.5"
