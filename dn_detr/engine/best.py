@@ -25,30 +25,24 @@ class BestResult:
         self.value = -math.inf
         self._reference = -math.inf  # the value that the patience started from
         self._without_gain = 0
-        self._iteration = -1  # of the last evaluation
 
     @property
     def has_stagnated(self) -> bool:
         """Whether the last `patience` evaluations gained nothing."""
         return self._patience is not None and self._without_gain >= self._patience
 
-    def update(self, results: Mapping[str, Any], iteration: int) -> bool:
+    def update(self, results: Mapping[str, Any]) -> bool:
         """Take an evaluation's results; return whether they are the best so far.
 
         A result that is undefined (-1 in COCO's metrics) or not finite is never the best.
 
         Args:
-            results: of the evaluator.
-            iteration: of the evaluation; one that was taken before is left out, so that a
-                checkpoint may be written before or after its evaluation was taken.
+            results: of the evaluator; of each evaluation once.
 
         Raises:
             ValueError: there is no such result.
         """
         value = self._look_up(results)
-        if iteration <= self._iteration:
-            return False
-        self._iteration = iteration
         is_best = value > self.value and value >= 0
         if is_best:
             self.value = value
@@ -66,7 +60,6 @@ class BestResult:
             "value": self.value,
             "reference": self._reference,
             "without_gain": self._without_gain,
-            "iteration": self._iteration,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -75,7 +68,6 @@ class BestResult:
             self.value = state["value"]
             self._reference = state["reference"]
             self._without_gain = state["without_gain"]
-            self._iteration = state["iteration"]
 
     def _look_up(self, results: Mapping[str, Any]) -> float:
         row = evaluation_row(results)

@@ -74,7 +74,7 @@ class RunState:
         self.metrics: dict[str, Any] | None = None
         self.interval = Interval()
         self._device = device
-        self._best_before: dict[str, Any] | None = None
+        self._best_before: dict[str, Any] | None = None  # the state of `best` before `metrics`
         self._random_state: dict[str, Any] | None = None
 
     def snapshot(self, epoch: float) -> Snapshot:
@@ -111,17 +111,17 @@ class RunState:
         if self.best is None or self.metrics is None:
             return False
         self._best_before = self.best.state_dict()
-        return self.best.update(self.metrics, self.iteration)
+        return self.best.update(self.metrics)
 
     def _best_before_evaluation(self) -> dict[str, Any] | None:
         """Return the state of `best` without the evaluation at this iteration.
 
-        The evaluation may come after the checkpoint and is recorded in its manifest, or made again.
+        The evaluation may come after the checkpoint, and is recorded in its manifest or made again;
+        so that it counts once, a checkpoint that is written after it holds the same.
         """
         if self.best is None:
             return None
-        is_taken = self.metrics is not None and self._best_before is not None
-        return self._best_before if is_taken else self.best.state_dict()
+        return self.best.state_dict() if self.metrics is None else self._best_before
 
     def restore(self, checkpoint: Path, class_names: Sequence[str]) -> None:
         """Become what a checkpoint holds, as if there had been no interruption.

@@ -122,10 +122,10 @@ def test_a_rollback_evaluates_nothing_twice(tmp_path):
 
 def test_results_of_another_metric_are_forgotten():
     first = BestResult("AP")
-    first.update({"AP": 0.9}, 1)
+    first.update({"AP": 0.9})
     second = BestResult("AP50")
     second.load_state_dict(first.state_dict())
-    assert second.update({"AP50": 0.1}, 2)
+    assert second.update({"AP50": 0.1})
 
 
 COMMAND = "import sys; from tools import train_net; sys.exit(train_net.main(sys.argv[1:]))"
