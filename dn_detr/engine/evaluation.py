@@ -19,9 +19,9 @@ from .devices import choose_device
 from .distributed import barrier, broadcast_buffers, is_main, rank
 from .random_state import preserved_random_state, seed_everything
 from .settings import TrainSettings
-from .setup import LOGGER_NAME, announce_device, logging_to, make_folder, record_run
+from .setup import announce_device, logging_to, make_folder, record_run
 
-logger = logging.getLogger(f"{LOGGER_NAME}.engine")
+logger = logging.getLogger(__name__)
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:

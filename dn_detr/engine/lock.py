@@ -11,13 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .setup import LOGGER_NAME
-
 LOCK_FILE = ".lock"
 # Processes of a run that was killed may need a moment to notice and to save.
 _PATIENCE_SECONDS = 20.0
 
-logger = logging.getLogger(f"{LOGGER_NAME}.engine")
+logger = logging.getLogger(__name__)
 
 
 @contextmanager

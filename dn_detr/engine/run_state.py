@@ -25,11 +25,10 @@ from .distributed import all_gather, rank, world_size
 from .metrics import Interval
 from .optimizer import group_name
 from .random_state import capture_random_state, restore_random_state
-from .setup import LOGGER_NAME
 from .stability import MatchingStability
 from .step import TrainingStep
 
-logger = logging.getLogger(f"{LOGGER_NAME}.engine")
+logger = logging.getLogger(__name__)
 
 
 class RunState:

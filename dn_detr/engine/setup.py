@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from .distributed import is_main, rank, world_size
 
-LOGGER_NAME = "dn_detr"
 _PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "omegaconf", "safetensors", "scipy")
 # Rows of numbers that a progress bar shows anyway go to the file only.
 FILE_ONLY = {"file_only": True}
 # What somebody else prints goes to the file in any case.
 NEVER_IN_TERMINAL = {"never_in_terminal": True}
+
+logger = logging.getLogger(__name__)
 
 
 class _TerminalHandler(logging.Handler):
@@ -56,9 +57,9 @@ class _LogFile(logging.FileHandler):
 
 
 @contextmanager
-def logging_to(output_dir: Path) -> Iterator[logging.Logger]:
+def logging_to(output_dir: Path) -> Iterator[None]:
     """Log to the terminal and to `output_dir/log.txt`; only warnings, to stderr, on other ranks."""
-    logger = logging.getLogger(LOGGER_NAME)
+    package = logging.getLogger("dn_detr")
     handlers: list[logging.Handler] = []
     if is_main():
         handlers = [_TerminalHandler(), _LogFile(output_dir / "log.txt")]
@@ -66,19 +67,19 @@ def logging_to(output_dir: Path) -> Iterator[logging.Logger]:
     else:
         handlers = [logging.StreamHandler()]
         layout = logging.Formatter(f"[rank {rank()}] %(levelname)s %(message)s")
-    before = (logger.level, logger.propagate)
-    logger.setLevel(logging.INFO if is_main() else logging.WARNING)
-    logger.propagate = False
+    before = (package.level, package.propagate)
+    package.setLevel(logging.INFO if is_main() else logging.WARNING)
+    package.propagate = False
     for handler in handlers:
         handler.setFormatter(layout)
-        logger.addHandler(handler)
+        package.addHandler(handler)
     try:
-        yield logger
+        yield
     finally:
         for handler in handlers:
-            logger.removeHandler(handler)
+            package.removeHandler(handler)
             handler.close()
-        logger.level, logger.propagate = before
+        package.level, package.propagate = before
 
 
 def announce_device(device: torch.device, wanted: str) -> None:
@@ -88,7 +89,6 @@ def announce_device(device: torch.device, wanted: str) -> None:
         device: of this process.
         wanted: `train.device`.
     """
-    logger = logging.getLogger(LOGGER_NAME)
     if device.type == "cuda":
         logger.info("running on %s (%s)", device, torch.cuda.get_device_name(device))
     elif wanted == "auto":

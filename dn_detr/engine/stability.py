@@ -19,12 +19,11 @@ from torch import Tensor
 
 from .distributed import all_gather, is_distributed, is_main
 from .metrics import Ratio
-from .setup import LOGGER_NAME
 
 _NOT_SEEN = -2  # less than what any object has that was seen, so a maximum over processes merges
 _UNMATCHED = -1
 
-logger = logging.getLogger(f"{LOGGER_NAME}.engine")
+logger = logging.getLogger(__name__)
 
 
 class MatchingStability:

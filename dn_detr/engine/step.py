@@ -24,11 +24,10 @@ from .memory import OutOfMemory, describe_batch, is_out_of_memory
 from .nonfinite import RunningStatistics, explain, image_name
 from .random_state import preserved_random_state
 from .settings import AmpSettings, ClipGradSettings
-from .setup import LOGGER_NAME
 
 Sample = Mapping[str, Any]
 
-logger = logging.getLogger(f"{LOGGER_NAME}.engine")
+logger = logging.getLogger(__name__)
 
 
 class Outcome(Enum):

@@ -23,12 +23,11 @@ from .progress import Progress
 from .run_state import RunState
 from .schedule import LearningRateRule, Timetable, set_learning_rates
 from .settings import TrainSettings
-from .setup import LOGGER_NAME
 from .step import Outcome, Sample, StepResult, images_named_on_failure
 from .stopping import Stopped, StopRequest, WaitInterrupted
 from .writers import RunWriters
 
-logger = logging.getLogger(f"{LOGGER_NAME}.engine")
+logger = logging.getLogger(__name__)
 
 # With train.oom=skip: this many steps in a row without memory are no matter of single images.
 _MOST_OUT_OF_MEMORY_IN_A_ROW = 10

@@ -42,7 +42,6 @@ from .run_state import RunState, batches_drawn
 from .schedule import Timetable
 from .settings import TrainSettings
 from .setup import (
-    LOGGER_NAME,
     NEVER_IN_TERMINAL,
     announce_device,
     logging_to,
@@ -55,7 +54,7 @@ from .stopping import Stopped, StopRequest
 from .trainer import Trainer
 from .writers import open_writers
 
-logger = logging.getLogger(f"{LOGGER_NAME}.engine")
+logger = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:

@@ -22,12 +22,11 @@ from typing import Any, Protocol, cast
 
 from .distributed import is_main
 from .metrics import Row
-from .setup import LOGGER_NAME
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_RUN_FILE = "wandb_run_id.txt"
 
-logger = logging.getLogger(f"{LOGGER_NAME}.engine")
+logger = logging.getLogger(__name__)
 
 
 class WriterError(ValueError):
