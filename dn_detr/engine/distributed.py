@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 
 def is_distributed() -> bool:
@@ -61,16 +61,18 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def any_process(*flags: bool, device: torch.device) -> list[bool]:
+def any_process(*flags: bool | Tensor, device: torch.device) -> list[bool]:
     """Return, for each flag, whether it is set on any process; one collective call.
 
     Args:
-        flags: of this process.
+        flags: of this process; a tensor is () bool, on `device`.
         device: where the group communicates.
     """
     if not is_distributed():
-        return list(flags)
-    raised = torch.tensor([float(flag) for flag in flags], device=device)
+        return [bool(flag) for flag in flags]
+    # full, because copying a number to a GPU would wait for what it computes
+    mine = [f if isinstance(f, Tensor) else torch.full((), f, device=device) for f in flags]
+    raised = torch.stack(mine).float()
     dist.all_reduce(raised, dist.ReduceOp.MAX)
     return [value > 0 for value in raised.tolist()]
 

@@ -10,7 +10,6 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -209,19 +208,10 @@ class TrainingStep:
         return norm
 
     def _agree(self, total: Tensor, norm: Tensor, wants_stop: bool) -> tuple[Outcome, bool]:
-        """Decide the same on all processes, with one small collective and one copy to the host."""
-        flags = torch.stack(
-            [
-                ~torch.isfinite(total),
-                ~torch.isfinite(norm),
-                torch.zeros_like(total, dtype=torch.bool),
-            ]
-        ).float()
-        if wants_stop:
-            flags[2] = 1.0
-        if is_distributed():
-            dist.all_reduce(flags)
-        wrong_loss, wrong_gradient, stop = (value > 0 for value in flags.tolist())
+        """Decide the same on all processes, with one small collective."""
+        wrong_loss, wrong_gradient, stop = any_process(
+            ~total.isfinite(), ~norm.isfinite(), wants_stop, device=self._device
+        )
         # A float16 overflow that a smaller loss scale can mend shows in the gradient only.
         if wrong_gradient and self.scaler.is_enabled() and self.scaler.get_scale() > 1:
             return Outcome.NONFINITE if wrong_loss else Outcome.OVERFLOW, stop
