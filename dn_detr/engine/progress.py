@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import logging
 import sys
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -39,12 +38,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
     def move_to(self, iteration: int) -> None:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import NoReturn
 
 from dn_detr.early_signals import EXIT_STOPPED as EXIT_STOPPED
@@ -95,12 +95,7 @@ class StopRequest:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if not self._is_installed:
             return
         signal.set_wakeup_fd(self._wakeup)

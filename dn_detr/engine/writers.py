@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, cast
 
 from .distributed import is_main
@@ -254,12 +253,7 @@ class RunWriters:
     def __enter__(self) -> RunWriters:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.close(failed=kind is not None)
 
 
