@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,53 @@ def evaluate_model(
         results = inference_on_dataset(model, loader, evaluator, should_stop)
     barrier()
     return results or {}
+
+
+def evaluate_all(
+    models: Mapping[str, nn.Module],
+    loader: Any,
+    evaluators: Mapping[str, Any],
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """Evaluate the model, and others under their name in the results."""
+    results: dict[str, Any] = {}
+    for name, model in models.items():
+        found = evaluate_model(model, loader, evaluators[name], should_stop)
+        if name and found:
+            logger.info("that was the model of the averaged weights (%s)", name)
+            results[name] = found
+        else:
+            results |= found
+    return results
+
+
+def build_evaluators(cfg: DictConfig, names: Iterable[str]) -> dict[str, Any]:
+    """Return an evaluator for each model; that of the averaged one writes to a folder below."""
+    evaluators = {}
+    for name in names:
+        node = copy.deepcopy(cfg.dataloader.evaluator)
+        if name and node.get("output_dir"):
+            node.output_dir = str(Path(node.output_dir) / name)
+        evaluators[name] = instantiate(node)
+    return evaluators
+
+
+def check_watched_result(
+    watched: str | None, evaluators: Mapping[str, Any], class_names: Sequence[str]
+) -> None:
+    """Refuse `train.checkpoint.best` at the start, if the evaluators say what they will return."""
+    names = [
+        f"{prefix}/{name}" if prefix else name
+        for prefix, evaluator in evaluators.items()
+        if hasattr(evaluator, "result_names")
+        for name in evaluator.result_names(class_names)
+    ]
+    if watched is not None and names and watched not in names:
+        raise ValueError(
+            f"train.checkpoint.best={watched}: no evaluation has such a result; they have "
+            f"{', '.join(names)}"
+            + ("; ema/... needs train.ema.enabled=true" if watched.startswith("ema/") else "")
+        )
 
 
 def _weights_to_evaluate(settings: TrainSettings) -> str | Path:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -34,7 +33,7 @@ from .devices import choose_device
 from .distributed import broadcast_from_main, is_distributed, is_main, rank, world_size
 from .ema import averaged_model
 from .errors import is_user_error, user_message
-from .evaluation import evaluate_model
+from .evaluation import build_evaluators, check_watched_result, evaluate_all
 from .lock import sole_run
 from .optimizer import describe_groups
 from .random_state import seed_everything
@@ -146,8 +145,8 @@ def _build_trainer(
     if checkpoint is not None:
         state.restore(checkpoint, class_names)
     models = {"": model} | ({"ema": state.ema.module} if state.ema is not None else {})
-    evaluators = _build_evaluators(cfg, models)
-    _check_watched_result(settings.checkpoint.best, evaluators, class_names)
+    evaluators = build_evaluators(cfg, models)
+    check_watched_result(settings.checkpoint.best, evaluators, class_names)
     return Trainer(
         state,
         train_loader,
@@ -168,7 +167,7 @@ def _build_trainer(
             wandb=settings.wandb,
             config=yaml.safe_load(config),
         ),
-        evaluate=partial(_evaluate_all, models, test_loader, evaluators),
+        evaluate=partial(evaluate_all, models, test_loader, evaluators),
         stop=stop,
         device=device,
         timetable=timetable,
@@ -219,53 +218,6 @@ def _plan_pieces(wanted: int, total_batch_size: int, model: nn.Module) -> int:
             "piece, so a step is not quite that of the whole batch", wanted,
         )  # fmt: skip
     return pieces
-
-
-def _build_evaluators(cfg: DictConfig, names: Iterable[str]) -> dict[str, Any]:
-    """Return an evaluator for each model; that of the averaged one writes to a folder below."""
-    evaluators = {}
-    for name in names:
-        node = copy.deepcopy(cfg.dataloader.evaluator)
-        if name and node.get("output_dir"):
-            node.output_dir = str(Path(node.output_dir) / name)
-        evaluators[name] = instantiate(node)
-    return evaluators
-
-
-def _check_watched_result(
-    watched: str | None, evaluators: Mapping[str, Any], class_names: Sequence[str]
-) -> None:
-    """Refuse `train.checkpoint.best` at the start, if the evaluators say what they will return."""
-    names = [
-        f"{prefix}/{name}" if prefix else name
-        for prefix, evaluator in evaluators.items()
-        if hasattr(evaluator, "result_names")
-        for name in evaluator.result_names(class_names)
-    ]
-    if watched is not None and names and watched not in names:
-        raise ValueError(
-            f"train.checkpoint.best={watched}: no evaluation has such a result; they have "
-            f"{', '.join(names)}"
-            + ("; ema/... needs train.ema.enabled=true" if watched.startswith("ema/") else "")
-        )
-
-
-def _evaluate_all(
-    models: Mapping[str, nn.Module],
-    loader: Any,
-    evaluators: Mapping[str, Any],
-    should_stop: Callable[[], bool],
-) -> dict[str, Any]:
-    """Evaluate the model, and others under their name in the results."""
-    results: dict[str, Any] = {}
-    for name, model in models.items():
-        found = evaluate_model(model, loader, evaluators[name], should_stop)
-        if name and found:
-            logger.info("that was the model of the averaged weights (%s)", name)
-            results[name] = found
-        else:
-            results |= found
-    return results
 
 
 def _build_model(

@@ -12,7 +12,7 @@ from dn_detr.checkpoint import read_manifest
 from dn_detr.config import LazyCall
 from dn_detr.engine import NonFiniteError, train
 from dn_detr.engine.best import BestResult
-from dn_detr.engine.training import _check_watched_result
+from dn_detr.engine.evaluation import check_watched_result
 from dn_detr.evaluation import CocoEvaluator
 
 from .conftest import TINY_CONFIG
@@ -150,9 +150,9 @@ def test_the_command_ends_with_0_when_results_stagnate(processes, tmp_path):
 def test_a_result_that_no_evaluation_will_have_is_refused_before_training():
     evaluators = {"": CocoEvaluator()}
     for known in ("AP", "APs", "per_class/cat", None):
-        _check_watched_result(known, evaluators, ["cat"])
+        check_watched_result(known, evaluators, ["cat"])
     with pytest.raises(ValueError, match="no evaluation has such a result; they have AP, AP50"):
-        _check_watched_result("per_class/dog", evaluators, ["cat"])
+        check_watched_result("per_class/dog", evaluators, ["cat"])
     with pytest.raises(ValueError, match=r"needs train\.ema\.enabled=true"):
-        _check_watched_result("ema/AP", evaluators, ["cat"])
-    _check_watched_result("ema/AP", {**evaluators, "ema": CocoEvaluator()}, ["cat"])
+        check_watched_result("ema/AP", evaluators, ["cat"])
+    check_watched_result("ema/AP", {**evaluators, "ema": CocoEvaluator()}, ["cat"])
