@@ -37,7 +37,7 @@ class RunState:
     Args:
         model: the detector, not wrapped.
         step: with the optimizer and the loss scale.
-        device: where the model is.
+        class_names: of the training data.
         ema: the moving average of the model, if there is one.
         best: the best evaluation, if one result is watched.
         stability: follows the matching, if the data know their objects.
@@ -56,7 +56,7 @@ class RunState:
         model: nn.Module,
         step: TrainingStep,
         *,
-        device: torch.device,
+        class_names: Sequence[str],
         ema: AveragedModel | None = None,
         best: BestResult | None = None,
         stability: MatchingStability | None = None,
@@ -72,7 +72,7 @@ class RunState:
         self.skipped: Counter[str] = Counter()
         self.metrics: dict[str, Any] | None = None
         self.interval = Interval()
-        self._device = device
+        self._class_names = class_names
         self._best_before: dict[str, Any] | None = None  # the state of `best` before `metrics`
         self._random_state: dict[str, Any] | None = None
 
@@ -122,7 +122,7 @@ class RunState:
             return None
         return self.best.state_dict() if self.metrics is None else self._best_before
 
-    def restore(self, checkpoint: Path, class_names: Sequence[str]) -> None:
+    def restore(self, checkpoint: Path) -> None:
         """Become what a checkpoint holds, as if there had been no interruption.
 
         Learning rates and other settings of the optimizer stay the config's. Random numbers are
@@ -133,7 +133,7 @@ class RunState:
         """
         manifest = read_manifest(checkpoint)
         state = load_training_state(checkpoint)
-        load_model_weights(self.model, checkpoint, class_names=class_names)
+        load_model_weights(self.model, checkpoint, class_names=self._class_names)
         self._restore_ema(state["ema"])
         _require_same_type(self.step.optimizer, state["optimizer_type"])
         _restore_optimizer(self.step.optimizer, state["optimizer"])
@@ -173,7 +173,7 @@ class RunState:
             return
         mine = processes[rank()]
         self._random_state = mine["random"]
-        self.interval = Interval.from_state_dict(mine["interval"], self._device)
+        self.interval = Interval.from_state_dict(mine["interval"], self.step.device)
         self.skipped = Counter(mine["skipped"])
 
 

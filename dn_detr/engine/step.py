@@ -98,7 +98,7 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=amp.enabled and amp.dtype == "float16"
         )
-        self._device = device
+        self.device = device
         self._autocast = torch.autocast(
             device.type, dtype=getattr(torch, amp.dtype), enabled=amp.enabled
         )
@@ -135,13 +135,13 @@ class TrainingStep:
             OutOfMemory: on the process that ran out of memory.
         """
         self._statistics.remember()
-        random_state = _random_state(self._device)
+        random_state = _random_state(self.device)
         pieces = split_evenly(batch, self._accumulate)
         counts = self._count(pieces)
         with self._memory_guard(batch, iteration) as complaints:
             names, terms, diagnostics = self._compute_gradients(pieces, counts)
         if self._averages_itself or complaints:
-            ran_out, stop = any_process(bool(complaints), wants_stop, device=self._device)
+            ran_out, stop = any_process(bool(complaints), wants_stop, device=self.device)
             if ran_out:
                 return self._give_up(batch, iteration, complaints, stop)
             average_gradients(self._parameters)
@@ -160,7 +160,7 @@ class TrainingStep:
         if not hasattr(self._module, "count_objects"):
             return None
         count: Any = self._module.count_objects
-        return mean_over_ranks(sum(map(count, pieces), ObjectCounts()), self._device)
+        return mean_over_ranks(sum(map(count, pieces), ObjectCounts()), self.device)
 
     def _compute_gradients(
         self, pieces: Sequence[Sequence[Sample]], counts: ObjectCounts | None
@@ -210,7 +210,7 @@ class TrainingStep:
     def _agree(self, total: Tensor, norm: Tensor, wants_stop: bool) -> tuple[Outcome, bool]:
         """Decide the same on all processes, with one small collective."""
         wrong_loss, wrong_gradient, stop = any_process(
-            ~total.isfinite(), ~norm.isfinite(), wants_stop, device=self._device
+            ~total.isfinite(), ~norm.isfinite(), wants_stop, device=self.device
         )
         # A float16 overflow that a smaller loss scale can mend shows in the gradient only.
         if wrong_gradient and self.scaler.is_enabled() and self.scaler.get_scale() > 1:
@@ -230,7 +230,7 @@ class TrainingStep:
         self._statistics.restore()
         losses = dict(zip(result.names, result.losses.tolist(), strict=True))
         with preserved_random_state():
-            _set_random_state(self._device, random_state)
+            _set_random_state(self.device, random_state)
             report = explain(
                 self._module,
                 lambda samples: self._losses(self._module, samples, counts),
@@ -264,7 +264,7 @@ class TrainingStep:
         """End a step that did not fit into memory somewhere."""
         self.optimizer.zero_grad(set_to_none=True)
         self._statistics.restore()
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
         release_freed_memory()  # others, such as the writer of checkpoints, need some too
         # Written only now, so that no text lies behind the freed blocks and keeps them.
@@ -272,12 +272,12 @@ class TrainingStep:
             report = self._memory_report(batch, iteration, complaints[0])
         else:
             report = f"iteration {iteration}: out of memory on another process"
-        nothing = torch.zeros(0, device=self._device)
+        nothing = torch.zeros(0, device=self.device)
         return StepResult((), nothing, nothing.sum(), Outcome.OUT_OF_MEMORY, stop, report=report)
 
     def _memory_report(self, batch: Sequence[Sample], iteration: int, complaint: str) -> str:
         return (
-            f"iteration {iteration}: out of memory on {self._device}: {complaint}\n"
+            f"iteration {iteration}: out of memory on {self.device}: {complaint}\n"
             f"{describe_batch(batch)}\n"
             "what helps: train.accumulate=2 or more, train.activation_checkpointing.encoder="
             "true (backbone, decoder), a smaller dataloader.image_scale, "

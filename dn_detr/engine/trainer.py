@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NoReturn
-
-import torch
 
 from dn_detr.checkpoint import CheckpointError, CheckpointWriter, last_checkpoint
 from dn_detr.data import count_skipped, describe_skipped
@@ -46,11 +45,9 @@ class Trainer:
             often, returns the results (an empty dict on other processes than the first) or raises
             EvaluationStopped.
         stop: whether this process was asked to stop.
-        device: where the model is.
         timetable: length of the run.
         lr_rule: factor of the learning rate by epoch.
         settings: the `train` section.
-        class_names: of the training data.
     """
 
     def __init__(
@@ -62,11 +59,9 @@ class Trainer:
         open_rows: Callable[..., RunWriters],
         evaluate: Callable[[Callable[[], bool]], dict[str, Any]],
         stop: StopRequest,
-        device: torch.device,
         timetable: Timetable,
         lr_rule: LearningRateRule,
         settings: TrainSettings,
-        class_names: Sequence[str] = (),
     ) -> None:
         self._state = state
         self._step = state.step
@@ -75,11 +70,9 @@ class Trainer:
         self._open_rows = open_rows
         self._evaluate = evaluate
         self._stop = stop
-        self._device = device
         self._timetable = timetable
         self._lr_rule = lr_rule
         self._settings = settings
-        self._class_names = list(class_names)
         self._rows = RunWriters()
         self._saved_iteration: int | None = state.iteration
         self._has_unwritten = False  # whether something of the newest checkpoint was not written
@@ -251,7 +244,7 @@ class Trainer:
                 f"{result.report}\nthere is no checkpoint to roll back to yet; lower "
                 "train.checkpoint.period, or use train.nonfinite=skip"
             )
-        state.restore(checkpoint, self._class_names)
+        state.restore(checkpoint)
         state.restore_random_numbers()
         state.batches_drawn, state.nonfinite_steps, state.skipped = drawn, dropped, skipped
         state.interval.count("nonfinite_steps")
@@ -264,7 +257,7 @@ class Trainer:
     def _log_if_due(self, progress: Progress) -> None:
         if not self._timetable.is_due(self._settings.log_period, self._state.iteration):
             return
-        mine = {**self._state.interval.averages(), "memory_mib": peak_memory_mib(self._device)}
+        mine = {**self._state.interval.averages(), "memory_mib": peak_memory_mib(self._step.device)}
         if self._state.stability is not None:
             mine |= self._state.stability.ratios()
         row = self._position() | average_over_ranks(mine) | learning_rates(self._step.optimizer)
@@ -276,7 +269,7 @@ class Trainer:
         """List, at the end of an epoch of the data, the files that could not be read in it."""
         if self._state.batches_drawn % self._timetable.iterations_per_epoch:
             return
-        everywhere = sum(all_gather(self._state.skipped), self._state.skipped.__class__())
+        everywhere: Counter[str] = sum(all_gather(self._state.skipped), Counter())
         if is_main() and everywhere:
             logger.warning("epoch %d: %s", self._data_epoch(), describe_skipped(everywhere))
         self._state.skipped.clear()
@@ -336,7 +329,7 @@ class Trainer:
             self._has_unwritten = True
             logger.error("%s; tried once more, because the run ends", error)
         is_missing = self._has_unwritten or self._saved_iteration != self._state.iteration
-        return not any_process(is_missing, device=self._device)[0]
+        return not any_process(is_missing, device=self._step.device)[0]
 
     def _save_and_stop(self) -> NoReturn:
         if self._state.iteration > 0:
@@ -380,7 +373,7 @@ class Trainer:
         return has_stagnated
 
     def _any_process_stops(self) -> bool:
-        return any_process(self._stop.reason is not None, device=self._device)[0]
+        return any_process(self._stop.reason is not None, device=self._step.device)[0]
 
     def _evaluate_if_interrupted(self) -> None:
         if self._state.iteration > 0 and self._state.metrics is None:

@@ -141,9 +141,10 @@ def _build_trainer(
     accumulate = _plan_pieces(
         settings.accumulate, train_loader.batch_sampler.total_batch_size, model
     )
-    state = _build_state(cfg, settings, model, device, train_loader.dataset, accumulate)
+    step = _build_step(cfg, settings, model, device, accumulate)
+    state = _build_state(settings, model, step, train_loader.dataset)
     if checkpoint is not None:
-        state.restore(checkpoint, class_names)
+        state.restore(checkpoint)
     models = {"": model} | ({"ema": state.ema.module} if state.ema is not None else {})
     evaluators = build_evaluators(cfg, models)
     check_watched_result(settings.checkpoint.best, evaluators, class_names)
@@ -169,27 +170,20 @@ def _build_trainer(
         ),
         evaluate=partial(evaluate_all, models, test_loader, evaluators),
         stop=stop,
-        device=device,
         timetable=timetable,
         lr_rule=instantiate(cfg.lr_schedule),
         settings=settings,
-        class_names=class_names,
     )
 
 
 def _build_state(
-    cfg: DictConfig,
-    settings: TrainSettings,
-    model: nn.Module,
-    device: torch.device,
-    dataset: Any,
-    accumulate: int,
+    settings: TrainSettings, model: nn.Module, step: TrainingStep, dataset: Any
 ) -> RunState:
     watched, stopping = settings.checkpoint.best, settings.early_stopping
     return RunState(
         model,
-        _build_step(cfg, settings, model, device, accumulate),
-        device=device,
+        step,
+        class_names=dataset.class_names,
         ema=averaged_model(model, settings.ema.decay) if settings.ema.enabled else None,
         best=BestResult(watched, stopping.patience, stopping.min_delta) if watched else None,
         stability=MatchingStability(dataset.num_boxes) if hasattr(dataset, "num_boxes") else None,
