@@ -19,11 +19,11 @@ def choose_device(name: str) -> torch.device:
     """
     device = parse_device(name)
     if device.type == "cuda":
-        require_gpus(1 if device.index is None else device.index + 1, name)
-        if world_size() > 1 and device.index is not None:
+        if device.index is None:
+            device = torch.device("cuda", local_rank())
+        elif world_size() > 1:
             raise LaunchError(f"train.device={name}: several processes need train.device=cuda")
-        device = torch.device("cuda", local_rank() if device.index is None else device.index)
-        require_gpus(local_rank() + 1, name)
+        require_gpus(device.index + 1, name)
         torch.cuda.set_device(device)
     return device
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+Sample = Mapping[str, Any]  # of the training data, as the detector takes it
+
 # What PyTorch's allocators for CPUs say; they raise a plain RuntimeError.
 _ALLOCATOR_COMPLAINTS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory")
 
@@ -24,12 +26,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def describe_batch(samples: Sequence[Mapping[str, Any]]) -> str:
-    """Return what decides how much memory a batch takes: sizes of images, numbers of objects.
-
-    Args:
-        samples: training samples as the detector takes them.
-    """
+def describe_batch(samples: Sequence[Sample]) -> str:
+    """Return what decides how much memory a batch takes: sizes of images, numbers of objects."""
     shapes = [tuple(sample["image"].shape) for sample in samples]
     padded = (len(shapes), *(max(sides) for sides in zip(*shapes, strict=True)))
     lines = [f"a batch of {len(samples)} images, padded to {padded}:"]
@@ -39,6 +37,6 @@ def describe_batch(samples: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def image_name(sample: Mapping[str, Any]) -> str:
+def image_name(sample: Sample) -> str:
     """Return what identifies an image in a message."""
     return str(sample.get("file_name", sample.get("image_id", "?")))

@@ -16,9 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .distributed import all_gather
-from .memory import image_name
+from .memory import Sample, image_name
 
-Sample = Mapping[str, Any]
 _REMEDIES = (
     "what helps: correct the annotations of images that are marked; a lower optimizer.lr or "
     "train.clip_grad.max_norm; bfloat16 for float16; train.nonfinite=skip or rollback"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from typing import Any, NamedTuple
@@ -19,12 +19,10 @@ from dn_detr.modeling import ObjectCounts, mean_over_ranks
 
 from .distributed import any_process, average_gradients, is_distributed
 from .errors import NonFiniteError
-from .memory import OutOfMemory, describe_batch, is_out_of_memory
-from .nonfinite import RunningStatistics, explain, image_name
+from .memory import OutOfMemory, Sample, describe_batch, image_name, is_out_of_memory
+from .nonfinite import RunningStatistics, explain
 from .random_state import preserved_random_state
 from .settings import AmpSettings, ClipGradSettings
-
-Sample = Mapping[str, Any]
 
 logger = logging.getLogger(__name__)
 

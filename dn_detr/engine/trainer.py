@@ -15,14 +15,14 @@ from dn_detr.evaluation import EvaluationStopped
 
 from .distributed import all_gather, any_process, barrier, broadcast_from_main, is_main, world_size
 from .errors import NonFiniteError
-from .memory import OutOfMemory
+from .memory import OutOfMemory, Sample
 from .metrics import Interval, Row, average_over_ranks, evaluation_row, peak_memory_mib
 from .optimizer import learning_rates
 from .progress import Progress
 from .run_state import RunState
 from .schedule import LearningRateRule, Timetable, set_learning_rates
 from .settings import TrainSettings
-from .step import Outcome, Sample, StepResult, images_named_on_failure
+from .step import Outcome, StepResult, images_named_on_failure
 from .stopping import Stopped, StopRequest, WaitInterrupted
 from .writers import RunWriters
 
