@@ -9,13 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .schedule import parse_period
-from .writers import WandbSettings
 
 SECTIONS = ("model", "dataloader", "optimizer", "lr_schedule", "train")
-AMP_DTYPES = ("float16", "bfloat16")
-NONFINITE_POLICIES = ("raise", "skip", "rollback")
-OOM_POLICIES = ("raise", "skip")
-WANDB_MODES = ("online", "offline", "disabled")
 
 
 @dataclass
@@ -77,6 +72,24 @@ class ActivationCheckpointingSettings:
     backbone: bool = False
     encoder: bool = False
     decoder: bool = False
+
+
+@dataclass
+class WandbSettings:
+    """Weights & Biases.
+
+    Attributes:
+        enabled: whether rows go there; needs `pip install 'dn_detr[wandb]'`.
+        project: of the run.
+        name: of the run; None: wandb invents one.
+        mode: "online", "offline" (kept in the output folder for `wandb sync`) or "disabled"; None:
+            the environment variable WANDB_MODE, else online.
+    """
+
+    enabled: bool = False
+    project: str = "dn_detr"
+    name: str | None = None
+    mode: str | None = None
 
 
 @dataclass
@@ -156,23 +169,21 @@ class TrainSettings:
         _check("output_dir", self.output_dir, bool, "a folder")
         _check("seed", self.seed, lambda value: value >= 0, ">= 0")
         _check("epochs", self.epochs, lambda value: 0 < value < float("inf"), "> 0")
-        _check("max_iter", self.max_iter, lambda value: value is None or value > 0, "> 0 or null")
-        _check("log_period", self.log_period, lambda value: value > 0, "> 0")
-        _check("amp.dtype", self.amp.dtype, AMP_DTYPES.__contains__, " or ".join(AMP_DTYPES))
+        _check("max_iter", self.max_iter, _positive_or_none, "> 0 or null")
+        _check("log_period", self.log_period, _positive, "> 0")
+        _check_choice("amp.dtype", self.amp.dtype, "float16", "bfloat16")
         _check("clip_grad.max_norm", self.clip_grad.max_norm, _positive_or_none, "> 0 or null")
-        _check("clip_grad.norm_type", self.clip_grad.norm_type, lambda value: value > 0, "> 0")
+        _check("clip_grad.norm_type", self.clip_grad.norm_type, _positive, "> 0")
         _check("checkpoint.keep", self.checkpoint.keep, _positive_or_none, ">= 1 or null for all")
         _check("max_hours", self.max_hours, _positive_or_none, "> 0 or null")
-        _check("accumulate", self.accumulate, lambda value: value > 0, ">= 1")
+        _check("accumulate", self.accumulate, _positive, ">= 1")
         _check("ema.decay", self.ema.decay, lambda value: 0 < value < 1, "between 0 and 1")
-        _check(
-            "nonfinite", self.nonfinite, NONFINITE_POLICIES.__contains__, "raise, skip or rollback"
-        )
-        _check("nonfinite_limit", self.nonfinite_limit, lambda value: value > 0, ">= 1")
-        _check("oom", self.oom, OOM_POLICIES.__contains__, " or ".join(OOM_POLICIES))
-        _check("grace_seconds", self.grace_seconds, lambda value: value > 0, "> 0")
-        modes = (None, *WANDB_MODES)
-        _check("wandb.mode", self.wandb.mode, modes.__contains__, f"null, {', '.join(WANDB_MODES)}")
+        _check_choice("nonfinite", self.nonfinite, "raise", "skip", "rollback")
+        _check("nonfinite_limit", self.nonfinite_limit, _positive, ">= 1")
+        _check_choice("oom", self.oom, "raise", "skip")
+        _check("grace_seconds", self.grace_seconds, _positive, "> 0")
+        modes = (None, "online", "offline", "disabled")
+        _check("wandb.mode", self.wandb.mode, modes.__contains__, "null, online, offline, disabled")
         self._check_early_stopping()
         for period in (self.eval_period, self.checkpoint.period):
             parse_period(period, 1)
@@ -186,6 +197,10 @@ class TrainSettings:
             )
 
 
+def _positive(value: float) -> bool:
+    return value > 0
+
+
 def _positive_or_none(value: float | None) -> bool:
     return value is None or value > 0
 
@@ -193,3 +208,7 @@ def _positive_or_none(value: float | None) -> bool:
 def _check(key: str, value: object, accepts: Callable[..., bool], expected: str) -> None:
     if not accepts(value):
         raise ValueError(f"train.{key}={value}: expected {expected}")
+
+
+def _check_choice(key: str, value: str, *choices: str) -> None:
+    _check(key, value, choices.__contains__, f"{', '.join(choices[:-1])} or {choices[-1]}")

@@ -14,13 +14,13 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from .distributed import is_main
 from .metrics import Row
+from .settings import WandbSettings
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_RUN_FILE = "wandb_run_id.txt"
@@ -30,24 +30,6 @@ logger = logging.getLogger(__name__)
 
 class WriterError(ValueError):
     """A writer cannot be opened; the message names the file or setting and the remedy."""
-
-
-@dataclass
-class WandbSettings:
-    """Weights & Biases.
-
-    Attributes:
-        enabled: whether rows go there; needs `pip install 'dn_detr[wandb]'`.
-        project: of the run.
-        name: of the run; None: wandb invents one.
-        mode: "online", "offline" (kept in the output folder for `wandb sync`) or "disabled"; None:
-            the environment variable WANDB_MODE, else online.
-    """
-
-    enabled: bool = False
-    project: str = "dn_detr"
-    name: str | None = None
-    mode: str | None = None
 
 
 class MetricsWriter(Protocol):

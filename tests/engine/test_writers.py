@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from dn_detr.engine.writers import WandbSettings, WriterError, open_writers
+from dn_detr.engine.settings import WandbSettings
+from dn_detr.engine.writers import WriterError, open_writers
 
 # Runs in a process of its own; `rows` are iterations, "limit" fills the disk and "free" frees it.
 DISK_SCRIPT = """
@@ -196,7 +197,8 @@ def test_weights_and_biases_is_off_by_default(tmp_path, monkeypatch):
 WANDB_SCRIPT = """
 import logging, os, signal, subprocess, sys, time
 from pathlib import Path
-from dn_detr.engine.writers import WandbSettings, open_writers
+from dn_detr.engine.settings import WandbSettings
+from dn_detr.engine.writers import open_writers
 
 def kill_service():
     for process in Path("/proc").glob("[0-9]*"):
