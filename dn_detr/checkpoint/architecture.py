@@ -11,9 +11,8 @@ from torch import Tensor
 _DECODER_LAYER = re.compile(r"decoder\.layers\.([0-9]+)\.")
 _DENSE_DECODER = re.compile(r"decoder\.layers\..*content_proj\.")
 _DEFORMABLE_ENCODER = re.compile(r"encoder\.layers\..*sampling_offsets\.")
-_RESNETS: dict[
-    tuple[tuple[int, ...], bool], str
-] = {  # blocks of the four stages, bottleneck or basic
+# blocks of the four stages, whether they are bottlenecks
+_RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((3, 4, 6, 3), True): "ResNet-50",
     ((3, 4, 23, 3), True): "ResNet-101",
     ((3, 8, 36, 3), True): "ResNet-152",

@@ -17,8 +17,7 @@ from .manifest import MANIFEST_NAME, CheckpointError
 from .storage import save_weights
 from .weights import LoadReport, is_dilated, load_tensors
 
-DN_DETR = OURS
-TARGETS = (DN_DETR, *WRITABLE)
+TARGETS = (OURS, *WRITABLE)
 
 
 def convert_checkpoint(
@@ -26,7 +25,7 @@ def convert_checkpoint(
     source: str | Path,
     output: str | Path,
     *,
-    to: str = DN_DETR,
+    to: str = OURS,
     ema: bool = False,
     force: bool = False,
     config: str = "",
@@ -54,7 +53,7 @@ def convert_checkpoint(
     output = Path(output)
     if to not in TARGETS:
         raise CheckpointError(f"layout {to!r}: choose from {', '.join(TARGETS)}")
-    _check_output(output, Path(source), is_folder=to == DN_DETR, force=force)
+    _check_output(output, Path(source), is_folder=to == OURS, force=force)
     content = read_file(source, ema=ema)
     report = load_tensors(
         model,
@@ -65,7 +64,7 @@ def convert_checkpoint(
         has_config=content.has_config,
     )
     names = _class_names(model, report, content.class_names)
-    if to == DN_DETR:
+    if to == OURS:
         save_weights(output, model.state_dict(), config=config, class_names=names)
         return report
     state = to_layout(

@@ -82,33 +82,26 @@ def read_file(path: str | Path, *, ema: bool = False) -> FileContent:
             what the file looks like.
     """
     path = Path(path)
-    if path.is_dir() and not _is_ours(path) and (path / _HF_CONFIG).is_file():
-        content = _read_huggingface(path)
-    elif path.name in (MODEL_FILE, EMA_FILE) and is_checkpoint(path.parent):
+    is_ours = is_checkpoint(path) or (path / CHECKPOINTS_DIR).is_dir()
+    if path.is_dir() and not is_ours and (path / _HF_CONFIG).is_file():
+        if ema:
+            raise CheckpointError(f"{path}: holds no averaged weights ({_EMA!r})")
+        return _read_huggingface(path)
+    if path.name in (MODEL_FILE, EMA_FILE) and is_checkpoint(path.parent):
         return _read_ours(path.parent, EMA_FILE if ema else path.name)
-    elif path.name == OPTIMIZER_FILE and is_checkpoint(path.parent):
+    if path.name == OPTIMIZER_FILE and is_checkpoint(path.parent):
         raise CheckpointError(
             f"{path}: the state of an optimizer, no weights; those are in {MODEL_FILE} beside it"
         )
-    elif path.is_dir() and not (_is_ours(path) or path.name == CHECKPOINTS_DIR):
+    if path.is_dir() and not is_ours and path.name != CHECKPOINTS_DIR:
         raise CheckpointError(
             f"{path}: neither a checkpoint folder (with {MANIFEST_NAME}) nor the output folder of "
             f"a run (with {CHECKPOINTS_DIR}/) nor a folder of transformers (with {_HF_CONFIG})"
         )
-    elif not path.is_file():
-        return _read_ours(path, EMA_FILE if ema else MODEL_FILE)
-    else:
-        content = _with_names(
-            _read_single_file(path, ema=ema), _class_names_of_config(path.parent / _HF_CONFIG)
-        )
-        ema = False
-    if ema:
-        raise CheckpointError(f"{path}: holds no averaged weights ({_EMA!r})")
-    return content
-
-
-def _is_ours(folder: Path) -> bool:
-    return is_checkpoint(folder) or (folder / CHECKPOINTS_DIR).is_dir()
+    if path.is_file():
+        content = _read_single_file(path, ema=ema)
+        return _with_names(content, _class_names_of_config(path.parent / _HF_CONFIG))
+    return _read_ours(path, EMA_FILE if ema else MODEL_FILE)
 
 
 def _read_ours(path: Path, file: str) -> FileContent:

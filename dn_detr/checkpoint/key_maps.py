@@ -44,9 +44,8 @@ _DENSE_DECODER_MLPS = [
 _BOX_ALIAS = ("bbox_embed.*", "transformer.decoder.bbox_embed.*")
 _CLASS_ALIAS = ("class_embed.*", "transformer.decoder.class_embed.*")
 _PRELU_ALIASES = [
-    (f"{ffn}.layers.0.1.*", f"{ffn}.activation.*")
-    for part in ("encoder", "decoder")
-    for ffn in (f"transformer.{part}.layers.{{i}}.ffns.0",)
+    (f"{part}.layers.{{i}}.ffns.0.layers.0.1.*", f"{part}.layers.{{i}}.ffns.0.activation.*")
+    for part in ("transformer.encoder", "transformer.decoder")
 ]
 # Names that detrex's converter and its first versions gave to the table.
 _LABEL_TABLE_ALIASES = [
