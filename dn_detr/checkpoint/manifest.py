@@ -54,13 +54,7 @@ class Manifest:
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
         content = json.loads(json.dumps(content))  # as it will be read: keys are strings
         content["sha256"] = _digest_of_content(content)
-        partial = folder / f".{MANIFEST_NAME}.partial"
-        try:
-            partial.write_bytes(_to_bytes(content))
-            flush_to_disk(partial)
-            os.replace(partial, folder / MANIFEST_NAME)
-        finally:
-            partial.unlink(missing_ok=True)
+        replace_file(folder / MANIFEST_NAME, _to_bytes(content))
         flush_to_disk(folder)
 
     @classmethod
@@ -151,6 +145,17 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file in one atomic replacement, with content that survives a power cut."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        flush_to_disk(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _to_bytes(content: Mapping[str, Any]) -> bytes:

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from .manifest import CheckpointError
-from .tensor_files import write_bytes
+from .manifest import CheckpointError, replace_file
 
 _ERROR = "error"
 _POLL_SECONDS = 0.02
@@ -28,9 +27,7 @@ def hand_over(folder: Path, rank: int, digests: Mapping[str, str]) -> None:
         rank: of this process.
         digests: file name -> SHA-256 in hexadecimal.
     """
-    partial = folder / f"{_report_name(rank)}.partial"
-    write_bytes(partial, json.dumps(dict(digests)).encode())
-    os.replace(partial, folder / _report_name(rank))
+    replace_file(folder / _report_name(rank), json.dumps(dict(digests)).encode())
 
 
 def report_failure(folder: Path, rank: int, error: Exception) -> None:
