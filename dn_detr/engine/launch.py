@@ -113,13 +113,10 @@ def _process_group(device_type: str, init_method: str) -> Iterator[None]:
     )
     try:
         yield
-    except Stopped:  # all stop together
-        dist.destroy_process_group()
-        raise
-    except BaseException:
-        # nccl's teardown would wait for processes that are stuck in a collective; they are freed
-        # by the end of this one, or by whoever started them
-        if not is_cuda:
+    except BaseException as error:
+        # Unless all stop together, nccl's teardown would wait for processes that are stuck in a
+        # collective; they are freed by the end of this one, or by whoever started them.
+        if isinstance(error, Stopped) or not is_cuda:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
