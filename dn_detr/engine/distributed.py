@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")  # what can be pickled
 
 
 def is_distributed() -> bool:
@@ -45,7 +47,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_gather(value: Any) -> list[Any]:
+def all_gather(value: T) -> list[T]:
     """Return the picklable `value` of every process, in the order of ranks, to every process."""
     if not is_distributed():
         return [value]
@@ -90,6 +92,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
         dist.all_reduce(parameter.grad)
 
 
-def broadcast_from_main(value: Any) -> Any:
+def broadcast_from_main(value: T) -> T:
     """Return the picklable `value` of the first process, to every process."""
-    return all_gather(value if is_main() else None)[0]
+    values: list[Any] = all_gather(value if is_main() else None)
+    return values[0]

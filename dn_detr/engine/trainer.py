@@ -111,7 +111,7 @@ class Trainer:
         return self._state.metrics or {}
 
     def _train(self) -> None:
-        self._has_stagnated = self._agree_on_stagnation()
+        self._agree_on_stagnation()
         if self._is_finished():
             logger.info("nothing left to train: %d iterations are done", self._state.iteration)
             return
@@ -269,7 +269,7 @@ class Trainer:
         """List, at the end of an epoch of the data, the files that could not be read in it."""
         if self._state.batches_drawn % self._timetable.iterations_per_epoch:
             return
-        everywhere: Counter[str] = sum(all_gather(self._state.skipped), Counter())
+        everywhere = sum(all_gather(self._state.skipped), Counter())
         if is_main() and everywhere:
             logger.warning("epoch %d: %s", self._data_epoch(), describe_skipped(everywhere))
         self._state.skipped.clear()
@@ -352,7 +352,7 @@ class Trainer:
         if is_main():
             self._rows.write(self._position() | evaluation_row(self._state.metrics))
         self._keep_best()
-        self._has_stagnated = self._agree_on_stagnation()
+        self._agree_on_stagnation()
 
     def _keep_best(self) -> None:
         self._is_best = is_main() and self._state.take_results()
@@ -366,11 +366,10 @@ class Trainer:
         if is_main() and metrics is not None and self._saved_iteration == iteration:
             self._checkpoints.record_evaluation(iteration, metrics, is_best=self._is_best)
 
-    def _agree_on_stagnation(self) -> bool:
-        has_stagnated: bool = broadcast_from_main(self._state.has_stagnated)
-        if has_stagnated:
+    def _agree_on_stagnation(self) -> None:
+        self._has_stagnated = broadcast_from_main(self._state.has_stagnated)
+        if self._has_stagnated:
             logger.info("early stopping: the last evaluations gained nothing")
-        return has_stagnated
 
     def _any_process_stops(self) -> bool:
         return any_process(self._stop.reason is not None, device=self._step.device)[0]

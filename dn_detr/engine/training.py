@@ -109,8 +109,7 @@ def _end_logged() -> Iterator[None]:
 
 def _starting_point(settings: TrainSettings, resume: bool) -> Path | None:
     """Return the checkpoint to continue from; the first process looks, for all."""
-    found = last_checkpoint(settings.output_dir) if is_main() else None
-    checkpoint: Path | None = broadcast_from_main(found)
+    checkpoint = broadcast_from_main(last_checkpoint(settings.output_dir) if is_main() else None)
     if checkpoint is not None and not resume:
         raise ValueError(
             f"{settings.output_dir} holds a run with {read_manifest(checkpoint).iteration} "
