@@ -85,7 +85,7 @@ def read_file(path: str | Path, *, ema: bool = False) -> FileContent:
     is_ours = is_checkpoint(path) or (path / CHECKPOINTS_DIR).is_dir()
     if path.is_dir() and not is_ours and (path / _HF_CONFIG).is_file():
         if ema:
-            raise CheckpointError(f"{path}: holds no averaged weights ({_EMA!r})")
+            raise _no_averaged_weights(path)
         return _read_huggingface(path)
     if path.name in (MODEL_FILE, EMA_FILE) and is_checkpoint(path.parent):
         return _read_ours(path.parent, EMA_FILE if ema else path.name)
@@ -130,11 +130,17 @@ def _read_single_file(path: Path, *, ema: bool = False) -> FileContent:
     if not start:
         raise CheckpointError(f"{path}: empty")
     if path.suffix == _SAFETENSORS:
+        if ema:
+            raise _no_averaged_weights(path)
         return FileContent(_read_safetensors(path))
     if not start.startswith(_PICKLES):
         look = _known_other(start) or "neither a file of torch nor safetensors nor pickled arrays"
         raise CheckpointError(f"{path}: not a checkpoint: {look} ({path.stat().st_size} bytes)")
     return _unwrap(path, read_pickle(path), ema)
+
+
+def _no_averaged_weights(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: holds no averaged weights ({_EMA!r})")
 
 
 def _known_other(start: bytes) -> str | None:
@@ -165,7 +171,7 @@ def _unwrap(path: Path, content: Any, ema: bool) -> FileContent:
     averaged = content.get(_EMA)
     if ema:
         if not isinstance(averaged, Mapping):
-            raise CheckpointError(f"{path}: holds no averaged weights ({_EMA!r})")
+            raise _no_averaged_weights(path)
         tensors = _as_tensors(path, averaged)
         notes = [f"the averaged weights ({_EMA}) were taken"]
     else:

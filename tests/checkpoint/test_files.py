@@ -198,8 +198,9 @@ def test_averaged_weights_are_noted_and_can_be_chosen(tmp_path):
 
 def test_averaged_weights_that_are_absent_are_an_error(tmp_path):
     torch.save({"model": WEIGHTS}, tmp_path / "f.pth")
+    save_file(WEIGHTS, tmp_path / "f.safetensors")
     save_checkpoint(tmp_path / "run", WEIGHTS, {}, iteration=1, epoch=0.0)
-    for path in (tmp_path / "f.pth", tmp_path / "run"):
+    for path in (tmp_path / "f.pth", tmp_path / "f.safetensors", tmp_path / "run"):
         with pytest.raises(CheckpointError, match="no averaged weights"):
             read_file(path, ema=True)
 
