@@ -9,6 +9,7 @@ from .manifest import CheckpointError, Manifest
 from .reporting import log_loading
 from .snapshot import NonFiniteWeightsError, Snapshot
 from .storage import (
+    best_manifest,
     find_checkpoint,
     last_checkpoint,
     load_training_state,
@@ -27,6 +28,7 @@ __all__ = [
     "Manifest",
     "NonFiniteWeightsError",
     "Snapshot",
+    "best_manifest",
     "convert_checkpoint",
     "describe_backbone",
     "find_checkpoint",

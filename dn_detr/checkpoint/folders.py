@@ -12,11 +12,12 @@ no longer a checkpoint, `.0000020.replaced` is one in whose place another is bei
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
 
-from .manifest import MANIFEST_NAME, flush_to_disk
+from .manifest import MANIFEST_NAME, CheckpointError, Manifest, flush_to_disk
 
 CHECKPOINTS_DIR = "checkpoints"
 LAST_LINK = "last"
@@ -27,6 +28,8 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 TRAINING_STATE_FILE = "training_state.pt"
 _PARTIAL = ".partial"
 _REPLACED = ".replaced"
+
+_logger = logging.getLogger(__name__)
 
 
 def folder_name(iteration: int) -> str:
@@ -51,11 +54,15 @@ def saved(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     folders = [path for path in checkpoints.iterdir() if path.is_dir() and not path.is_symlink()]
-    found = {path.name: path for path in folders if path.name.isdigit()}
+    found = {path.name: path for path in folders if _is_folder_name(path.name)}
     for path in folders:
-        if path.suffix == _REPLACED and path.stem[1:].isdigit():
+        if path.suffix == _REPLACED and _is_folder_name(path.stem[1:]):
             found.setdefault(path.stem[1:], path)
     return [found[name] for name in sorted(found, key=int)]
+
+
+def _is_folder_name(name: str) -> bool:
+    return name.isdecimal() and name == folder_name(int(name))
 
 
 def iteration_of(folder: Path) -> int:
@@ -72,24 +79,49 @@ def move_into_place(partial: Path, folder: Path) -> None:
     """Rename a complete folder to its name; one that is there is replaced, never lost."""
     replaced = folder.with_name(f".{folder.name}{_REPLACED}")
     if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
         os.rename(folder, replaced)
     os.rename(partial, folder)
     flush_to_disk(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
 
 
 def point_link(folder: Path, name: str) -> None:
     """Let the link `name` beside a checkpoint folder point at it, in one atomic replacement."""
-    link = folder.with_name(f".{name}{_PARTIAL}")
+    link, place = folder.with_name(f".{name}{_PARTIAL}"), folder.with_name(name)
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)
-    os.replace(link, folder.with_name(name))
+    copy = folder.with_name(f".{name}{_REPLACED}")
+    if place.is_dir() and not place.is_symlink():  # of a run that was copied without its links
+        os.rename(place, copy)
+    os.replace(link, place)
     flush_to_disk(folder.parent)
+    _remove(copy)
+
+
+def require_writable(checkpoints: Path) -> None:
+    """Create the folder of a run's checkpoints, and make sure that they and links can lie there.
+
+    Raises:
+        CheckpointError: they cannot.
+    """
+    trial = checkpoints / f".trial{_PARTIAL}"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        trial.unlink(missing_ok=True)
+        trial.symlink_to(LAST_LINK)
+        trial.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"{checkpoints}: checkpoints cannot be written there: {error.strerror}; it has to be a "
+            "folder with permission to write, on a file system that has symbolic links"
+        ) from error
 
 
 def prune(newest: Path, keep: int | None) -> None:
     """Remove all but `best` and the `keep` newest; later ones are of an abandoned future.
+
+    What cannot be removed stays, and is no error.
 
     Args:
         newest: the checkpoint that was just written, which stays.
@@ -99,13 +131,25 @@ def prune(newest: Path, keep: int | None) -> None:
         return
     checkpoints = newest.parent
     folders = saved(checkpoints)
-    kept = [path for path in folders if iteration_of(path) <= iteration_of(newest)][-keep:]
     best = (checkpoints / BEST_LINK).resolve()
-    for path in folders:
-        if path not in kept and path.resolve() != best:
-            hidden = partial_of(path)
-            os.rename(path, hidden)  # a kill in the middle of removing leaves no half checkpoint
-            shutil.rmtree(hidden)
+    until_newest = [path for path in folders if iteration_of(path) <= iteration_of(newest)]
+    later = [path for path in folders[len(until_newest) :] if _is_of_its_iteration(path)]
+    for path in [*until_newest[:-keep], *later]:
+        if path.resolve() == best or not os.access(path, os.W_OK):  # somebody protects it
+            continue
+        if path in later:
+            _logger.warning("removing %s: the run went on from a checkpoint before it", path)
+        hidden = partial_of(path)
+        os.rename(path, hidden)  # a kill in the middle of removing leaves no half checkpoint
+        _remove(hidden)
+
+
+def _is_of_its_iteration(folder: Path) -> bool:
+    """Whether a folder is what its name says, and not somebody's copy under another number."""
+    try:
+        return Manifest.read(folder).iteration == iteration_of(folder)
+    except CheckpointError:
+        return False
 
 
 def remove_leftovers(checkpoints: Path) -> None:
@@ -113,11 +157,19 @@ def remove_leftovers(checkpoints: Path) -> None:
     for path in checkpoints.glob(f".*{_REPLACED}"):
         place = path.with_name(path.stem[1:])
         if place.exists():
-            shutil.rmtree(path)
+            _remove(path)
         else:
             os.rename(path, place)
     for path in checkpoints.glob(f".*{_PARTIAL}"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, link or folder, if it is there; only warn where that cannot be done."""
+    try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        _logger.warning("%s cannot be removed: %s", path, error)

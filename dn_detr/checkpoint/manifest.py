@@ -27,6 +27,10 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, belongs to something else, or cannot be written."""
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint may be undamaged, but this process cannot read it: nothing may replace it."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What one checkpoint folder holds.
@@ -62,7 +66,8 @@ class Manifest:
         """Read and verify `folder/manifest.json`, to the last byte.
 
         Raises:
-            CheckpointError: it is missing, damaged, or of a newer format.
+            CheckpointError: it is missing or damaged.
+            UnreadableError: it is of a newer format, or permission to read it is missing.
         """
         path = folder / MANIFEST_NAME
         try:
@@ -73,6 +78,8 @@ class Manifest:
             digest = content.pop("sha256")
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(f"{folder}: no {MANIFEST_NAME}, so not a checkpoint") from None
+        except PermissionError:
+            raise UnreadableError(f"{path}: no permission to read it") from None
         except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as e:
             raise CheckpointError(f"{path}: damaged, it cannot be read: {e!r}") from e
         if not is_as_written or digest != _digest_of_content(content):
@@ -80,7 +87,7 @@ class Manifest:
         if content.pop("format", None) != FORMAT:
             raise CheckpointError(f"{path}: not the manifest of a dn_detr checkpoint")
         if content.pop("format_version", None) not in _READABLE_VERSIONS:
-            raise CheckpointError(f"{path}: written by a newer dn_detr; update the package")
+            raise UnreadableError(f"{path}: written by a newer dn_detr; update the package")
         return cls(**content)
 
     def parts(self, name: str) -> list[str]:
@@ -103,13 +110,18 @@ class Manifest:
 
         Raises:
             CheckpointError: the file is missing from the manifest or the folder, or damaged.
+            UnreadableError: permission to read it is missing.
         """
         path = folder / name
         if name not in self.files:
             raise CheckpointError(f"{folder / MANIFEST_NAME}: lists no file {name}")
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, though the manifest lists it")
-        if file_digest(path) != self.files[name]:
+        try:
+            digest = file_digest(path)
+        except PermissionError:
+            raise UnreadableError(f"{path}: no permission to read it") from None
+        if digest != self.files[name]:
             raise CheckpointError(
                 f"{path}: damaged, its SHA-256 differs from the manifest's; use another checkpoint"
             )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .folders import (
+    BEST_LINK,
     CHECKPOINTS_DIR,
     EMA_FILE,
     LAST_LINK,
@@ -27,7 +28,7 @@ from .folders import (
     partial_of,
     saved,
 )
-from .manifest import MANIFEST_NAME, CheckpointError, Manifest
+from .manifest import MANIFEST_NAME, CheckpointError, Manifest, UnreadableError
 from .state_tree import put_tensors
 from .tensor_files import read_tensors, write_tensors
 
@@ -120,12 +121,26 @@ def load_training_state(checkpoint: str | Path) -> dict[str, Any]:
         return {**state, "ema": ema}
 
 
+def best_manifest(checkpoints: Path) -> Manifest | None:
+    """Return the manifest of the checkpoint that `best` points at; None if it is not there."""
+    try:
+        return Manifest.read(checkpoints / BEST_LINK)
+    except CheckpointError:
+        return None
+
+
 def damage_of(checkpoint: Path) -> str | None:
-    """Verify every file of a checkpoint and say what is wrong; None if nothing is."""
+    """Verify every file of a checkpoint and say what is wrong; None if nothing is.
+
+    Raises:
+        UnreadableError: it cannot be verified, though it may be undamaged.
+    """
     try:
         manifest = Manifest.read(checkpoint)
         for name in manifest.files:
             manifest.verify(checkpoint, name)
+    except UnreadableError:
+        raise
     except (CheckpointError, OSError) as error:
         return str(error)
     return None
@@ -140,6 +155,7 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints but all are damaged; or the folder is itself a
             checkpoint.
+        UnreadableError: one that is to be used cannot be read, but is not known to be damaged.
     """
     if (Path(output_dir) / MANIFEST_NAME).is_file():
         raise CheckpointError(
@@ -154,7 +170,13 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     pointed = link.resolve()
     damages = [] if pointed.exists() else [f"{link}: {_what_is_wrong_with(link)}"]
     for folder in _by_preference(present, pointed):
-        damage = damage_of(folder)
+        try:
+            damage = damage_of(folder)
+        except UnreadableError as error:
+            raise UnreadableError(
+                f"{error}; it may be undamaged, so none before it is used instead: make it "
+                f"readable, or move {folder} away to go on without it"
+            ) from error
         if damage is None:
             if damages:
                 _logger.error(
@@ -209,10 +231,17 @@ def good_ones_named(checkpoint: Path) -> Iterator[None]:
     except CheckpointError as error:
         folder = checkpoint.resolve()
         others = [path for path in saved(folder.parent) if path != folder]
-        good = [str(path) for path in others if damage_of(path) is None]
+        good = [str(path) for path in others if _is_good(path)]
         if not is_checkpoint(checkpoint) or not good:
             raise
         raise CheckpointError(f"{error}; undamaged beside it: {', '.join(good)}") from error
+
+
+def _is_good(checkpoint: Path) -> bool:
+    try:
+        return damage_of(checkpoint) is None
+    except UnreadableError:
+        return False
 
 
 def _read_if_there(folder: Path, manifest: Manifest, name: str) -> dict[str, Tensor] | None:

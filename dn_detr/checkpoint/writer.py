@@ -24,6 +24,7 @@ from .folders import (
     point_link,
     prune,
     remove_leftovers,
+    require_writable,
 )
 from .manifest import CheckpointError, Manifest, flush_to_disk
 from .shards import collect, hand_over, report_failure
@@ -59,6 +60,9 @@ class CheckpointWriter:
         rank: of this process.
         world_size: number of processes.
         shard_timeout: seconds for which process 0 waits for the shards of the others.
+
+    Attributes:
+        folder: of the checkpoints, `output_dir/checkpoints`.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class CheckpointWriter:
         world_size: int = 1,
         shard_timeout: float = 600.0,
     ) -> None:
-        self._checkpoints = Path(output_dir) / CHECKPOINTS_DIR
+        self.folder = Path(output_dir) / CHECKPOINTS_DIR
         self._config = config
         self._class_names = list(class_names)
         self._keep = keep
@@ -92,6 +96,15 @@ class CheckpointWriter:
     def latest(self) -> Path | None:
         """The newest checkpoint that this writer has completed; None on other processes than 0."""
         return self._latest
+
+    def require_writable(self) -> None:
+        """Create the folder, and make sure that checkpoints can be written to it.
+
+        Raises:
+            CheckpointError: they cannot.
+        """
+        if self._rank == 0:
+            require_writable(self.folder)
 
     def save(self, snapshot: Snapshot) -> None:
         """Copy the state of a training and write it; wait first for what is still being written.
@@ -111,9 +124,9 @@ class CheckpointWriter:
         partial = partial_of(self._folder(snapshot.iteration))
         if self._rank == 0:
             try:
-                self._checkpoints.mkdir(parents=True, exist_ok=True)
-                flush_to_disk(self._checkpoints.parent)
-                remove_leftovers(self._checkpoints)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                flush_to_disk(self.folder.parent)
+                remove_leftovers(self.folder)
                 partial.mkdir()
             except OSError as error:
                 self._failures.append(self._failure(partial, error))
@@ -171,7 +184,7 @@ class CheckpointWriter:
         self.close()
 
     def _folder(self, iteration: int) -> Path:
-        return self._checkpoints / folder_name(iteration)
+        return self.folder / folder_name(iteration)
 
     def _submit(self, job: Callable[[], None]) -> None:
         def run() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
@@ -13,6 +12,7 @@ import time
 import pytest
 
 from dn_detr.checkpoint import CheckpointError, CheckpointWriter, last_checkpoint, read_manifest
+from tests.unprivileged import unprivileged
 
 from .writing import (
     PROCESSES,
@@ -111,11 +111,7 @@ unfinished.save(snapshot(4, size=2_000_000))
 
 @pytest.mark.slow
 def test_a_read_only_folder_leaves_the_previous_checkpoint_and_an_exit_waits_for_the_disk(tmp_path):
-    command = [sys.executable, "-c", SAVE_TO_READ_ONLY, str(tmp_path)]
-    if os.geteuid() == 0:
-        if shutil.which("setpriv") is None:
-            pytest.skip("root may write everywhere; setpriv (util-linux) would take that away")
-        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    command = unprivileged(sys.executable, "-c", SAVE_TO_READ_ONLY, str(tmp_path))
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (0, "")
     assert "checkpoint 0000002 was not saved: [Errno 13] Permission denied" in result.stdout
