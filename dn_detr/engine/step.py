@@ -106,7 +106,9 @@ class TrainingStep:
         self._survives_nonfinite = survive_nonfinite
         self._module = model.module if isinstance(model, DistributedDataParallel) else model
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._averages_itself = survive_out_of_memory and is_distributed()
+        # On CPUs as well: DistributedDataParallel adds in another order in the first step after a
+        # start than in later ones, so that a resumed run of three processes would not be exact.
+        self._averages_itself = is_distributed() and (survive_out_of_memory or device.type == "cpu")
         self._statistics = RunningStatistics(self._module)
         if self._averages_itself and any(
             isinstance(module, nn.SyncBatchNorm) for module in self._module.modules()

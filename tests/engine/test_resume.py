@@ -143,6 +143,25 @@ def test_two_processes_resume_exactly(tmp_path, whole, place, number, workers, o
 
 
 @slow
+def test_three_processes_resume_exactly(tmp_path):
+    """The order in which three numbers are added shows, unlike that of two."""
+    places = ("step 5",) * 3
+    options = ("train.log_period=1",)
+    with Group(tmp_path / "whole", *options, pauses=("",) * 3) as group:
+        group.succeed()
+    with Group(tmp_path / "run", *options, pauses=places) as group:
+        for run in group.runs:
+            run.reach_pause()
+        group.runs[0].signal(TERM)
+        for run in group.runs:
+            run.go_on()
+        assert group.wait() == [EXIT_CODES[TERM]] * 3
+    with Group(tmp_path / "run", *options, "--resume", pauses=("",) * 3) as group:
+        group.succeed()
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+@slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_may_be_interrupted_again_and_again(tmp_path, whole, processes):
     folder = tmp_path / "run"
