@@ -53,6 +53,21 @@ class BestResult:
             self._without_gain += 1
         return is_best
 
+    def is_in(self, results: Mapping[str, Any]) -> bool:
+        """Whether an evaluation has the result that is followed."""
+        return f"eval/{self._metric}" in evaluation_row(results)
+
+    def forget_unless_kept(self, kept: Mapping[str, Any] | None) -> None:
+        """Judge later results by the best that has a checkpoint, if a better one has none.
+
+        Args:
+            kept: the results of the checkpoint that is kept as the best; None if there is none.
+        """
+        if kept is None or not self.is_in(kept):
+            self.value = -math.inf
+        else:
+            self.value = min(self.value, self._look_up(kept))
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
         return {

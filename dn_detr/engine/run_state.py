@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from dn_detr.checkpoint import (
     CheckpointError,
     Snapshot,
+    best_manifest,
     load_model_weights,
     load_training_state,
     read_manifest,
@@ -48,6 +49,7 @@ class RunState:
         nonfinite_steps: steps dropped because numbers were not finite.
         skipped: files that were skipped in this epoch -> how often, on this process.
         metrics: results of the evaluation at `iteration`, None if there was none.
+        is_best: whether `metrics` are the best so far.
         interval: numbers since the last row.
     """
 
@@ -71,6 +73,7 @@ class RunState:
         self.nonfinite_steps = 0
         self.skipped: Counter[str] = Counter()
         self.metrics: dict[str, Any] | None = None
+        self.is_best = False
         self.interval = Interval()
         self._class_names = class_names
         self._best_before: dict[str, Any] | None = None  # the state of `best` before `metrics`
@@ -105,12 +108,18 @@ class RunState:
         """Whether the last evaluations gained nothing."""
         return self.best is not None and self.best.has_stagnated
 
-    def take_results(self) -> bool:
-        """Compare `metrics` with the best; return whether they are the best so far."""
-        if self.best is None or self.metrics is None:
-            return False
-        self._best_before = self.best.state_dict()
-        return self.best.update(self.metrics)
+    def take_results(self) -> None:
+        """Compare `metrics` with the best so far."""
+        self.is_best = False
+        if self.best is not None and self.metrics is not None:
+            self._best_before = self.best.state_dict()
+            self.is_best = self.best.update(self.metrics)
+
+    def forget_lost_best(self, checkpoints: Path) -> None:
+        """Judge later results by what `best` points at, where the best so far was not written."""
+        if self.best is not None:
+            kept = best_manifest(checkpoints)
+            self.best.forget_unless_kept(kept.metrics if kept is not None else None)
 
     def _best_before_evaluation(self) -> dict[str, Any] | None:
         """Return the state of `best` without the evaluation at this iteration.
@@ -144,6 +153,9 @@ class RunState:
         self.iteration, self.metrics = manifest.iteration, manifest.metrics
         if self.best is not None and state["best"] is not None:
             self.best.load_state_dict(state["best"])
+        if self.best is not None and self.metrics and not self.best.is_in(self.metrics):
+            self.metrics = None  # evaluated before that result was asked for
+        self.forget_lost_best(checkpoint.parent)
         self.take_results()
         self.batches_drawn = state["batches_drawn"]
         self.nonfinite_steps = state["nonfinite_steps"]

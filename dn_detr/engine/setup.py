@@ -58,11 +58,15 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def logging_to(output_dir: Path) -> Iterator[None]:
-    """Log to the terminal and to `output_dir/log.txt`; only warnings, to stderr, on other ranks."""
+    """Log to the terminal and to `output_dir/log.txt`; only warnings, to stderr, on other ranks.
+
+    Raises:
+        ValueError: the file cannot be written to.
+    """
     package = logging.getLogger("dn_detr")
     handlers: list[logging.Handler] = []
     if is_main():
-        handlers = [_TerminalHandler(), _LogFile(output_dir / "log.txt")]
+        handlers = [_TerminalHandler(), _open_log(output_dir / "log.txt")]
         layout = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
     else:
         handlers = [logging.StreamHandler()]
@@ -79,7 +83,15 @@ def logging_to(output_dir: Path) -> Iterator[None]:
         for handler in handlers:
             package.removeHandler(handler)
             handler.close()
-        package.level, package.propagate = before
+        package.setLevel(before[0])
+        package.propagate = before[1]
+
+
+def _open_log(path: Path) -> logging.Handler:
+    try:
+        return _LogFile(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written to: {error.strerror}") from error
 
 
 def announce_device(device: torch.device, wanted: str) -> None:

@@ -76,7 +76,6 @@ class Trainer:
         self._rows = RunWriters()
         self._saved_iteration: int | None = state.iteration
         self._has_unwritten = False  # whether something of the newest checkpoint was not written
-        self._is_best = False  # whether the last evaluation is the best so far
         self._has_stagnated = False
         self._out_of_memory_in_a_row = 0
 
@@ -96,6 +95,8 @@ class Trainer:
         self._start_rows()
         failed = True
         try:
+            if self._state.is_best:  # a run that was killed may not have pointed `best` at it
+                self._record_evaluation()
             self._evaluate_if_interrupted()
             self._train()
             self._save_for_good()
@@ -249,7 +250,6 @@ class Trainer:
         state.batches_drawn, state.nonfinite_steps, state.skipped = drawn, dropped, skipped
         state.interval.count("nonfinite_steps")
         self._start_rows()
-        self._is_best = False  # where it is, `best` points at it already
         self._save_again()  # it would draw the bad images again
         if is_main():
             logger.warning("rolled back to %s", checkpoint)
@@ -311,9 +311,18 @@ class Trainer:
             barrier()
 
     def _report_failed_writes(self) -> None:
-        for failure in self._checkpoints.failures():
-            self._has_unwritten = True
+        failures = self._checkpoints.failures()
+        if not failures:
+            return
+        self._has_unwritten = True
+        try:
+            self._checkpoints.wait()  # until `best` points at what it will point at
+        except CheckpointError as error:
+            failures.append(error)
+        for failure in failures:
             logger.error("%s; training goes on, and the next checkpoint is tried", failure)
+        if is_main():
+            self._state.forget_lost_best(self._checkpoints.folder)
 
     def _save_for_good(self) -> None:
         """Have a checkpoint of this iteration on the disk, or raise a CheckpointError."""
@@ -355,8 +364,9 @@ class Trainer:
         self._agree_on_stagnation()
 
     def _keep_best(self) -> None:
-        self._is_best = is_main() and self._state.take_results()
-        if broadcast_from_main(self._is_best):
+        if is_main():
+            self._state.take_results()
+        if broadcast_from_main(self._state.is_best):
             self._save()
         self._record_evaluation()
 
@@ -364,7 +374,7 @@ class Trainer:
         """Add the results of an evaluation of this iteration to its checkpoint, if it has one."""
         iteration, metrics = self._state.iteration, self._state.metrics
         if is_main() and metrics is not None and self._saved_iteration == iteration:
-            self._checkpoints.record_evaluation(iteration, metrics, is_best=self._is_best)
+            self._checkpoints.record_evaluation(iteration, metrics, is_best=self._state.is_best)
 
     def _agree_on_stagnation(self) -> None:
         self._has_stagnated = broadcast_from_main(self._state.has_stagnated)

@@ -147,20 +147,21 @@ def _build_trainer(
     models = {"": model} | ({"ema": state.ema.module} if state.ema is not None else {})
     evaluators = build_evaluators(cfg, models)
     check_watched_result(settings.checkpoint.best, evaluators, class_names)
+    checkpoints = CheckpointWriter(
+        settings.output_dir,
+        config=config,
+        class_names=class_names,
+        keep=settings.checkpoint.keep,
+        asynchronous=settings.checkpoint.asynchronous,
+        sharded=settings.checkpoint.sharded,
+        rank=rank(),
+        world_size=world_size(),
+    )
+    checkpoints.require_writable()
     return Trainer(
         state,
         train_loader,
-        CheckpointWriter(
-            settings.output_dir,
-            config=config,
-            class_names=class_names,
-            keep=settings.checkpoint.keep,
-            asynchronous=settings.checkpoint.asynchronous,
-            sharded=settings.checkpoint.sharded,
-            rank=rank(),
-            world_size=world_size(),
-            shard_timeout=settings.grace_seconds,
-        ),
+        checkpoints,
         open_rows=partial(
             open_writers,
             Path(settings.output_dir),

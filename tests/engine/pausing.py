@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from dn_detr.checkpoint import read_manifest
+
 _SECONDS = 60.0
 
 
@@ -44,9 +46,10 @@ def wait_for_pause(folder: Path, place: str, is_alive: Callable[[], bool]) -> No
 
 
 def pause_while_saving() -> None:
-    """Let this process pause in a slow disk's place: before a file of a checkpoint is flushed.
+    """Let this process pause in a slow disk's place: while it flushes something of a checkpoint.
 
-    The place is "saving N", N the iteration.
+    The places are "saving N", before a file is flushed, and "recording N", when the results of the
+    evaluation are there and `best` does not point at it yet. N is the iteration.
     """
     flush = os.fsync
 
@@ -55,6 +58,8 @@ def pause_while_saving() -> None:
         if path.parent.suffix == ".partial":
             pause_at(f"saving {int(path.parent.stem[1:])}")
         flush(file)
+        if path.name.isdigit() and read_manifest(path).metrics is not None:
+            pause_at(f"recording {int(path.name)}")
 
     os.fsync = slow_flush
 

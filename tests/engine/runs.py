@@ -120,6 +120,16 @@ class Run:
         assert text in self.log, self.log
         return self
 
+    def wait_for_checkpoint(self, iteration: int) -> Run:
+        """Return when a checkpoint and the results of its evaluation are on the disk."""
+        folder = self.folder / "checkpoints" / f"{iteration:07d}"
+
+        def is_written() -> bool:
+            return folder.is_dir() and read_manifest(folder).metrics is not None
+
+        wait_until(is_written)
+        return self
+
     def wait(self, seconds: float = _SECONDS) -> int:
         """Return the exit code, minus the number of the signal that killed the process."""
         self._process.join(seconds)
@@ -200,7 +210,7 @@ def _run(command: Sequence[str], variables: Mapping[str, str], output: Connectio
     exit_when_signalled()  # as tools/train_net.py does
     multiprocessing.set_start_method(None, force=True)  # the default, for its own workers
     torch.set_num_threads(1)
-    if variables["PAUSE_AT"].startswith("saving"):
+    if variables["PAUSE_AT"].startswith(("saving", "recording")):
         pause_while_saving()
     if variables["PAUSE_AT"].endswith("end"):
         pause_at_the_end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,25 @@ def test_a_rollback_evaluates_nothing_twice(tmp_path):
     found = [(r["iteration"], r["eval/AP"]) for r in rows(tmp_path) if "eval/AP" in r]
     assert found == [(1, 0.1), (2, 0.5), (3, 0.4), (4, 0.6)]
     assert read_manifest(tmp_path / "checkpoints/0000003").metrics["AP"] == 0.4
+
+
+def test_a_best_checkpoint_that_was_deleted_is_followed_by_the_next_best(run, tmp_path):
+    values = [0.5, 0.1, 0.3, 0.2]
+    run(values, "train.max_iter=2")
+    shutil.rmtree(best_of(tmp_path))
+    run(values, "train.max_iter=4", resume=True)
+    assert best_of(tmp_path).name == "0000003"
+
+
+def test_a_result_that_earlier_evaluations_lack_can_be_followed_from_a_resume_on(
+    tiny_config, tmp_path
+):
+    length = [f"train.output_dir={tmp_path}/run", *EVERY]
+    train(tiny_config(*length, "train.max_iter=2"))
+    average = ["train.ema.enabled=true", "train.checkpoint.best=ema/AP", "train.max_iter=3"]
+    train(tiny_config(*length, *average), resume=True)
+    assert best_of(tmp_path).name in ("0000002", "0000003")
+    assert "ema" in read_manifest(best_of(tmp_path)).metrics
 
 
 def test_results_of_another_metric_are_forgotten():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dn_detr.checkpoint import last_checkpoint
+from tests.unprivileged import unprivileged
 
 from .runs import CONFIG, Group, Run, outcome, rows, wait_until
 
@@ -66,7 +67,10 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_fails(tmp_path, whole, pr
     ):
         members = started.runs if isinstance(started, Group) else [started]
         for run in members:
-            run.reach_pause().limit_file_size(2000)
+            run.reach_pause()
+        members[0].wait_for_checkpoint(6)
+        for run in members:
+            run.limit_file_size(2000)
         for run in members:
             run.go_on()
         assert members[0].wait() == 1
@@ -145,6 +149,30 @@ def test_a_checkpoint_that_was_not_written_is_tried_again_when_the_run_ends(tmp_
     assert outcome(folder) == whole
 
 
+def best(folder):
+    return (folder / "checkpoints" / "best").resolve().name
+
+
+def test_a_kill_between_a_best_result_and_its_link_loses_neither(tmp_path, whole):
+    folder = tmp_path / "run"
+    with Run(folder, pause="recording 6") as run:
+        run.reach_pause().signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+    assert best(folder) == "0000003" and whole["best"] == "0000006"
+    with Run(folder, "--resume") as resumed:
+        resumed.succeed()
+    assert outcome(folder) == whole
+
+
+def test_a_best_result_whose_checkpoint_was_not_written_does_not_count(tmp_path, whole):
+    folder = tmp_path / "run"
+    with Run(folder, pause="step 6,image of epoch 2") as run:
+        run.reach_pause().wait_for_checkpoint(3).limit_file_size(2000)
+        run.go_on().reach_pause().wait_for_log("checkpoint 0000006 was not saved")
+        run.limit_file_size(None).go_on().succeed()
+    assert whole["best"] == "0000006" and best(folder) == "0000009"
+
+
 @slow
 def test_a_run_that_stagnates_ends_with_a_checkpoint_and_its_results(tmp_path):
     overrides = ("train.early_stopping.patience=1", "train.checkpoint.period=100")
@@ -159,10 +187,8 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_the_start(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir(mode=0o555)
     script = str(ROOT / "tools" / "train_net.py")
-    command = [sys.executable, script, "--config-file", CONFIG, f"train.output_dir={folder}"]
-    if shutil.which("setpriv") is None:
-        pytest.skip("root may write everywhere; setpriv (util-linux) would take that away")
-    command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    arguments = ("--config-file", CONFIG, f"train.output_dir={folder}")
+    command = unprivileged(sys.executable, script, *arguments)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60
@@ -181,8 +207,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_the_start(tmp_path):
 def test_a_damaged_last_checkpoint_is_told_and_the_one_before_continues(tmp_path, whole, name):
     folder = tmp_path / "run"
     with Run(folder, pause="step 8") as run:
-        run.reach_pause()
-        wait_until(lambda: last_checkpoint(folder).name == "0000006")
+        run.reach_pause().wait_for_checkpoint(6)
         assert run.signal(signal.SIGKILL).wait() == -signal.SIGKILL
     last = last_checkpoint(folder)
     file = last / name
