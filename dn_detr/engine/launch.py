@@ -141,7 +141,7 @@ def _spawn(function: Callable[..., object], count: int, args: tuple[Any, ...], d
             with _signals_passed_on() as pass_on_to:
                 group = multiprocessing.start_processes(
                     _run_child,
-                    args=(count, folder, device, function, args),
+                    args=(os.getpid(), count, folder, device, function, args),
                     nprocs=count,
                     join=False,
                     start_method="spawn",
@@ -188,12 +188,17 @@ def _signals_passed_on() -> Iterator[Callable[[Sequence[Any]], None]]:
 
 def _run_child(
     index: int,
+    parent: int,
     count: int,
     folder: Path,
     device: str,
     function: Callable[..., object],
     args: tuple[Any, ...],
 ) -> None:
+    # torch has asked for a signal at the parent's death, but only after the imports, which take
+    # seconds: nobody is told of a death before.
+    if os.getppid() != parent:
+        raise SystemExit(f"process {index} ends: the one that started it is gone")
     os.setpgid(0, 0)  # a terminal signals its whole group, and the parent passes signals on
     identity = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ.update({name: str(value) for name, value in identity.items()})

@@ -103,8 +103,15 @@ def _take_terminal() -> None:
 
 def _session(leader: int) -> list[int]:
     """Process ids of a session."""
-    found = subprocess.run(["ps", "-o", "pid=", "-s", str(leader)], capture_output=True, text=True)
-    return [int(word) for word in found.stdout.split()]
+    return list(_commands(leader))
+
+
+def _commands(leader: int) -> dict[int, str]:
+    """Process id -> command line of all that is in a session and has not ended."""
+    ps = ["ps", "-ww", "-o", "pid=,state=,args=", "-s", str(leader)]
+    lines = subprocess.run(ps, capture_output=True, text=True).stdout.splitlines()
+    found = [line.split(maxsplit=2) for line in lines]
+    return {int(pid): command for pid, state, command in found if state != "Z"}
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +197,17 @@ def test_a_signal_at_any_time_of_the_start_ends_it_and_breaks_nothing(
     ):
         resumed.succeed()
     assert outcome(tmp_path / "run") == whole[2 if processes else 1]
+
+
+@slow
+def test_processes_whose_parent_is_killed_while_they_import_do_not_train(tmp_path):
+    with Command(tmp_path / "run", *TWO, LONG) as command:
+        leader = command.process.pid
+        wait_until(lambda: sum("spawn_main(" in each for each in _commands(leader).values()) == 2)
+        command.process.kill()
+        wait_until(lambda: not _session(leader))
+        assert "the one that started it is gone" in command.log
+    assert not (tmp_path / "run").exists()
 
 
 @slow
