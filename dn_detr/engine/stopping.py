@@ -2,6 +2,7 @@
 
 The first signal is a request: the step in progress ends, a checkpoint is written and the process
 exits with `EXIT_STOPPED`. A later one, or the end of the grace period, ends the process at once.
+Before the first step nothing is lost by ending: see `StopRequest.begin_training`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import NoReturn
 from dn_detr.early_signals import EXIT_STOPPED as EXIT_STOPPED
 from dn_detr.early_signals import STOP_SIGNALS
 
-from .distributed import is_main, rank
+from .distributed import is_main, rank, world_size
 
 EXIT_DONE = 0
 EXIT_ERROR = 1
@@ -55,10 +56,14 @@ class KilledError(RuntimeError):
 class StopRequest:
     """Whether this process was asked to stop, by a signal or because its time is up.
 
-    A context manager; signals are taken while it is entered, in the main thread (in any other
-    thread they stay what they were). They are read by a thread of their own, because Python runs
-    its handlers between two lines of the main thread only, and that may wait in a collective call
-    for as long as another process hangs.
+    A context manager. One process alone takes signals from `begin_training` on: before, they stay
+    what they were, which ends a command at once (`dn_detr.early_signals`). One of several takes
+    them as soon as it is entered, because the others would wait for it if it ended; whatever then
+    ends it before `begin_training` ends it with `EXIT_STOPPED`.
+
+    Signals are taken in the main thread; in any other thread they stay what they were. They are
+    read by a thread of their own, because Python runs its handlers between two lines of the main
+    thread only, and that may wait in a collective call for as long as another process hangs.
 
     Args:
         grace_seconds: the process ends itself this long after the first signal.
@@ -70,7 +75,9 @@ class StopRequest:
         self._max_hours = max_hours
         self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self._first: tuple[float, int] | None = None
+        self._is_installed = False
         self._is_interruptible = False
+        self._has_begun = False
         self._has_saved = False
 
     @property
@@ -83,16 +90,8 @@ class StopRequest:
         return None
 
     def __enter__(self) -> StopRequest:
-        self._is_installed = threading.current_thread() is threading.main_thread()
-        if self._is_installed:
-            self._receiver, self._sender = socket.socketpair()
-            self._sender.setblocking(False)
-            self._handlers = {
-                number: signal.signal(number, self._handle) for number in STOP_SIGNALS
-            }
-            self._wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
-            self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
-            self._thread.start()
+        if world_size() > 1:
+            self._install()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -105,6 +104,24 @@ class StopRequest:
         self._thread.join()
         self._sender.close()
         self._receiver.close()
+
+    def begin_training(self) -> None:
+        """Say that the first step is next: from now on a request is one to save."""
+        self._has_begun = True
+        self._install()
+
+    def _install(self) -> None:
+        if self._is_installed or threading.current_thread() is not threading.main_thread():
+            return
+        self._is_installed = True
+        self._receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        # Before the handlers, so that at every moment either the reader before or ours gets a
+        # signal.
+        self._wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
 
     def has_saved(self) -> None:
         """Say that the run has written its checkpoint: ending at once loses nothing any more."""
@@ -165,13 +182,17 @@ class StopRequest:
 
     def _announce(self, number: int) -> None:
         if is_main():
+            what = "finishing this step and saving" if self._has_begun else "waiting for the start"
             _tell(
-                f"{signal.Signals(number).name}: finishing this step and saving, for at most "
-                f"{self._grace_seconds:g} s; a second signal exits at once"
+                f"{signal.Signals(number).name}: {what}, for at most {self._grace_seconds:g} s; "
+                "a second signal exits at once"
             )
 
     def _exit_at_once(self, number: int, why: str) -> NoReturn:
         if self._has_saved:
+            os._exit(EXIT_STOPPED)
+        if not self._has_begun:
+            _tell(f"{signal.Signals(number).name}: no step is in progress, exiting at once")
             os._exit(EXIT_STOPPED)
         _tell(f"{why} ({signal.Signals(number).name}): process {rank()} exits without saving")
         os._exit(EXIT_SIGNAL + number)

@@ -88,6 +88,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
             trainer = _build_trainer(cfg, settings, device, checkpoint, config, stop)
             if resume and checkpoint is None:
                 logger.info("nothing to resume in %s: starting a new run", folder)
+            stop.begin_training()
             if is_main():  # only now: a refused start leaves the record of the run before as it was
                 record_run(config, folder, device)
             return trainer.run()

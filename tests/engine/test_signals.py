@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from dn_detr.checkpoint import last_checkpoint, read_manifest
+from dn_detr.early_signals import exit_when_signalled
+from dn_detr.engine import StopRequest
 
-from .runs import Group, Run, outcome, rows
+from .runs import Group, Run, outcome, rows, wait_until
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
@@ -76,6 +79,79 @@ def test_a_signal_to_all_processes_at_once_stops_evaluations_saving_and_starts(
     else:
         assert iteration(run.folder) >= 6
     assert_resumes(run.folder, whole[1])
+
+
+def test_one_process_that_opens_its_data_ends_at_once(tmp_path):
+    with Run(tmp_path / "run", pause="start") as run:
+        assert run.reach_pause().signal(TERM).wait(3) == STOPPED
+        assert "SIGTERM: no step is in progress, exiting at once" in run.log
+    assert last_checkpoint(run.folder) is None
+
+
+@slow
+def test_a_resumed_process_that_opens_its_data_ends_at_once_and_loses_nothing(tmp_path, whole):
+    with Run(tmp_path / "run", pause="step 5") as run:
+        run.reach_pause().signal(TERM)
+        assert run.go_on().wait(SOON) == STOPPED
+    with Run(tmp_path / "run", "--resume", pause="start") as resumed:
+        assert resumed.reach_pause().signal(USR1).wait(3) == STOPPED
+    assert iteration(run.folder) == 5
+    assert_resumes(run.folder, whole[1])
+
+
+@slow
+def test_one_process_that_waits_for_another_run_ends_at_once(tmp_path):
+    with Run(tmp_path / "run", pause="step 5") as first:
+        first.reach_pause()
+        with Run(tmp_path / "run", "--resume") as second:
+            wait_until(lambda: has_open(second.pid, ".lock"))
+            assert second.signal(TERM).wait(3) == STOPPED
+        first.go_on().succeed()
+
+
+def has_open(pid: int, name: str) -> bool:
+    """Whether a process has a file of this name open."""
+    return any(
+        os.path.basename(os.readlink(file)) == name for file in Path(f"/proc/{pid}/fd").iterdir()
+    )
+
+
+@slow
+@pytest.mark.parametrize("again", [False, True])
+def test_two_processes_that_open_their_data_end_after_the_grace_period_or_a_second_signal(
+    tmp_path, again
+):
+    grace = "train.grace_seconds=100" if again else "train.grace_seconds=2"
+    with Group(tmp_path / "run", grace, pauses=("start", "start")) as group:
+        for _ in range(1 + again):
+            for run in group.runs:
+                run.reach_pause().signal(TERM)
+            time.sleep(ONE_REQUEST)
+        assert group.wait(5) == [STOPPED, STOPPED], group.log
+        assert "no step is in progress, exiting at once" in group.log
+
+
+@slow
+def test_a_signal_while_a_training_begins_is_not_lost():
+    context = multiprocessing.get_context("fork")
+    for index in range(100):
+        is_ready = context.Event()
+        process = context.Process(target=begin_and_wait_for_a_request, args=(is_ready,))
+        process.start()
+        assert is_ready.wait(SOON)
+        time.sleep(2e-5 * index)
+        os.kill(process.pid, TERM)
+        process.join(SOON)
+        assert process.exitcode in (STOPPED, 0)
+
+
+def begin_and_wait_for_a_request(is_ready) -> None:
+    exit_when_signalled()
+    with StopRequest() as stop:
+        is_ready.set()
+        time.sleep(1e-3)
+        stop.begin_training()
+        wait_until(lambda: stop.reason is not None, 5)
 
 
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=slow), 2])
