@@ -30,6 +30,9 @@ EXIT_SIGNAL = 128  # plus the number of the signal that ended the process at onc
 # again from the parent or torchrun, which pass it on.
 _ONE_REQUEST_SECONDS = 1.0
 
+# A timeout of a socket has a limit, a grace period has none.
+_LONGEST_WAIT_SECONDS = 3600.0
+
 _END = b"\0"  # to the thread that reads signals, whose numbers start at 1
 
 
@@ -172,7 +175,7 @@ class StopRequest:
                 if left <= 0:
                     why = f"no checkpoint within train.grace_seconds={self._grace_seconds:g}"
                     self._exit_at_once(self._first[1], why)
-                self._receiver.settimeout(left)
+                self._receiver.settimeout(min(left, _LONGEST_WAIT_SECONDS))
             try:
                 received = self._receiver.recv(1)
             except TimeoutError:

@@ -269,6 +269,16 @@ def test_a_second_signal_ends_a_process_inside_a_call_of_a_library(tmp_path):
 
 
 @slow
+def test_a_second_signal_ends_a_step_without_limit_of_grace(tmp_path):
+    with Run(tmp_path / "run", "train.grace_seconds=inf", pause="step 5") as run:
+        run.reach_pause().signal(TERM)
+        time.sleep(ONE_REQUEST)
+        run.signal(TERM)
+        assert run.wait(3) == 128 + TERM
+        assert "Traceback" not in run.log
+
+
+@slow
 def test_a_second_signal_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, whole):
     with Run(tmp_path / "run", pause="saving 6") as run:
         run.reach_pause().signal(TERM)
