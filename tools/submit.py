@@ -8,8 +8,9 @@ The same on CPUs, and on this machine without Slurm:
     python tools/submit.py --config-file ... --processes-per-node 16 --time 90 train.device=cpu
     python tools/submit.py --config-file ... --cluster local --gpus-per-node 2 --time 90
 
-Mistakes in the config are found before anything is queued. At the time limit and at a preemption
-the run saves, is queued again and resumes; docs/slurm.md has the rest.
+Mistakes in the overrides, the `train` section and the number of processes are found before anything
+is queued. At the time limit and at a preemption the run saves, is queued again and resumes;
+docs/slurm.md has the rest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dn_detr.config import LazyConfig, resolve_config_file
 from dn_detr.engine import TrainSettings, is_user_error, user_message
@@ -61,6 +65,9 @@ def _submit(arguments: argparse.Namespace) -> int:
         sbatch={k: v for k, v in options.items() if v is not None} | dict(arguments.sbatch),
     )
     resources.check_device(settings.device)
+    batch_size = _batch_size(cfg)
+    if batch_size is not None:
+        resources.check_batch_size(batch_size)
     command = ("--config-file", str(config_file), *arguments.overrides)
     job = ClusterJob(str(SCRIPT), command, arguments.max_requeues)
     folder = Path(settings.output_dir).absolute() / "slurm"
@@ -78,6 +85,15 @@ def _submit(arguments: argparse.Namespace) -> int:
     if submitted.task(0).paths.result_pickle.exists():
         return 0
     return _report(f"the run was stopped or failed, see {log}; the same command continues it")
+
+
+def _batch_size(cfg: DictConfig) -> int | None:
+    """Return the images of a batch; None where the config does not say it as other configs do."""
+    try:
+        value = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
+    except OmegaConfBaseException:  # it refers to what is not there: the job says so
+        return None
+    return value if isinstance(value, int) else None
 
 
 def _report(message: str) -> int:

@@ -87,6 +87,21 @@ class Resources:
                 "train.device=cpu"
             )
 
+    def check_batch_size(self, total: int) -> None:
+        """Refuse more processes than a batch has images.
+
+        Args:
+            total: images of a batch over all processes, `dataloader.train.total_batch_size`.
+
+        Raises:
+            SubmissionError: a process would get none.
+        """
+        if total < self.num_processes:
+            raise SubmissionError(
+                f"dataloader.train.total_batch_size={total} leaves some of {self.num_processes} "
+                f"processes without an image: set {self.num_processes} or more, or ask for fewer"
+            )
+
 
 def parse_minutes(text: str) -> int:
     """Return the minutes of a time limit as sbatch writes it, rounded up.

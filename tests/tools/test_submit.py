@@ -60,6 +60,10 @@ def test_other_time_limits_are_refused(text):
         ([*ON_CPUS, "--time", "soon"], "time limit 'soon'"),
         ([*ON_CPUS, "--save-before", "600"], "leaves nothing to train"),
         ([*ON_CPUS, "--nodes", "0"], "nodes: 0"),
+        (
+            [*ON_CPUS, "--nodes", "2", "dataloader.train.total_batch_size=3"],
+            "total_batch_size=3 leaves some of 4 processes without an image: set 4 or more",
+        ),
         ([*ON_CPUS, "--cluster", "local", "--nodes", "2"], "one node, not 2"),
     ],
 )
