@@ -92,5 +92,6 @@ def _kind(value: Any) -> str:
 def _mismatch(key: str, expected: str, new: Any) -> ConfigError:
     remedy = ""
     if expected.startswith("a str") and isinstance(new, (int, float)):
-        remedy = f"; a text needs quotes: \"{key}='{new}'\""
+        # without the value: 1e3 and 2024_11_25 were read as numbers, which print otherwise
+        remedy = f"; put a text in quotes: \"{key}='...'\""
     return ConfigError(f"{key} takes {expected}, not {reprlib.repr(new)} ({_kind(new)}){remedy}")

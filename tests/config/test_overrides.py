@@ -201,6 +201,16 @@ def test_forced_value_of_another_type_is_an_error(key: str) -> None:
         apply(f"++{key}={WRONG_TYPES[key][0]}")
 
 
+@pytest.mark.parametrize(("text", "value"), [("2024_11_25", "20241125"), ("1e3", "1000.0")])
+def test_a_name_that_reads_as_a_number_is_to_be_quoted_as_it_was_typed(text, value) -> None:
+    with pytest.raises(ConfigError) as error:
+        LazyConfig.apply_overrides(example(), [f"train.device={text}"])
+    assert "put a text in quotes: \"train.device='...'\"" in str(error.value)
+    assert f"'{value}'" not in str(error.value)
+    cfg = LazyConfig.apply_overrides(example(), [f"train.device='{text}'"])
+    assert cfg.train.device == text
+
+
 def test_empty_dict_for_one_with_keys_is_refused_because_it_would_change_nothing() -> None:
     with pytest.raises(ConfigError, match=r"~a\.x"):
         LazyConfig.apply_overrides(DictConfig({"a": {"x": 1}}), ["a={}"])
