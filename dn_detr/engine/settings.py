@@ -12,6 +12,9 @@ from .schedule import parse_period
 
 SECTIONS = ("model", "dataloader", "optimizer", "lr_schedule", "train")
 
+# torch takes less than 2**64, and a process adds its rank.
+_SEEDS = 2**63
+
 
 @dataclass
 class AmpSettings:
@@ -100,7 +103,8 @@ class TrainSettings:
         output_dir: folder of the run.
         init_checkpoint: weights to start from, or to evaluate; "" for none.
         device: "auto", "cpu", "cuda" or "cuda:1".
-        seed: of the global random number generators; samples draw from it by (epoch, index).
+        seed: of the global random number generators, in [0, 2**63); samples draw from it by
+            (epoch, index).
         epochs: length of the run.
         max_iter: length in iterations; replaces `epochs` where it is not None.
         max_hours: save and stop after this time, measured from the start of this process; a
@@ -167,7 +171,7 @@ class TrainSettings:
 
     def _check_ranges(self) -> None:
         _check("output_dir", self.output_dir, bool, "a folder")
-        _check("seed", self.seed, lambda value: value >= 0, ">= 0")
+        _check("seed", self.seed, lambda value: 0 <= value < _SEEDS, ">= 0 and < 2**63")
         _check("epochs", self.epochs, lambda value: 0 < value < float("inf"), "> 0")
         _check("max_iter", self.max_iter, _positive_or_none, "> 0 or null")
         _check("log_period", self.log_period, _positive, "> 0")

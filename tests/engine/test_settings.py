@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from dn_detr.engine import TrainSettings
+from dn_detr.engine.random_state import preserved_random_state, seed_everything
 
 
 def test_values_of_the_config_arrive_typed(tiny_config):
@@ -11,11 +12,20 @@ def test_values_of_the_config_arrive_typed(tiny_config):
     assert settings.clip_grad.max_norm == pytest.approx(0.1)
 
 
+def test_the_largest_seed_is_one_for_every_process(tiny_config):
+    settings = TrainSettings.from_config(tiny_config(f"train.seed={2**63 - 1}"))
+    with preserved_random_state():
+        for rank in (0, 1, 100_000):
+            seed_everything(settings.seed + rank)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("+train.warmup=1", "train.warmup: Key 'warmup' not in 'TrainSettings'; the keys of train"),
         ("train.epochs=0", "train.epochs=0.0: expected > 0"),
+        ("train.seed=-1", "train.seed=-1: expected >= 0 and < 2**63"),
+        (f"train.seed={2**63}", f"train.seed={2**63}: expected >= 0 and < 2**63"),
         ("train.max_iter=-1", "train.max_iter=-1: expected > 0"),
         ("train.log_period=0", "train.log_period=0: expected > 0"),
         ("train.amp.dtype=float8", "expected float16 or bfloat16"),
