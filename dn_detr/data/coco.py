@@ -243,6 +243,8 @@ class CocoDetection(Dataset[Sample]):
                     " evaluation they count as objects that nobody finds",
                     file, len(ids), problem, first_of(ids),
                 )  # fmt: skip
+        if doubt := self._doubt_about_units():
+            _logger.warning("%s: %s; boxes have to be [x, y, width, height] in pixels", file, doubt)
         if report.renumbered:
             _logger.info(
                 "%s: annotation ids were renumbered in memory, because pycocotools counts"
@@ -253,6 +255,18 @@ class CocoDetection(Dataset[Sample]):
             raise DatasetError(f"{file}: there is no box to train on; annotate some objects")
         if not self.coco.anns:
             _logger.warning("%s: no annotations, so all metrics will be -1 (undefined)", file)
+
+    def _doubt_about_units(self) -> str | None:
+        """What suggests that boxes are relative numbers or corners, None if nothing does."""
+        corners = self._boxes.boxes_xyxy
+        if len(corners) and (corners[:, 2:] - corners[:, :2]).max() <= 1:
+            return "no box is larger than one pixel: are they relative numbers?"
+        if 2 * self.report.clipped_boxes > self.report.boxes:
+            return (
+                f"{self.report.clipped_boxes} of {self.report.boxes} boxes reach over the border "
+                "of their image and are clipped: are they corners?"
+            )
+        return None
 
 
 def check_num_classes(dataset: CocoDetection, num_classes: int) -> None:

@@ -101,6 +101,22 @@ def test_boxes_that_cannot_be_trained_on_are_counted_skips(
     assert [("1 boxes" in r.message, "77" in r.message) for r in caplog.records] == [(True, True)]
 
 
+@pytest.mark.parametrize(
+    ("change", "doubt"),
+    [
+        (lambda x, y, w, h: [x / 100, y / 100, w / 100, h / 100], "relative numbers"),
+        (lambda x, y, w, h: [x, y, w + 40, h], "3 of 3 boxes .* corners"),
+    ],
+)
+def test_boxes_in_another_unit_are_doubted(
+    folder: Any, caplog: pytest.LogCaptureFixture, change: Any, doubt: str
+) -> None:
+    for annotation in folder.annotations:
+        annotation["bbox"] = change(*annotation["bbox"])
+    folder.open()
+    assert re.search(f"{doubt}.*; boxes have to be \\[x, y, width, height\\] in pix", caplog.text)
+
+
 def test_clean_data_are_opened_without_a_word(
     folder: Any, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
