@@ -301,8 +301,16 @@ def _write_all(file: FileIO, content: bytes) -> None:
 
 
 def _truncate(path: Path, iteration: int, is_evaluated: bool) -> None:
-    """Keep the rows up to `iteration`; drop the line that a killed process was writing."""
+    """Keep the rows up to `iteration`; drop the line that a killed process was writing.
+
+    A new run does not continue the rows of one whose checkpoints are gone, and keeps them aside.
+    """
     if not path.exists():
+        return
+    if iteration == 0 and path.is_file() and path.stat().st_size:
+        aside = path.with_name(f"before_{path.name}")
+        os.replace(path, aside)
+        logger.warning("%s is of a run that left no checkpoint; it is kept as %s", path, aside)
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line + "\n" for line in lines if _is_kept(line, iteration, is_evaluated)]
@@ -319,4 +327,4 @@ def _is_kept(line: str, iteration: int, is_evaluated: bool) -> bool:
         return False
     is_evaluation = any(name.startswith("eval") for name in row)
     is_pending = is_evaluation and at == iteration and not is_evaluated
-    return iteration > 0 and at <= iteration and not is_pending
+    return at <= iteration and not is_pending

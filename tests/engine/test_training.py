@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,16 @@ def test_nothing_to_resume_starts_a_new_run_and_says_so(run, tmp_path):
     run("a", "train.max_iter=1", resume=True)
     assert "nothing to resume" in (tmp_path / "a" / "log.txt").read_text()
     assert rows(tmp_path / "a")[-1]["iteration"] == 1
+
+
+def test_the_rows_of_a_run_whose_checkpoints_are_gone_are_kept_aside(run, tmp_path):
+    run("a", "train.max_iter=2", "train.log_period=1")
+    before = (tmp_path / "a" / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    run("a", "train.max_iter=1")
+    assert (tmp_path / "a" / "before_metrics.jsonl").read_text() == before
+    assert rows(tmp_path / "a")[-1]["iteration"] == 1
+    assert "kept as" in (tmp_path / "a" / "log.txt").read_text()
 
 
 def test_a_new_run_never_mixes_with_the_checkpoints_of_another(run, tmp_path):
