@@ -31,6 +31,13 @@ class BestResult:
         """Whether the last `patience` evaluations gained nothing."""
         return self._patience is not None and self._without_gain >= self._patience
 
+    def describe(self) -> str:
+        """Say what is followed, and what became of it."""
+        return (
+            f"{self._metric} gained no more than {self._min_delta:g} in the last "
+            f"{self._without_gain} evaluations; the best is {self.value:.4g}"
+        )
+
     def update(self, results: Mapping[str, Any]) -> bool:
         """Take an evaluation's results; return whether they are the best so far.
 

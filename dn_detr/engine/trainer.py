@@ -378,8 +378,8 @@ class Trainer:
 
     def _agree_on_stagnation(self) -> None:
         self._has_stagnated = broadcast_from_main(self._state.has_stagnated)
-        if self._has_stagnated:
-            logger.info("early stopping: the last evaluations gained nothing")
+        if self._has_stagnated and self._state.best is not None:
+            logger.info("early stopping: %s", self._state.best.describe())
 
     def _any_process_stops(self) -> bool:
         return any_process(self._stop.reason is not None, device=self._step.device)[0]

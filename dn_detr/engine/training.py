@@ -87,7 +87,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
                 _log_resumption(checkpoint, config)
             trainer = _build_trainer(cfg, settings, device, checkpoint, config, stop)
             if resume and checkpoint is None:
-                logger.info("nothing to resume in %s: starting a new run", folder)
+                logger.warning("nothing to resume in %s: starting a new run", folder)
             stop.begin_training()
             if is_main():  # only now: a refused start leaves the record of the run before as it was
                 record_run(config, folder, device)
@@ -289,7 +289,7 @@ def _distribute(model: nn.Module, device: torch.device, *, broadcasts_buffers: b
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        else:
+        elif is_main() and world_size() > 1:
             logger.warning(
                 "trainable batch normalisation over several CPU processes: each normalises with "
                 "its own images, so a step is not that of one process (torch synchronises it on "

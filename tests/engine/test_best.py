@@ -84,7 +84,10 @@ def test_a_run_ends_after_patience_evaluations_without_a_gain(min_delta, run, tm
     run(values, "train.early_stopping.patience=3", f"train.early_stopping.min_delta={min_delta}")
     assert rows(tmp_path / "run")[-1]["iteration"] == (6 if min_delta == 0 else 5)
     assert best_of(tmp_path).name == "0000003"  # a small gain is one, for the best checkpoint
-    assert "early stopping" in (tmp_path / "run/log.txt").read_text()
+    assert (
+        f"early stopping: AP gained no more than {min_delta:g} in the last 3"
+        in (tmp_path / "run/log.txt").read_text()
+    )
 
 
 def test_resuming_a_run_that_stagnated_trains_no_further(run, tmp_path):
