@@ -265,7 +265,7 @@ def _other_matching(state: dict[str, Any]) -> None:
                 _other_matching,
                 lambda state: state["scaler"].update(scale=2.0**10),
                 lambda state: state.update(batches_drawn=3),
-                lambda state: state["best"].update(value=1e9),
+                lambda state: state["best"].update(reference=1e9),
                 lambda state: state.update(nonfinite_steps=1),
             )
         ),
