@@ -169,7 +169,8 @@ def test_a_kill_between_a_best_result_and_its_link_loses_neither(tmp_path, whole
 
 def test_a_best_result_whose_checkpoint_was_not_written_does_not_count(tmp_path, whole):
     folder = tmp_path / "run"
-    with Run(folder, pause="step 6,image of epoch 2") as run:
+    option = "train.checkpoint.asynchronous=false"  # so that the failure is told in the same step
+    with Run(folder, option, pause="step 6,image of epoch 2") as run:
         run.reach_pause().wait_for_checkpoint(3).limit_file_size(2000)
         run.go_on().reach_pause().wait_for_log("checkpoint 0000006 was not saved")
         run.limit_file_size(None).go_on().succeed()

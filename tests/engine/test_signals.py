@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def test_a_signal_to_all_processes_at_once_stops_evaluations_saving_and_starts(
 
 def test_one_process_that_opens_its_data_ends_at_once(tmp_path):
     with Run(tmp_path / "run", pause="start") as run:
-        assert run.reach_pause().signal(TERM).wait(3) == STOPPED
+        assert run.reach_pause().signal(TERM).wait(SOON) == STOPPED
         assert "SIGTERM: no step is in progress, exiting at once" in run.log
     assert last_checkpoint(run.folder) is None
 
@@ -94,7 +95,7 @@ def test_a_resumed_process_that_opens_its_data_ends_at_once_and_loses_nothing(tm
         run.reach_pause().signal(TERM)
         assert run.go_on().wait(SOON) == STOPPED
     with Run(tmp_path / "run", "--resume", pause="start") as resumed:
-        assert resumed.reach_pause().signal(USR1).wait(3) == STOPPED
+        assert resumed.reach_pause().signal(USR1).wait(SOON) == STOPPED
     assert iteration(run.folder) == 5
     assert_resumes(run.folder, whole[1])
 
@@ -105,15 +106,17 @@ def test_one_process_that_waits_for_another_run_ends_at_once(tmp_path):
         first.reach_pause()
         with Run(tmp_path / "run", "--resume") as second:
             wait_until(lambda: has_open(second.pid, ".lock"))
-            assert second.signal(TERM).wait(3) == STOPPED
+            assert second.signal(TERM).wait(SOON) == STOPPED
         first.go_on().succeed()
 
 
 def has_open(pid: int, name: str) -> bool:
     """Whether a process has a file of this name open."""
-    return any(
-        os.path.basename(os.readlink(file)) == name for file in Path(f"/proc/{pid}/fd").iterdir()
-    )
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            if file.readlink().name == name:
+                return True
+    return False
 
 
 @slow
@@ -127,7 +130,7 @@ def test_two_processes_that_open_their_data_end_after_the_grace_period_or_a_seco
             for run in group.runs:
                 run.reach_pause().signal(TERM)
             time.sleep(ONE_REQUEST)
-        assert group.wait(5) == [STOPPED, STOPPED], group.log
+        assert group.wait(SOON) == [STOPPED, STOPPED], group.log
         assert "no step is in progress, exiting at once" in group.log
 
 
