@@ -1,8 +1,9 @@
-"""The first 20 losses of a small real training, the same on every x86-64 processor.
+"""The first 20 losses of a small real training, recorded on an AMD and on an Intel processor.
 
 After a change that is meant to change them, or with another PyTorch, renew the golden ones:
 
-    python -m tests.engine.golden_losses --write
+    python -m tests.engine.golden_losses --write losses              # on AMD
+    python -m tests.engine.golden_losses --write losses_on_intel     # on Intel
 """
 
 from __future__ import annotations
@@ -80,13 +81,14 @@ def losses_in_a_pinned_process(*overrides: str, **environment: str) -> list[str]
 def main() -> None:
     """Print the losses of this process, or write those of a pinned one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"write {GOLDEN_FILE.name}")
+    parser.add_argument("--write", metavar="KEY", help=f"write this entry of {GOLDEN_FILE.name}")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     if not arguments.write:
         print(json.dumps(losses_here(*arguments.overrides)))
         return
-    content = {"torch": torch.__version__, "losses": losses_in_a_pinned_process()}
+    content = json.loads(GOLDEN_FILE.read_text())
+    content |= {"torch": torch.__version__, arguments.write: losses_in_a_pinned_process()}
     GOLDEN_FILE.write_text(json.dumps(content, indent=2) + "\n")
 
 
