@@ -1,4 +1,4 @@
-"""Every command of docs/reliability.md runs a test that exists."""
+"""Every promise of tests/README.md names a test that exists."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"\| `pytest ([^`]*)` \|$", PAGE, re.MULTILINE)
 
 
