@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 from dn_detr.checkpoint import read_weights, to_layout
 from dn_detr.config import LazyConfig, get_config, instantiate, list_configs
-from dn_detr.data.digits import write_digits_dataset
 from dn_detr.engine import train
 from tools import train_net
+from tools.make_digits import write_digits_dataset
 
 _DAB, _DN = 43_668_690, 43_689_345
 # Published, with 80 classes. A pattern has 256 numbers; a dilated backbone has the same ones.

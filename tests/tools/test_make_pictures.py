@@ -11,9 +11,11 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageColor
 
-from dn_detr.evaluation import pictures
-from dn_detr.evaluation.pictures import match_predictions, mosaic, plot_curves, read_metrics
+from dn_detr.checkpoint import save_checkpoint
+from dn_detr.config import LazyConfig, get_config, instantiate
 from dn_detr.structures import Boxes, Instances
+from tools import make_digits, make_pictures
+from tools.make_pictures import match_predictions, mosaic, plot_curves, read_metrics
 
 SIZE = (32, 32)
 LEFT, RIGHT = [2.0, 2, 12, 12], [18.0, 18, 30, 30]
@@ -77,13 +79,13 @@ def test_nothing_matches_nothing(predictions: Instances, truth: Instances) -> No
 @pytest.mark.parametrize(
     ("predictions", "expected"),
     [
-        (detections((LEFT, 0, 0.9)), {pictures.CORRECT, pictures.FOUND}),
-        (detections((LEFT, 1, 0.9)), {pictures.WRONG, pictures.MISSED}),
-        (detections(), {pictures.MISSED}),
+        (detections((LEFT, 0, 0.9)), {make_pictures.CORRECT, make_pictures.FOUND}),
+        (detections((LEFT, 1, 0.9)), {make_pictures.WRONG, make_pictures.MISSED}),
+        (detections(), {make_pictures.MISSED}),
     ],
 )
 def test_colours_tell_right_from_wrong(predictions: Instances, expected: set[str]) -> None:
-    marks = {pictures.CORRECT, pictures.WRONG, pictures.MISSED}
+    marks = {make_pictures.CORRECT, make_pictures.WRONG, make_pictures.MISSED}
     colours = draw(predictions, objects((LEFT, 0)))
     for mark in marks:
         assert (ImageColor.getrgb(mark) in colours) == (mark in expected)
@@ -92,12 +94,12 @@ def test_colours_tell_right_from_wrong(predictions: Instances, expected: set[str
 def test_the_best_of_two_equal_boxes_is_drawn_on_top() -> None:
     duplicates = detections((LEFT, 0, 0.9), (LEFT, 0, 0.5))
     seen = draw(duplicates, objects((LEFT, 0)))
-    assert ImageColor.getrgb(pictures.CORRECT) in seen
-    assert ImageColor.getrgb(pictures.WRONG) not in seen
+    assert ImageColor.getrgb(make_pictures.CORRECT) in seen
+    assert ImageColor.getrgb(make_pictures.WRONG) not in seen
 
 
 def test_predictions_below_the_threshold_are_not_drawn() -> None:
-    green = ImageColor.getrgb(pictures.CORRECT)
+    green = ImageColor.getrgb(make_pictures.CORRECT)
     predictions, truth = detections((LEFT, 0, 0.3)), objects((LEFT, 0))
     assert green in draw(predictions, truth, score_threshold=0.3)
     assert green not in draw(predictions, truth, score_threshold=0.31)
@@ -106,8 +108,8 @@ def test_predictions_below_the_threshold_are_not_drawn() -> None:
 @pytest.mark.parametrize(
     ("predictions", "truth", "colour", "panel"),
     [
-        (detections((LEFT, 0, 0.9)), objects(), pictures.WRONG, 1),
-        (detections(), objects((LEFT, 0)), pictures.MISSED, 0),
+        (detections((LEFT, 0, 0.9)), objects(), make_pictures.WRONG, 1),
+        (detections(), objects((LEFT, 0)), make_pictures.MISSED, 0),
     ],
 )
 def test_boxes_are_scaled_with_the_enlarged_image(
@@ -115,9 +117,9 @@ def test_boxes_are_scaled_with_the_enlarged_image(
 ) -> None:
     image = Image.new("RGB", SIZE)
     picture = mosaic([image], [predictions], [truth], ["cat"], panel_size=320)
-    pixels = np.asarray(picture)[pictures.HEADER_HEIGHT :]
+    pixels = np.asarray(picture)[make_pictures.HEADER_HEIGHT :]
     marked = (pixels == ImageColor.getrgb(colour)).all(axis=2)
-    columns = np.flatnonzero(marked.any(axis=0)) - panel * (320 + pictures.GAP)
+    columns = np.flatnonzero(marked.any(axis=0)) - panel * (320 + make_pictures.GAP)
     rows = np.flatnonzero(marked.any(axis=1))
     assert (columns[0], columns[-1], rows[-1]) == (20, 120, 120)
 
@@ -132,7 +134,7 @@ def test_images_of_different_shapes_share_a_mosaic() -> None:
 
 
 def test_classes_that_the_data_does_not_name_are_drawn_too() -> None:
-    assert ImageColor.getrgb(pictures.WRONG) in draw(detections((LEFT, 7, 0.9)), objects())
+    assert ImageColor.getrgb(make_pictures.WRONG) in draw(detections((LEFT, 7, 0.9)), objects())
 
 
 def test_lists_of_different_length_are_refused() -> None:
@@ -140,13 +142,13 @@ def test_lists_of_different_length_are_refused() -> None:
         mosaic([Image.new("RGB", SIZE)], [], [objects()], ["cat"])
 
 
-def write_rows(folder: Path, rows: list[dict[str, Any]], tail: str = "") -> Path:
+def write_records(folder: Path, records: list[dict[str, Any]], tail: str = "") -> Path:
     path = folder / "metrics.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
     return path
 
 
-TRAINING_ROWS: list[dict[str, Any]] = [
+TRAINING_RECORDS: list[dict[str, Any]] = [
     {"iteration": 20, "loss": 9.0, "loss/loss_ce": 5.0, "loss/loss_ce_dn": 3.0,
      "loss/loss_ce_dn_0": 1.0, "lr": 1e-4},
     {"iteration": 40, "loss": 7.0, "loss/loss_ce": 4.0, "loss/loss_ce_dn": 2.0,
@@ -174,7 +176,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[float]]]:
 
 
 def test_curves_split_the_loss(tmp_path: Path, lines: dict[str, list[list[float]]]) -> None:
-    written = plot_curves(write_rows(tmp_path, TRAINING_ROWS), tmp_path / "curves.png")
+    written = plot_curves(write_records(tmp_path, TRAINING_RECORDS), tmp_path / "curves.png")
     assert lines["total"] == [[20, 40], [9, 7]]
     assert lines["matching"] == [[20, 40], [5, 4]]
     assert lines["denoising"] == [[20, 40], [4, 3]]
@@ -185,8 +187,8 @@ def test_curves_split_the_loss(tmp_path: Path, lines: dict[str, list[list[float]
 def test_curves_without_denoising_show_the_total_only(
     tmp_path: Path, lines: dict[str, list[list[float]]]
 ) -> None:
-    rows = [{"iteration": 1, "loss": 2.0, "loss/loss_ce": 2.0}]
-    plot_curves(write_rows(tmp_path, rows), tmp_path / "curves.png")
+    records = [{"iteration": 1, "loss": 2.0, "loss/loss_ce": 2.0}]
+    plot_curves(write_records(tmp_path, records), tmp_path / "curves.png")
     assert lines["total"] == [[1], [2]]
     assert not {"matching", "denoising"} & set(lines)
 
@@ -194,11 +196,11 @@ def test_curves_without_denoising_show_the_total_only(
 def test_curves_show_ap_and_leave_out_undefined(
     tmp_path: Path, lines: dict[str, list[list[float]]]
 ) -> None:
-    rows = [
+    records = [
         {"iteration": 10, "eval/AP": 0.2, "eval/AP50": 0.5},
         {"iteration": 20, "eval/AP": -1.0, "eval/AP50": None},
     ]
-    plot_curves(write_rows(tmp_path, rows), tmp_path / "curves.png")
+    plot_curves(write_records(tmp_path, records), tmp_path / "curves.png")
     assert lines["AP"][1][0] == 0.2
     assert lines["AP50"][1][0] == 0.5
     assert math.isnan(lines["AP"][1][1])
@@ -206,8 +208,8 @@ def test_curves_show_ap_and_leave_out_undefined(
 
 
 def test_unfinished_last_line_is_not_read(tmp_path: Path) -> None:
-    path = write_rows(tmp_path, TRAINING_ROWS, tail='{"iteration": 60, "lo')
-    assert read_metrics(path) == TRAINING_ROWS
+    path = write_records(tmp_path, TRAINING_RECORDS, tail='{"iteration": 60, "lo')
+    assert read_metrics(path) == TRAINING_RECORDS
 
 
 @pytest.mark.parametrize("content", ["", '{"iteration": 1', "no json\n"])
@@ -221,3 +223,44 @@ def test_unusable_metrics_name_the_file(tmp_path: Path, content: str) -> None:
 def test_missing_metrics_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"metrics\.jsonl does not exist"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def digits_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("sklearn", reason="needs the extra `demo`")
+    root = tmp_path_factory.mktemp("data") / "digits"
+    return make_digits.write_digits_dataset(root, num_train=1, num_val=2)
+
+
+@pytest.fixture(scope="module")
+def run_folder(digits_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What training would leave, with untrained weights."""
+    folder = tmp_path_factory.mktemp("run")
+    cfg = get_config("digits_dn_deformable_detr.py")
+    cfg = LazyConfig.apply_overrides(cfg, [f"dataloader.root={digits_root}"])
+    LazyConfig.save(cfg, folder / "config.yaml")
+    torch.manual_seed(0)
+    model = instantiate(cfg.model)
+    save_checkpoint(folder, model.state_dict(), {}, iteration=10, epoch=1.0)
+    records = [
+        {"iteration": 10, "loss": 3.0, "loss/loss_ce": 2.0, "loss/loss_ce_dn": 1.0},
+        {"iteration": 10, "eval/AP": 0.25, "eval/AP50": 0.5},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_the_command_draws_a_run(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--run", str(run_folder), "--images", "2", "--score-threshold", "0"]
+    assert make_pictures.main(arguments) == 0
+    for name in ("predictions.png", "curves.png"):
+        with Image.open(run_folder / name) as picture:
+            assert picture.format == "PNG"
+    assert "AP50 0.500, AP 0.250" in capsys.readouterr().out
+
+
+def test_the_command_names_a_folder_that_is_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert make_pictures.main(["--run", str(tmp_path)]) == 1
+    assert str(tmp_path / "metrics.jsonl") in capsys.readouterr().err

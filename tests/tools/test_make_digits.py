@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from dn_detr.data import digits
+from tools import make_digits
 
 datasets = pytest.importorskip("sklearn.datasets", reason="needs the extra `demo`")
 
-write_digits_dataset = digits.write_digits_dataset
+write_digits_dataset = make_digits.write_digits_dataset
 SMALL = {"num_train": 12, "num_val": 4}
 
 
@@ -105,7 +105,7 @@ def test_failure_leaves_the_old_data_and_no_rest(
     def full_disk(*args: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(digits, "_write_split", full_disk)
+    monkeypatch.setattr(make_digits, "_write_split", full_disk)
     with pytest.raises(OSError, match="no space"):
         write_digits_dataset(root, num_train=2, num_val=1)
     assert digests(root) == before
@@ -121,13 +121,13 @@ def test_foreign_folder_is_never_replaced(tmp_path: Path) -> None:
 
 def test_no_scan_is_in_both_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[bytes]] = []
-    draw_scene = digits.draw_scene
+    draw_scene = make_digits.draw_scene
 
     def record(recipe: Any, scans: Any, photos: Any, rng: Any) -> Any:
         seen.append({ink.tobytes() for ink in scans.ink})
         return draw_scene(recipe, scans, photos, rng)
 
-    monkeypatch.setattr(digits, "draw_scene", record)
+    monkeypatch.setattr(make_digits, "draw_scene", record)
     write_digits_dataset(tmp_path / "digits", num_train=1, num_val=1)
     train, val = seen
     assert not train & val
@@ -136,15 +136,15 @@ def test_no_scan_is_in_both_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="module")
 def scans() -> Any:
-    return digits._load_scans()
+    return make_digits._load_scans()
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_boxes_are_tight_around_the_ink(scans: Any, seed: int) -> None:
-    recipe = digits.SceneRecipe(digits_per_image=(1, 1))
+    recipe = make_digits.SceneRecipe(digits_per_image=(1, 1))
     black, gray = Image.new("RGB", (200, 200), (0, 0, 0)), (70, 70, 70)
     photos = [Image.new("RGB", black.size, gray)]
-    scene = digits.draw_scene(recipe, scans, photos, np.random.default_rng(seed))
+    scene = make_digits.draw_scene(recipe, scans, photos, np.random.default_rng(seed))
     changed = (np.asarray(scene.image).astype(int) - 70).any(axis=2)
     rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
     drawn = (columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1)
@@ -153,9 +153,9 @@ def test_boxes_are_tight_around_the_ink(scans: Any, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_boxes_overlap_at_most_as_asked_and_lie_in_the_image(scans: Any, seed: int) -> None:
-    recipe = digits.SceneRecipe(digits_per_image=(8, 8), max_overlap=0.1)
-    photos = digits._load_photos()
-    scene = digits.draw_scene(recipe, scans, photos, np.random.default_rng(seed))
+    recipe = make_digits.SceneRecipe(digits_per_image=(8, 8), max_overlap=0.1)
+    photos = make_digits._load_photos()
+    scene = make_digits.draw_scene(recipe, scans, photos, np.random.default_rng(seed))
     covered = np.zeros((len(scene.labels), 128, 128), dtype=bool)
     for mask, (x, y, width, height) in zip(covered, scene.boxes_xywh, strict=True):
         mask[y : y + height, x : x + width] = True
@@ -166,10 +166,10 @@ def test_boxes_overlap_at_most_as_asked_and_lie_in_the_image(scans: Any, seed: i
 
 
 def test_labels_name_the_pasted_scans(scans: Any) -> None:
-    recipe = digits.SceneRecipe(digits_per_image=(3, 3))
+    recipe = make_digits.SceneRecipe(digits_per_image=(3, 3))
     sevens = scans[np.flatnonzero(scans.labels == 7)]
-    photos = digits._load_photos()
-    scene = digits.draw_scene(recipe, sevens, photos, np.random.default_rng(0))
+    photos = make_digits._load_photos()
+    scene = make_digits.draw_scene(recipe, sevens, photos, np.random.default_rng(0))
     assert set(scene.labels) == {7}
 
 
@@ -204,3 +204,20 @@ def test_missing_scikit_learn_names_the_pip_command(
     monkeypatch.setattr(builtins, "__import__", without_sklearn)
     with pytest.raises(ImportError, match=r"pip install 'dn_detr\[demo\]'"):
         write_digits_dataset(tmp_path / "digits", num_train=1, num_val=1)
+
+
+def test_the_command_passes_its_options_on(tmp_path: Path) -> None:
+    few = ["--num-train", "1", "--num-val", "2"]
+    options = ["--image-size", "64", "--digits-per-image", "2", "2", "--digit-size", "10", "12"]
+    root = tmp_path / "digits"
+    assert make_digits.main(["--root", str(root), *few, *options]) == 0
+    content = json.loads((root / "annotations" / "instances_train2017.json").read_text())
+    assert content["images"][0]["width"] == 64
+    assert len(content["annotations"]) == 2
+
+
+def test_the_command_reports_bad_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert make_digits.main(["--root", str(tmp_path / "digits"), "--max-overlap", "2"]) == 1
+    assert "max_overlap=2.0" in capsys.readouterr().err
