@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
-from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from dn_detr.structures import Boxes, Instances
 
@@ -24,11 +25,9 @@ from .annotations import Entry, first_of, read_annotation_file, require_image_fi
 from .errors import DatasetError
 from .image import read_image
 from .seeding import stable_seed
-from .transforms import Transform, to_uint8_tensor
+from .transforms import Sample, Transform
 
-_logger = logging.getLogger(__name__)
-
-Sample = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class AnnotationReport:
         images_without_boxes: images that have no box to train on; they are kept.
         boxes: boxes that can be trained on.
         clipped_boxes: how many of these reached over the border of their image and were clipped.
-        crowd_boxes: regions marked ``iscrowd``; never trained on, but the evaluator has them.
+        crowd_boxes: regions marked `iscrowd`; never trained on, but the evaluator has them.
         empty_boxes: ids of annotations with zero or negative width or height, skipped.
         outside_boxes: ids of annotations completely outside their image, skipped.
         renumbered: whether the annotation ids were renumbered because one was 0.
@@ -66,34 +65,35 @@ class _BoxTable:
 
     boxes_xyxy: NDArray[np.float32]  # (M, 4) absolute pixels
     classes: NDArray[np.int64]  # (M,) contiguous from 0
+    entries: NDArray[np.int64]  # (M,) position in the file's list of annotations
     first: NDArray[np.int64]  # (N + 1,) image i has the rows first[i] to first[i + 1]
 
 
 class CocoDetection(Dataset[Sample]):
     """A detection data set in COCO's format, checked completely when it is opened.
 
-    ``dataset[i]`` or ``dataset[epoch, i]`` is a dict with
+    `dataset[i]` or `dataset[epoch, i]` is a dict with
 
         image: (3, H, W) uint8 RGB after the transforms
         height, width: size of the original image in pixels
         image_id: int; file_name: full path
         seed: int in [0, 2**63), a function of (seed, epoch, index); every random draw on this
             sample, here and in the model, derives from it
-        instances: only if ``train``; ``gt_boxes`` XYXY in pixels of ``image``, ``gt_classes``
-            and ``gt_ids`` int64, a number in [0, num_boxes) that an object keeps in all epochs
+        instances: only if `train`; `gt_boxes` XYXY in pixels of `image`, `gt_classes`
+            and `gt_ids` int64, a number in [0, num_boxes) that an object keeps in all epochs
 
     Images are in order of their id, images without boxes included. Classes are contiguous from 0
     in order of category id. Boxes that reach over the border are clipped; crowd regions, boxes
-    without area and boxes outside the image are not trained on, and ``report`` counts them. The
-    ground truth of the evaluation, ``coco``, is what the file says, so that its numbers are
-    comparable with everybody's, with one exception: if an annotation id is 0, all are renumbered
+    without area and boxes outside the image are not trained on, and `report` counts them. The
+    ground truth of the evaluation, `coco`, is what the file says, so that its numbers are
+    comparable with others', with one exception: if an annotation id is 0, all are renumbered
     from 1, because pycocotools takes a match with id 0 for no match.
 
     Args:
-        image_dir: folder that ``file_name`` in the JSON is relative to.
+        image_dir: folder that `file_name` in the JSON is relative to.
         annotation_file: COCO instances JSON.
-        transforms: see ``dn_detr.data.transforms``; None = the image as it is.
-        train: whether samples carry ``instances``.
+        transforms: see `dn_detr.data.transforms`; None = the image as it is.
+        train: whether samples carry `instances`.
         seed: of all random draws on samples.
 
     Attributes:
@@ -102,7 +102,7 @@ class CocoDetection(Dataset[Sample]):
         image_ids: image id of each index.
         image_sizes: (height, width) of each index, pixels.
         coco: pycocotools' object with all images and all ground truth.
-        report: an ``AnnotationReport``.
+        report: an `AnnotationReport`.
 
     Raises:
         DatasetError: names the file, the ids and the remedy. See docs/data.md for all checks.
@@ -152,12 +152,8 @@ class CocoDetection(Dataset[Sample]):
         height, width = self.image_sizes[index]
         path = self.image_path(index)
         seed = stable_seed(self.seed, epoch, index)
-        image = read_image(path, expected_size=(height, width))
-        boxes_xyxy, classes, ids = self._ground_truth(index)
-        if self.transforms is not None:
-            image, boxes_xyxy = self.transforms(image, boxes_xyxy, random.Random(seed))
-        sample = {
-            "image": to_uint8_tensor(image),
+        sample: Sample = {
+            "image": read_image(path, expected_size=(height, width)),
             "height": height,
             "width": width,
             "image_id": self.image_ids[index],
@@ -165,20 +161,51 @@ class CocoDetection(Dataset[Sample]):
             "seed": seed,
         }
         if self.train:
+            sample["instances"] = Instances((height, width), **self.ground_truth(index))
+        if self.transforms is not None:
+            sample = self.transforms(sample, random.Random(seed))
+        sample["image"] = pil_to_tensor(sample["image"])
+        if self.train:
+            boxes_xyxy = sample["instances"].gt_boxes
             kept = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(dim=1)
-            sample["instances"] = Instances(
-                image_size=(image.height, image.width),
-                gt_boxes=Boxes(boxes_xyxy[kept]),
-                gt_classes=classes[kept],
-                gt_ids=ids[kept],
-            )
+            # Indexing gives plain tensors: nothing moves with the image any more.
+            sample["instances"] = instances = sample["instances"][kept]
+            instances.gt_boxes = Boxes(instances.gt_boxes)
         return sample
 
+    def ground_truth(self, index: int) -> dict[str, Any]:
+        """Fields of the objects in an image that are trained on, before the transforms.
+
+        A subclass adds fields of its own, from `annotations(index)`. They become fields of the
+        sample's `instances`. A `torchvision.tv_tensors.TVTensor`, such as a `Mask` (n, height,
+        width), moves with the image; objects that a crop removes lose their entry in every field.
+
+        Returns:
+            `gt_boxes` (n, 4) XYXY in pixels of the original image, `gt_classes` (n,) int64 and
+            `gt_ids` (n,) int64, all of them copies.
+        """
+        rows = slice(self._boxes.first[index], self._boxes.first[index + 1])
+        return {
+            "gt_boxes": BoundingBoxes(
+                torch.from_numpy(self._boxes.boxes_xyxy[rows].copy()),
+                format=BoundingBoxFormat.XYXY,
+                canvas_size=self.image_sizes[index],
+            ),
+            "gt_classes": torch.from_numpy(self._boxes.classes[rows].copy()),
+            "gt_ids": torch.arange(rows.start, rows.stop),
+        }
+
+    def annotations(self, index: int) -> list[Entry]:
+        """The entries of the file for the objects of `ground_truth(index)`, in the same order."""
+        rows = slice(self._boxes.first[index], self._boxes.first[index + 1])
+        entries = self.coco.dataset["annotations"]
+        return [entries[position] for position in self._boxes.entries[rows]]
+
     def subset(self, count: int) -> CocoDetection:
-        """This data set restricted to its first ``count`` images (all, if it has fewer).
+        """This data set restricted to its first `count` images (all, if it has fewer).
 
         Raises:
-            ValueError: ``count`` is not positive, or leaves no box to train on.
+            ValueError: `count` is not positive, or leaves no box to train on.
         """
         if count < 1:
             raise ValueError(f"a data set needs at least one image, got limit={count}")
@@ -190,15 +217,6 @@ class CocoDetection(Dataset[Sample]):
         restricted = copy.copy(self)
         restricted.image_ids = self.image_ids[:count]
         return restricted
-
-    def _ground_truth(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (N, 4) float32 XYXY, classes and rows (N,) int64 of an image, as copies."""
-        first, end = int(self._boxes.first[index]), int(self._boxes.first[index + 1])
-        return (
-            torch.from_numpy(self._boxes.boxes_xyxy[first:end].copy()),
-            torch.from_numpy(self._boxes.classes[first:end].copy()),
-            torch.arange(first, end),
-        )
 
     def _tabulate(self, annotations: list[Entry]) -> tuple[_BoxTable, AnnotationReport]:
         index_of = {image_id: index for index, image_id in enumerate(self.image_ids)}
@@ -228,7 +246,7 @@ class CocoDetection(Dataset[Sample]):
             outside_boxes=tuple(ids[~crowd & has_size & ~has_area]),
             renumbered=bool((ids == 0).any()),
         )
-        return _BoxTable(clipped[rows], classes[rows], first), report
+        return _BoxTable(clipped[rows], classes[rows], rows, first), report
 
     def _explain_report(self) -> None:
         """Log once what was skipped, and refuse to train on nothing."""
@@ -238,15 +256,15 @@ class CocoDetection(Dataset[Sample]):
             ("no overlap with their image", report.outside_boxes),
         ):
             if ids:
-                _logger.warning(
+                logger.warning(
                     "%s: %d boxes have %s and are not trained on (annotation ids %s); in an"
-                    " evaluation they count as objects that nobody finds",
+                    " evaluation they count as missed objects",
                     file, len(ids), problem, first_of(ids),
                 )  # fmt: skip
         if doubt := self._doubt_about_units():
-            _logger.warning("%s: %s; boxes have to be [x, y, width, height] in pixels", file, doubt)
+            logger.warning("%s: %s; boxes have to be [x, y, width, height] in pixels", file, doubt)
         if report.renumbered:
-            _logger.info(
+            logger.info(
                 "%s: annotation ids were renumbered in memory, because pycocotools counts"
                 " a detection that matches annotation id 0 as wrong",
                 file,
@@ -254,7 +272,7 @@ class CocoDetection(Dataset[Sample]):
         if self.train and report.boxes == 0:
             raise DatasetError(f"{file}: there is no box to train on; annotate some objects")
         if not self.coco.anns:
-            _logger.warning("%s: no annotations, so all metrics will be -1 (undefined)", file)
+            logger.warning("%s: no annotations, so all metrics will be -1 (undefined)", file)
 
     def _doubt_about_units(self) -> str | None:
         """What suggests that boxes are relative numbers or corners, None if nothing does."""
@@ -285,7 +303,7 @@ def check_num_classes(dataset: CocoDetection, num_classes: int) -> None:
             f" set model.num_classes={in_data}"
         )
     if in_data < num_classes:
-        _logger.warning(
+        logger.warning(
             "%s has %d classes, the model %d: the last %d have no data"
             " (model.num_classes=%d avoids it)",
             dataset.annotation_file, in_data, num_classes, num_classes - in_data, in_data,

@@ -1,9 +1,12 @@
 """Augmentation of the DETR family, from small callables.
 
-A transform takes ``(image, boxes_xyxy, rng)`` and returns ``(image, boxes_xyxy)``. Boxes are
-(N, 4) float32 in absolute pixels of the image; N never changes, so labels stay in step: a box
-that a crop cuts off comes back with zero width or height, and whoever holds the labels drops it
-(``CocoDetection`` does). All chance comes from ``rng``.
+A transform takes `(sample, rng)` and returns a new sample. A sample is a dict with `image`, an RGB
+image of Pillow, and in training `instances`, whose fields have one entry per object. What lies on
+the image is a `torchvision.tv_tensors.TVTensor` (`BoundingBoxes`, `Mask`, `KeyPoints`, or a kind
+that was registered with `torchvision.transforms.v2.functional.register_kernel`), in the sample or
+in a field of its instances, and moves with the image; everything else stays as it is. No object is
+removed on the way: a box that a crop cuts off comes back with zero width or height, and the data
+set drops the object at the end. All random numbers come from `rng`.
 
 Source: Carion et al., "End-to-End Object Detection with Transformers", 2020, section 4 and its
 reference code, which DN-DETR uses unchanged.
@@ -14,23 +17,52 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor
 from torchvision.transforms.v2 import functional as F
+from torchvision.tv_tensors import TVTensor
 
-Transform = Callable[[Image.Image, Tensor, random.Random], tuple[Image.Image, Tensor]]
+from dn_detr.structures import Instances
+
+Sample = dict[str, Any]
+Transform = Callable[[Sample, random.Random], Sample]
+
+
+def move(sample: Sample, function: Callable[[Any], Any]) -> Sample:
+    """Apply a geometric function to the image of a sample and to all that lies on it.
+
+    Args:
+        sample: with `image`; see the module.
+        function: takes an image or a `TVTensor` and returns it moved, such as
+            `torchvision.transforms.v2.functional.horizontal_flip`.
+
+    Returns:
+        A new sample; what the function does not move is shared with the given one.
+    """
+
+    def moved(fields: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: function(value) if isinstance(value, TVTensor) else value
+            for name, value in fields.items()
+        }
+
+    image = function(sample["image"])
+    result = {**moved(sample), "image": image}
+    if "instances" in sample:
+        fields = moved(sample["instances"].get_fields())
+        result["instances"] = Instances((image.height, image.width), **fields)
+    return result
 
 
 def resized_size(
     height: int, width: int, short_side: int, max_size: int | None = None
 ) -> tuple[int, int]:
-    """Size of an image after its short side is brought to ``short_side`` pixels.
+    """Size of an image after its short side is brought to `short_side` pixels.
 
-    The long side is truncated, not rounded. Where it would exceed ``max_size``, the short side
-    is first reduced to ``round(max_size * short / long)``. Because of that rounding the long side
-    may then differ from ``max_size``, by a few pixels for the proportions of photographs.
+    The long side is truncated, not rounded. Where it would exceed `max_size`, the short side
+    is first reduced to `round(max_size * short / long)`. Because of that rounding the long side
+    may then differ from `max_size`, by a few pixels for the proportions of photographs.
 
     Args:
         height: pixels, positive.
@@ -51,34 +83,19 @@ def resized_size(
     return short_side, int(short_side * width / height)
 
 
-def resize(
-    image: Image.Image, boxes_xyxy: Tensor, size: tuple[int, int]
-) -> tuple[Image.Image, Tensor]:
-    """Resize image and boxes to ``size`` (height, width); bilinear with Pillow's antialiasing."""
-    ratios = (size[1] / image.width, size[0] / image.height)
-    return F.resize(image, list(size)), boxes_xyxy * torch.tensor(ratios * 2)
+def resize(sample: Sample, size: tuple[int, int]) -> Sample:
+    """Resize to `size` (height, width); the image bilinearly with Pillow's antialiasing."""
+    return move(sample, partial(F.resize, size=list(size)))
 
 
-def horizontal_flip(image: Image.Image, boxes_xyxy: Tensor) -> tuple[Image.Image, Tensor]:
-    """Mirror image and boxes left to right."""
-    x1, y1, x2, y2 = boxes_xyxy.unbind(-1)
-    flipped = torch.stack([image.width - x2, y1, image.width - x1, y2], dim=-1)
-    return F.horizontal_flip(image), flipped
+def horizontal_flip(sample: Sample) -> Sample:
+    """Mirror left to right."""
+    return move(sample, F.horizontal_flip)
 
 
-def crop(
-    image: Image.Image, boxes_xyxy: Tensor, top: int, left: int, height: int, width: int
-) -> tuple[Image.Image, Tensor]:
-    """Cut out a region; boxes are clipped to it, those outside get zero width or height."""
-    shifted = boxes_xyxy - torch.tensor([left, top, left, top])
-    limits = torch.tensor([width, height, width, height])
-    return F.crop(image, top, left, height, width), shifted.clamp(min=0).minimum(limits)
-
-
-def to_uint8_tensor(image: Image.Image) -> Tensor:
-    """Convert an RGB image to a (3, H, W) uint8 tensor; normalising is the model's work."""
-    pixels: Tensor = F.pil_to_tensor(image)
-    return pixels
+def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
+    """Cut out a region, in pixels; boxes are clipped, those outside it lose width or height."""
+    return move(sample, partial(F.crop, top=top, left=left, height=height, width=width))
 
 
 @dataclass(frozen=True)
@@ -87,27 +104,21 @@ class RandomFlip:
 
     probability: float
 
-    def __call__(
-        self, image: Image.Image, boxes_xyxy: Tensor, rng: random.Random
-    ) -> tuple[Image.Image, Tensor]:
-        if rng.random() < self.probability:
-            return horizontal_flip(image, boxes_xyxy)
-        return image, boxes_xyxy
+    def __call__(self, sample: Sample, rng: random.Random) -> Sample:
+        return horizontal_flip(sample) if rng.random() < self.probability else sample
 
 
 @dataclass(frozen=True)
 class RandomResize:
-    """Resize the short side to one of ``short_sides``; one draw (see ``resized_size``)."""
+    """Resize the short side to one of `short_sides`; one draw (see `resized_size`)."""
 
     short_sides: tuple[int, ...]
     max_size: int | None = None
 
-    def __call__(
-        self, image: Image.Image, boxes_xyxy: Tensor, rng: random.Random
-    ) -> tuple[Image.Image, Tensor]:
+    def __call__(self, sample: Sample, rng: random.Random) -> Sample:
         short_side = rng.choice(self.short_sides)
-        size = resized_size(image.height, image.width, short_side, self.max_size)
-        return resize(image, boxes_xyxy, size)
+        image = sample["image"]
+        return resize(sample, resized_size(image.height, image.width, short_side, self.max_size))
 
 
 @dataclass(frozen=True)
@@ -115,23 +126,20 @@ class RandomCrop:
     """Crop a region with sides in [min_size, max_size] at a uniform place.
 
     Draws width, height, top, left, in this order. A side never exceeds the image, also where the
-    image is smaller than ``min_size``.
+    image is smaller than `min_size`.
     """
 
     min_size: int
     max_size: int
 
-    def __call__(
-        self, image: Image.Image, boxes_xyxy: Tensor, rng: random.Random
-    ) -> tuple[Image.Image, Tensor]:
-        width = self._draw_side(image.width, rng)
-        height = self._draw_side(image.height, rng)
+    def __call__(self, sample: Sample, rng: random.Random) -> Sample:
+        image = sample["image"]
+        width, height = (
+            rng.randint(min(self.min_size, side), min(self.max_size, side)) for side in image.size
+        )
         top = rng.randint(0, image.height - height)
         left = rng.randint(0, image.width - width)
-        return crop(image, boxes_xyxy, top, left, height, width)
-
-    def _draw_side(self, available: int, rng: random.Random) -> int:
-        return rng.randint(min(self.min_size, available), min(self.max_size, available))
+        return crop(sample, top, left, height, width)
 
 
 @dataclass(frozen=True)
@@ -140,27 +148,23 @@ class Compose:
 
     steps: tuple[Transform, ...]
 
-    def __call__(
-        self, image: Image.Image, boxes_xyxy: Tensor, rng: random.Random
-    ) -> tuple[Image.Image, Tensor]:
+    def __call__(self, sample: Sample, rng: random.Random) -> Sample:
         for step in self.steps:
-            image, boxes_xyxy = step(image, boxes_xyxy, rng)
-        return image, boxes_xyxy
+            sample = step(sample, rng)
+        return sample
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """Apply ``first`` with the given probability, else ``second``; one draw."""
+    """Apply `first` with the given probability, else `second`; one draw."""
 
     probability: float
     first: Transform
     second: Transform
 
-    def __call__(
-        self, image: Image.Image, boxes_xyxy: Tensor, rng: random.Random
-    ) -> tuple[Image.Image, Tensor]:
+    def __call__(self, sample: Sample, rng: random.Random) -> Sample:
         branch = self.first if rng.random() < self.probability else self.second
-        return branch(image, boxes_xyxy, rng)
+        return branch(sample, rng)
 
 
 def train_transforms(
@@ -190,8 +194,8 @@ def train_transforms(
         before the crop, crop width, crop height, top, left, short side].
 
     Raises:
-        ValueError: a size or ``scale`` is not positive, a probability is outside [0, 1], or a
-            list of sizes is empty or ``crop_range`` is reversed.
+        ValueError: a size or `scale` is not positive, a probability is outside [0, 1], or a
+            list of sizes is empty or `crop_range` is reversed.
 
     Source: DETR's reference recipe (480-800 step 32, 1333, 400/500/600, 384-600), the defaults.
     """
@@ -219,12 +223,12 @@ def test_transforms(
     """Resize to a fixed short side, without chance.
 
     Args:
-        scale: multiplies both sizes; rounded as in ``train_transforms``.
+        scale: multiplies both sizes; rounded as in `train_transforms`.
         short_side: length of the short side, pixels.
         max_size: limit of the long side, pixels.
 
     Raises:
-        ValueError: a size or ``scale`` is not positive.
+        ValueError: a size or `scale` is not positive.
     """
     return RandomResize(_scaled([short_side], scale), _scaled([max_size], scale)[0])
 

@@ -117,7 +117,7 @@ def test_boxes_in_another_unit_are_doubted(
     assert re.search(f"{doubt}.*; boxes have to be \\[x, y, width, height\\] in pix", caplog.text)
 
 
-def test_clean_data_are_opened_without_a_word(
+def test_clean_data_are_opened_silently(
     folder: Any, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder.open()
@@ -290,12 +290,14 @@ def test_an_index_alone_means_epoch_zero(folder: Any) -> None:
     assert dataset[1]["seed"] == dataset[0, 1]["seed"] != dataset[1, 1]["seed"]
 
 
-def test_cropped_out_boxes_lose_their_classes_too(folder: Any) -> None:
-    def crop_to_left_half(image: Image.Image, boxes: Any, rng: random.Random) -> Any:
-        keep_second = torch.tensor([[0.0], [1.0]])
-        return image, boxes * keep_second
+def without_first(sample: Any, rng: random.Random) -> Any:
+    """As a crop that cuts the first object off."""
+    sample["instances"].gt_boxes = sample["instances"].gt_boxes * torch.tensor([[0.0], [1.0]])
+    return sample
 
-    instances = folder.open(transforms=crop_to_left_half)[1]["instances"]
+
+def test_cropped_out_boxes_lose_their_classes_too(folder: Any) -> None:
+    instances = folder.open(transforms=without_first)[1]["instances"]
     assert instances.gt_classes.tolist() == [0]
     assert instances.gt_boxes.tensor.tolist() == [[0, 0, 40, 30]]
 
@@ -312,10 +314,7 @@ def test_objects_are_known_again_by_their_row_in_the_table_of_all_boxes(folder: 
 
 
 def test_ids_of_objects_are_in_step_with_boxes_that_a_crop_leaves(folder: Any) -> None:
-    def keep_second(image: Image.Image, boxes: Any, rng: random.Random) -> Any:
-        return image, boxes * torch.tensor([[0.0], [1.0]])
-
-    assert folder.open(transforms=keep_second)[1]["instances"].gt_ids.tolist() == [2]
+    assert folder.open(transforms=without_first)[1]["instances"].gt_ids.tolist() == [2]
 
 
 def test_a_subset_has_the_ids_of_the_whole_for_the_images_that_it_keeps(folder: Any) -> None:
@@ -334,7 +333,11 @@ def test_images_without_boxes_have_no_ids(folder: Any) -> None:
 
 
 def test_transform_that_works_in_place_does_not_change_the_data_set(folder: Any) -> None:
-    dataset = folder.open(transforms=lambda image, boxes, rng: (image, boxes.mul_(0.5)))
+    def halve(sample: Any, rng: random.Random) -> Any:
+        sample["instances"].gt_boxes.mul_(0.5)
+        return sample
+
+    dataset = folder.open(transforms=halve)
     first, second = (dataset[1]["instances"].gt_boxes.tensor for _ in range(2))
     assert torch.equal(first, second)
 

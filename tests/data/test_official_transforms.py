@@ -1,8 +1,8 @@
 """The data pipeline against what the official code printed (golden file official_transforms.npz).
 
 Compared: output sizes, pixels and boxes of every transform, the training and validation pipelines
-up to the tensors that the model sees, and the reading of annotations. Left out: ``area``,
-``iscrowd``, ``size`` and ``orig_size`` of the official targets, which no part of this library
+up to the tensors that the model sees, and the reading of annotations. Left out: `area`,
+`iscrowd`, `size` and `orig_size` of the official targets, which no part of this library
 needs in training.
 """
 
@@ -18,11 +18,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.tv_tensors import BoundingBoxes
 
 from dn_detr.config import get_config
 from dn_detr.data import CocoDetection, train_transforms
 from dn_detr.data import test_transforms as build_test_transforms
-from dn_detr.data.transforms import crop, horizontal_flip, resize, resized_size, to_uint8_tensor
+from dn_detr.data.transforms import crop, horizontal_flip, resize, resized_size
 from dn_detr.modeling import (
     AnchorQueries,
     DetectionCriterion,
@@ -56,12 +58,22 @@ def _image(seed: int, height: int, width: int) -> Image.Image:
     return Image.fromarray(state.randint(0, 256, (height, width, 3)).astype(np.uint8))
 
 
-def _small() -> tuple[Image.Image, Tensor]:
-    return _image(7, 150, 200), torch.tensor(SMALL_BOXES, dtype=torch.float32)
+def _sample(seed: int, height: int, width: int, boxes_xyxy: list[list[int]]) -> dict[str, Any]:
+    """What the data set hands to a transform."""
+    size = (height, width)
+    boxes = BoundingBoxes(
+        torch.tensor(boxes_xyxy, dtype=torch.float32), format="XYXY", canvas_size=size
+    )
+    instances = Instances(size, gt_boxes=boxes, gt_classes=torch.tensor(LABELS))
+    return {"image": _image(seed, height, width), "instances": instances}
 
 
-def _large() -> tuple[Image.Image, Tensor]:
-    return _image(8, 427, 640), torch.tensor(LARGE_BOXES, dtype=torch.float32)
+def _small() -> dict[str, Any]:
+    return _sample(7, 150, 200, SMALL_BOXES)
+
+
+def _large() -> dict[str, Any]:
+    return _sample(8, 427, 640, LARGE_BOXES)
 
 
 @pytest.fixture
@@ -98,30 +110,24 @@ def _kept(boxes_xyxy: Tensor) -> Tensor:
     return (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(dim=1)
 
 
-def _sample(result: tuple[Image.Image, Tensor]) -> dict[str, Any]:
-    """What the data set makes of a transformed image."""
-    image, boxes = result
-    kept = _kept(boxes)
-    instances = Instances(
-        (image.height, image.width),
-        gt_boxes=Boxes(boxes[kept]),
-        gt_classes=torch.tensor(LABELS)[kept],
-    )
-    return {"image": to_uint8_tensor(image), "instances": instances}
+def _finished(sample: dict[str, Any]) -> dict[str, Any]:
+    """What the data set makes of a transformed sample."""
+    instances = sample["instances"]
+    instances = instances[_kept(instances.gt_boxes)]
+    instances.gt_boxes = Boxes(instances.gt_boxes)
+    return {"image": pil_to_tensor(sample["image"]), "instances": instances}
 
 
-def _assert_equals(result: tuple[Image.Image, Tensor], golden: dict[str, Any], name: str) -> None:
-    image, boxes = result
-    kept = _kept(boxes)
-    np.testing.assert_array_equal(np.asarray(image), golden[f"{name}_image"])
-    np.testing.assert_allclose(boxes[kept].numpy(), golden[f"{name}_boxes"], rtol=1e-6)
-    np.testing.assert_array_equal(np.array(LABELS)[kept], golden[f"{name}_labels"])
+def _assert_equals(sample: dict[str, Any], golden: dict[str, Any], name: str) -> None:
+    np.testing.assert_array_equal(np.asarray(sample["image"]), golden[f"{name}_image"])
+    instances = _finished(sample)["instances"]
+    boxes = instances.gt_boxes.tensor.numpy()
+    np.testing.assert_allclose(boxes, golden[f"{name}_boxes"], rtol=1e-6)
+    np.testing.assert_array_equal(instances.gt_classes.numpy(), golden[f"{name}_labels"])
 
 
-def _assert_reproduces_run(
-    detector: Detector, result: tuple[Image.Image, Tensor], run: dict[str, Any]
-) -> None:
-    sample = _sample(result)
+def _assert_reproduces_run(detector: Detector, sample: dict[str, Any], run: dict[str, Any]) -> None:
+    sample = _finished(sample)
     pixels, mask = detector.preprocess([sample])
     (target,) = detector.prepare_targets([sample])
     assert list(pixels[0].shape) == run["shape"]
@@ -138,20 +144,20 @@ def test_resized_sizes_are_the_official_ones(meta):
 
 
 def test_flip_is_the_official_one(golden):
-    _assert_equals(horizontal_flip(*_small()), golden, "hflip")
+    _assert_equals(horizontal_flip(_small()), golden, "hflip")
 
 
 @pytest.mark.parametrize(("name", "size"), [("resize", (98, 130)), ("resize_up", (180, 240))])
 def test_resize_is_the_official_one(golden, name, size):
-    _assert_equals(resize(*_small(), size), golden, name)
+    _assert_equals(resize(_small(), size), golden, name)
 
 
 def test_crop_is_the_official_one(golden):
-    _assert_equals(crop(*_small(), 15, 40, 90, 100), golden, "crop")
+    _assert_equals(crop(_small(), 15, 40, 90, 100), golden, "crop")
 
 
 def test_normalised_image_and_boxes_are_the_official_ones(golden, detector):
-    sample = _sample(crop(*_small(), 15, 40, 90, 100))
+    sample = _finished(crop(_small(), 15, 40, 90, 100))
     pixels, _ = detector.preprocess([sample])
     (target,) = detector.prepare_targets([sample])
     # The model divides by 255 * std at once, the official code by 255 and then by std.
@@ -165,9 +171,9 @@ def test_training_pipeline_reproduces_the_official_run(meta, detector, seed):
     run = meta["train_runs"][seed]
     with torch.random.fork_rng():
         torch.manual_seed(run["seed"])
-        image, boxes = train_transforms()(*_large(), OfficialDraws(run["seed"]))
-    _assert_reproduces_run(detector, (image, boxes), run)
-    assert torch.tensor(LABELS)[_kept(boxes)].tolist() == run["labels"]
+        sample = train_transforms()(_large(), OfficialDraws(run["seed"]))
+    _assert_reproduces_run(detector, sample, run)
+    assert _finished(sample)["instances"].gt_classes.tolist() == run["labels"]
 
 
 def test_every_official_run_is_compared(meta):
@@ -175,8 +181,8 @@ def test_every_official_run_is_compared(meta):
 
 
 def test_validation_pipeline_reproduces_the_official_run(meta, detector):
-    result = build_test_transforms()(*_large(), random.Random(0))
-    _assert_reproduces_run(detector, result, meta["val"])
+    sample = build_test_transforms()(_large(), random.Random(0))
+    _assert_reproduces_run(detector, sample, meta["val"])
 
 
 def _read_annotations(

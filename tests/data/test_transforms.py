@@ -11,10 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import Tensor
+from torchvision.tv_tensors import BoundingBoxes
 
 from dn_detr.data import test_transforms as build_test_transforms
 from dn_detr.data import train_transforms
-from dn_detr.data.transforms import resized_size
+from dn_detr.data.transforms import Transform, resized_size
+from dn_detr.structures import Instances
 
 
 def noise_image(seed: int, height: int, width: int) -> Image.Image:
@@ -22,13 +25,26 @@ def noise_image(seed: int, height: int, width: int) -> Image.Image:
     return Image.fromarray(state.randint(0, 256, (height, width, 3)).astype(np.uint8))
 
 
+def apply(
+    transform: Transform, image: Image.Image, boxes_xyxy: Tensor, seed: int
+) -> tuple[Image.Image, Tensor]:
+    """The image and the boxes of a sample after a transform."""
+    size = (image.height, image.width)
+    boxes = BoundingBoxes(boxes_xyxy, format="XYXY", canvas_size=size)
+    sample = {"image": image, "instances": Instances(size, gt_boxes=boxes)}
+    moved = transform(sample, random.Random(seed))
+    instances = moved["instances"]
+    assert instances.image_size == (moved["image"].height, moved["image"].width)
+    return moved["image"], instances.gt_boxes
+
+
 def test_scale_multiplies_every_size() -> None:
     image = Image.new("RGB", (640, 480))
-    resized, _ = build_test_transforms(0.4)(image, torch.zeros(0, 4), random.Random(0))
+    resized, _ = apply(build_test_transforms(0.4), image, torch.zeros(0, 4), 0)
     assert (resized.height, resized.width) == (320, 426)
     shorts = {round(0.4 * size) for size in range(480, 801, 32)}
     for seed in range(40):
-        augmented, _ = train_transforms(0.4)(image, torch.zeros(0, 4), random.Random(seed))
+        augmented, _ = apply(train_transforms(0.4), image, torch.zeros(0, 4), seed)
         sides = sorted(augmented.size)
         assert sides[0] in shorts or sides[1] in (533, 532)
         assert sides[1] <= round(0.4 * 1333)
@@ -39,7 +55,7 @@ def test_other_recipes_are_a_matter_of_parameters() -> None:
     image = noise_image(0, 50, 70)
     box = torch.tensor([[0.0, 0.0, 35.0, 50.0]])
     for seed in range(10):
-        augmented, boxes = recipe(image, box, random.Random(seed))
+        augmented, boxes = apply(recipe, image, box, seed)
         assert augmented.height in (96, 128)
         torch.testing.assert_close(boxes[0, 0], torch.tensor(0.0))
 
@@ -57,7 +73,7 @@ def test_boxes_stay_inside_and_in_step_for_any_image(
     low_high = torch.tensor(corners).reshape(-1, 2, 2).sort(dim=1).values
     boxes = (low_high * torch.tensor([width, height])).reshape(-1, 4)
     recipe = train_transforms(0.1)
-    image, moved = recipe(Image.new("RGB", (width, height)), boxes, random.Random(seed))
+    image, moved = apply(recipe, Image.new("RGB", (width, height)), boxes, seed)
     assert moved.shape == boxes.shape and moved.dtype == torch.float32
     assert (moved[:, 2:] >= moved[:, :2]).all() and (moved >= 0).all()
     limit = torch.tensor([image.width, image.height, image.width, image.height])
@@ -83,7 +99,7 @@ def test_coloured_rectangle_stays_under_its_box() -> None:
     box = torch.tensor([[120.0, 100.0, 280.0, 200.0]])
     recipe = train_transforms(short_sides=[200], crop_short_sides=[300], crop_range=(150, 250))
     for seed in range(20):
-        image, boxes = recipe(Image.fromarray(pixels), box, random.Random(seed))
+        image, boxes = apply(recipe, Image.fromarray(pixels), box, seed)
         rows, columns = np.nonzero(np.asarray(image)[:, :, 0] > 127)
         found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         np.testing.assert_allclose(boxes[0].numpy(), found, atol=1.01)
