@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from dn_detr.checkpoint import LAYOUTS, convert_checkpoint
 from dn_detr.config import LazyConfig, instantiate, resolve_config_file
-from dn_detr.engine import is_user_error, user_message
+from dn_detr.errors import UserError, user_message
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,9 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     try:
         _run(arguments)
-    except Exception as error:
-        if not is_user_error(error):
-            raise
+    except UserError as error:
         print(f"error: {user_message(error)}", file=sys.stderr, flush=True)
         return 1
     return 0

@@ -24,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dn_detr.config import LazyConfig, resolve_config_file
-from dn_detr.engine import TrainSettings, is_user_error, user_message
+from dn_detr.engine import TrainSettings
+from dn_detr.errors import UserError, user_message
 
 SCRIPT = Path(__file__).resolve().with_name("train_net.py")
 # Options that are handed to sbatch as they are.
@@ -40,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name != "submitit":
             raise
         return _report("submitit is not installed: pip install 'dn_detr[slurm]'")
-    except Exception as error:
-        if not is_user_error(error):
-            raise
+    except UserError as error:
         return _report(user_message(error))
 
 

@@ -34,11 +34,10 @@ from dn_detr.engine import (
     Stopped,
     TrainSettings,
     evaluate,
-    is_user_error,
     launch,
     train,
-    user_message,
 )
+from dn_detr.errors import UserError, user_message
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(str(killed), killed.exit_code)
     except ProcessFailure as failure:
         return _report(str(failure))
-    except Exception as error:
-        if not is_user_error(error):
-            raise
+    except UserError as error:
         return _report(user_message(error))
     return EXIT_DONE
 

@@ -16,6 +16,8 @@ import numpy
 import safetensors
 import torch
 
+from dn_detr.errors import UserError
+
 MANIFEST_NAME = "manifest.json"
 FORMAT = "dn_detr.checkpoint"
 FORMAT_VERSION = 2
@@ -23,7 +25,7 @@ _READABLE_VERSIONS = (1, 2)  # 1: the optimizer's tensors lie in training_state.
 _BUFFER = 1 << 22  # bytes
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is missing, damaged, belongs to something else, or cannot be written."""
 
 

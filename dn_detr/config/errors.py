@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import SequenceMatcher, get_close_matches
 
+from dn_detr.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A config file, an override or a value is wrong; the message says where and the remedy."""
 
 

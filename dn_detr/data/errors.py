@@ -1,9 +1,11 @@
-"""The errors of this room."""
+"""Exceptions of `dn_detr.data`."""
 
 from __future__ import annotations
 
+from dn_detr.errors import UserError
 
-class DatasetError(ValueError):
+
+class DatasetError(UserError):
     """A data set, annotation file or image that cannot be used: which file, why, what helps."""
 
 

@@ -9,8 +9,10 @@ from typing import Any, get_args
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dn_detr.distributed import rank, world_size
+
 from .coco import CocoDetection, Sample
-from .samplers import EndlessBatchSampler, rank_and_world_size
+from .samplers import EndlessBatchSampler
 from .skipping import OnError, SkipBrokenImages
 from .workers import JournaledDataset, WorkerWatch, serve_the_parent
 
@@ -126,13 +128,12 @@ def build_train_loader(
             f"dataloader.train.on_error={on_error!r}: expected {' or '.join(get_args(OnError))}"
         )
     dataset = dataset if limit is None else dataset.subset(limit)
-    rank, world_size = rank_and_world_size()
     sampler = EndlessBatchSampler(
         len(dataset),
         total_batch_size,
         seed=seed,
-        rank=rank,
-        world_size=world_size,
+        rank=rank(),
+        world_size=world_size(),
         start_iteration=start_iteration,
         groups=[int(width > height) for height, width in dataset.image_sizes]
         if aspect_ratio_grouping
@@ -164,8 +165,7 @@ def build_test_loader(
         limit: keep the first N images, None = all.
     """
     dataset = dataset if limit is None else dataset.subset(limit)
-    rank, world_size = rank_and_world_size()
-    share = range(rank, len(dataset), world_size)
+    share = range(rank(), len(dataset), world_size())
     return WatchedLoader(dataset, num_workers=num_workers, batch_size=batch_size, sampler=share)
 
 

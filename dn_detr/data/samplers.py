@@ -5,17 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-import torch.distributed
 from torch.utils.data import Sampler
 
 from .seeding import stable_seed
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) outside torch.distributed."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 class EndlessBatchSampler(Sampler[list[tuple[int, int]]]):

@@ -1,9 +1,9 @@
 """Training and evaluation of a config: the loop, its processes, schedules, groups and logs."""
 
-from .errors import LaunchError, NonFiniteError, ProcessFailure, is_user_error, user_message
 from .evaluation import evaluate, evaluate_model
-from .launch import launch
+from .launch import LaunchError, ProcessFailure, launch
 from .memory import OutOfMemory
+from .nonfinite import NonFiniteError
 from .optimizer import describe_groups, parameter_groups
 from .schedule import LearningRateRule, Timetable, cosine, multi_step
 from .settings import TrainSettings
@@ -43,10 +43,8 @@ __all__ = [
     "describe_groups",
     "evaluate",
     "evaluate_model",
-    "is_user_error",
     "launch",
     "multi_step",
     "parameter_groups",
     "train",
-    "user_message",
 ]

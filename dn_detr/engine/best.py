@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from dn_detr.errors import UserError
+
 from .metrics import evaluation_row
 
 
@@ -96,7 +98,7 @@ class BestResult:
         value = row.get(f"eval/{self._metric}")
         if value is None:
             names = ", ".join(name.removeprefix("eval/") for name in row)
-            raise ValueError(
+            raise UserError(
                 f"train.checkpoint.best={self._metric}: the evaluation has no such result; it has "
                 f"{names}"
             )

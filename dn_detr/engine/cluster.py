@@ -17,12 +17,14 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from dn_detr.errors import UserError
+
 from .cluster_job import ClusterJob, python_command
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 
 
-class SubmissionError(ValueError):
+class SubmissionError(UserError):
     """A job cannot be submitted as asked; the message says why and what to change."""
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .distributed import local_rank, world_size
-from .errors import LaunchError
+from dn_detr.distributed import local_rank, world_size
+from dn_detr.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
@@ -15,37 +15,37 @@ def choose_device(name: str) -> torch.device:
         name: "auto" (CUDA where there is a GPU), "cpu", "cuda" or, in a single process, "cuda:1".
 
     Raises:
-        ValueError: there is no such device.
+        UserError: there is no such device.
     """
     device = parse_device(name)
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", local_rank())
         elif world_size() > 1:
-            raise LaunchError(f"train.device={name}: several processes need train.device=cuda")
+            raise UserError(f"train.device={name}: several processes need train.device=cuda")
         require_gpus(device.index + 1, name)
         torch.cuda.set_device(device)
     return device
 
 
 def parse_device(name: str) -> torch.device:
-    """Return the device that `train.device` names; ValueError if it names none."""
+    """Return the device that `train.device` names; UserError if it names none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"train.device={name!r}: expected auto, cpu, cuda or cuda:0") from None
+        raise UserError(f"train.device={name!r}: expected auto, cpu, cuda or cuda:0") from None
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"train.device={name!r}: expected auto, cpu, cuda or cuda:0")
+        raise UserError(f"train.device={name!r}: expected auto, cpu, cuda or cuda:0")
     return device
 
 
 def require_gpus(count: int, name: str) -> None:
-    """Raise LaunchError if this machine has fewer than `count` GPUs; `name` is `train.device`."""
+    """Raise UserError if this machine has fewer than `count` GPUs; `name` is `train.device`."""
     present = torch.cuda.device_count()
     if count > present:
-        raise LaunchError(
+        raise UserError(
             f"train.device={name}: {count} GPU(s) needed, this machine has {present}; "
             "train.device=cpu runs without"
         )

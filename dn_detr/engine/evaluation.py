@@ -14,10 +14,11 @@ from torch import nn
 from dn_detr.checkpoint import last_checkpoint, load_model_weights, log_loading
 from dn_detr.config import LazyConfig, instantiate
 from dn_detr.data import check_num_classes
+from dn_detr.distributed import barrier, broadcast_buffers, is_main, rank
+from dn_detr.errors import UserError
 from dn_detr.evaluation import inference_on_dataset
 
 from .devices import choose_device
-from .distributed import barrier, broadcast_buffers, is_main, rank
 from .random_state import preserved_random_state, seed_everything
 from .settings import TrainSettings
 from .setup import announce_device, logging_to, make_folder, record_run
@@ -119,7 +120,7 @@ def check_watched_result(
         for name in evaluator.result_names(class_names)
     ]
     if watched is not None and names and watched not in names:
-        raise ValueError(
+        raise UserError(
             f"train.checkpoint.best={watched}: no evaluation has such a result; they have "
             f"{', '.join(names)}"
             + ("; ema/... needs train.ema.enabled=true" if watched.startswith("ema/") else "")
@@ -129,7 +130,7 @@ def check_watched_result(
 def _weights_to_evaluate(settings: TrainSettings) -> str | Path:
     checkpoint = settings.init_checkpoint or last_checkpoint(settings.output_dir)
     if not checkpoint:
-        raise ValueError(
+        raise UserError(
             f"nothing to evaluate: train.init_checkpoint is empty and {settings.output_dir} holds "
             "no checkpoints; set train.init_checkpoint=<checkpoint or output folder>"
         )

@@ -26,8 +26,9 @@ from torch import multiprocessing
 from torch.distributed.rendezvous import rendezvous
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from dn_detr.errors import UserError, user_message
+
 from .devices import parse_device, require_gpus
-from .errors import LaunchError, ProcessFailure, is_user_error, user_message
 from .stopping import EXIT_SIGNAL, EXIT_STOPPED, STOP_SIGNALS, KilledError, Stopped
 
 # Long enough for rank 0 to run COCOeval while the others wait.
@@ -35,6 +36,14 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Processes whose group lost a member have this long to say so before they are terminated.
 _FAREWELL_SECONDS = 5.0
+
+
+class LaunchError(UserError):
+    """The processes cannot be started as asked, or a started one reported a mistake of a user."""
+
+
+class ProcessFailure(RuntimeError):
+    """A started process failed; the message is its traceback."""
 
 
 def launch(
@@ -220,8 +229,8 @@ def _run_child(
 
 
 def _record_failure(folder: Path, index: int, error: Exception) -> None:
-    user_error = is_user_error(error)
-    text = user_message(error) if user_error else traceback.format_exc()
+    user_error = isinstance(error, UserError)
+    text = user_message(error) if isinstance(error, UserError) else traceback.format_exc()
     failure = {"time": time.time(), "rank": index, "user_error": user_error, "text": text}
     (folder / f"failure_{index}.json").write_text(json.dumps(failure), encoding="utf-8")
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dn_detr.errors import UserError
+
 LOCK_FILE = ".lock"
 # Processes of a run that was killed may need a moment to notice and to save.
 _PATIENCE_SECONDS = 20.0
@@ -46,7 +48,7 @@ def _lock(descriptor: int, folder: Path) -> None:
         except (BlockingIOError, PermissionError):
             if time.monotonic() > deadline:
                 owner = (folder / LOCK_FILE).read_text(encoding="utf-8").strip()
-                raise ValueError(
+                raise UserError(
                     f"train.output_dir={folder}: another run is writing there ({owner}); wait "
                     "until it has ended, stop it, or choose another folder"
                 ) from None

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
+from dn_detr.errors import UserError, image_name
+
 Sample = Mapping[str, Any]  # of the training data, as the detector takes it
 
 # What PyTorch's allocators for CPUs say; they raise a plain RuntimeError.
 _ALLOCATOR_COMPLAINTS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory")
 
 
-class OutOfMemory(MemoryError):
+class OutOfMemory(UserError, MemoryError):
     """A training step did not fit into memory; the message gives the batch and remedies."""
 
 
@@ -35,8 +37,3 @@ def describe_batch(samples: Sequence[Sample]) -> str:
         objects = len(sample["instances"].gt_classes) if "instances" in sample else 0
         lines.append(f"  {image_name(sample)}: {shape}, {objects} objects")
     return "\n".join(lines)
-
-
-def image_name(sample: Sample) -> str:
-    """Return what identifies an image in a message."""
-    return str(sample.get("file_name", sample.get("image_id", "?")))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .distributed import all_gather
+from dn_detr.distributed import all_gather
 
 if TYPE_CHECKING:
     from .step import StepResult

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .distributed import all_gather
-from .memory import Sample, image_name
+from dn_detr.distributed import all_gather
+from dn_detr.errors import UserError, image_name
+
+from .memory import Sample
 
 _REMEDIES = (
     "what helps: correct the annotations of images that are marked; a lower optimizer.lr or "
@@ -24,6 +26,10 @@ _REMEDIES = (
 )
 
 Compute = Callable[[Sequence[Sample]], Mapping[str, Tensor]]
+
+
+class NonFiniteError(UserError, ArithmeticError):
+    """A loss or gradient is NaN or infinite; the message names iteration, terms and images."""
 
 
 class RunningStatistics:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from dn_detr.errors import UserError
+
 _NORM_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
 
@@ -98,12 +100,12 @@ def _require_matches(model: nn.Module, rules: Iterable[str]) -> None:
     names = [name for name, _ in model.named_parameters()]
     for rule in rules:
         if not all(rule.split("|")):
-            raise ValueError(
+            raise UserError(
                 f"optimizer.params.lr_factors: {rule!r} has an empty part, which every name "
                 "contains; set optimizer.lr for all parameters"
             )
         if not any(_names(rule, name) for name in names):
-            raise ValueError(_no_match(rule, names))
+            raise UserError(_no_match(rule, names))
 
 
 def _no_match(rule: str, names: Iterable[str]) -> str:

@@ -8,7 +8,8 @@ import sys
 
 from tqdm import tqdm
 
-from .distributed import is_main
+from dn_detr.distributed import is_main
+
 from .metrics import Row
 from .schedule import Timetable
 from .setup import FILE_ONLY

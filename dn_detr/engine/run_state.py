@@ -20,9 +20,9 @@ from dn_detr.checkpoint import (
     load_training_state,
     read_manifest,
 )
+from dn_detr.distributed import all_gather, rank, world_size
 
 from .best import BestResult
-from .distributed import all_gather, rank, world_size
 from .metrics import Interval
 from .optimizer import group_name
 from .random_state import capture_random_state, restore_random_state

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
+from dn_detr.errors import UserError
+
 # (epoch, total_epochs) -> factor of the learning rate; both fractional, 0 <= epoch < total_epochs.
 LearningRateRule = Callable[[float, float], float]
 
@@ -73,7 +75,7 @@ def parse_period(period: int | str | None, iterations_per_epoch: int) -> int | N
     except ValueError:
         epochs = math.nan
     if not (str(period).endswith("ep") and 0 < epochs < math.inf):
-        raise ValueError(
+        raise UserError(
             f"period {period!r}: expected iterations (500), epochs (1ep, 0.5ep), or 0 for never"
         )
     return max(1, round(epochs * iterations_per_epoch))
@@ -98,7 +100,7 @@ def multi_step(
     """
     ordered = sorted(milestones)
     if not gamma > 0:
-        raise ValueError(f"lr_schedule.gamma={gamma}: expected > 0")
+        raise UserError(f"lr_schedule.gamma={gamma}: expected > 0")
 
     def rule(epoch: float, total_epochs: float) -> float:
         decay = gamma ** bisect.bisect_right(ordered, epoch)

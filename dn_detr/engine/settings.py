@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dn_detr.errors import UserError
+
 from .schedule import parse_period
 
 SECTIONS = ("model", "dataloader", "optimizer", "lr_schedule", "train")
@@ -154,7 +156,7 @@ class TrainSettings:
                 its range.
         """
         if absent := [name for name in SECTIONS if name not in cfg]:
-            raise ValueError(
+            raise UserError(
                 f"the config has no {', '.join(absent)}; it needs {', '.join(SECTIONS)}"
             )
         try:
@@ -164,7 +166,7 @@ class TrainSettings:
             known = ", ".join(item.name for item in fields(cls))
             reason = str(error).splitlines()[0]
             where = f"train.{error.full_key}" if error.full_key else "train"
-            raise ValueError(f"{where}: {reason}; the keys of train are {known}") from error
+            raise UserError(f"{where}: {reason}; the keys of train are {known}") from error
         assert isinstance(settings, cls)
         settings._check_ranges()
         return settings
@@ -196,7 +198,7 @@ class TrainSettings:
         patience = self.early_stopping.patience
         _check("early_stopping.patience", patience, _positive_or_none, ">= 1 or null")
         if patience is not None and self.checkpoint.best is None:
-            raise ValueError(
+            raise UserError(
                 "train.early_stopping.patience needs the result to watch: set train.checkpoint.best"
             )
 
@@ -211,7 +213,7 @@ def _positive_or_none(value: float | None) -> bool:
 
 def _check(key: str, value: object, accepts: Callable[..., bool], expected: str) -> None:
     if not accepts(value):
-        raise ValueError(f"train.{key}={value}: expected {expected}")
+        raise UserError(f"train.{key}={value}: expected {expected}")
 
 
 def _check_choice(key: str, value: str, *choices: str) -> None:

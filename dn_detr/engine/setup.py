@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .distributed import is_main, rank, world_size
+from dn_detr.distributed import is_main, rank, world_size
+from dn_detr.errors import UserError
 
 _PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "omegaconf", "safetensors", "scipy")
 # Rows of numbers that a progress bar shows anyway go to the file only.
@@ -91,7 +92,7 @@ def _open_log(path: Path) -> logging.Handler:
     try:
         return _LogFile(path)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written to: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be written to: {error.strerror}") from error
 
 
 def announce_device(device: torch.device, wanted: str) -> None:
@@ -117,15 +118,13 @@ def make_folder(path: str | Path) -> Path:
     """
     folder = Path(path)
     if folder.is_file():
-        raise ValueError(
-            f"train.output_dir={path}: cannot be created: there is a file of that name"
-        )
+        raise UserError(f"train.output_dir={path}: cannot be created: there is a file of that name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"train.output_dir={path}: cannot be created: {error}") from error
+        raise UserError(f"train.output_dir={path}: cannot be created: {error}") from error
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"train.output_dir={path}: no permission to write there")
+        raise UserError(f"train.output_dir={path}: no permission to write there")
     return folder
 
 
@@ -147,7 +146,7 @@ def record_run(config: str, folder: Path, device: torch.device) -> None:
         with (folder / "environment.txt").open("a", encoding="utf-8") as file:
             file.write(describe_environment(device) + "\n")
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"train.output_dir={folder}: cannot be written to: {error.strerror}; free disk space, "
             "or choose another folder"
         ) from error

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import all_gather, is_distributed, is_main
+from dn_detr.distributed import all_gather, is_distributed, is_main
+
 from .metrics import Ratio
 
 _NOT_SEEN = -2  # less than what any object has that was seen, so a maximum over processes merges

@@ -15,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dn_detr.allocator import release_freed_memory
+from dn_detr.distributed import any_process, average_gradients, is_distributed
+from dn_detr.errors import UserError, image_name
 from dn_detr.modeling import ObjectCounts, mean_over_ranks
 
-from .distributed import any_process, average_gradients, is_distributed
-from .errors import NonFiniteError
-from .memory import OutOfMemory, Sample, describe_batch, image_name, is_out_of_memory
-from .nonfinite import RunningStatistics, explain
+from .memory import OutOfMemory, Sample, describe_batch, is_out_of_memory
+from .nonfinite import NonFiniteError, RunningStatistics, explain
 from .random_state import preserved_random_state
 from .settings import AmpSettings, ClipGradSettings
 
@@ -113,7 +113,7 @@ class TrainingStep:
         if self._averages_itself and any(
             isinstance(module, nn.SyncBatchNorm) for module in self._module.modules()
         ):
-            raise ValueError(
+            raise UserError(
                 "train.oom=skip does not go with batch normalisation that is synchronised over "
                 "processes; use train.oom=raise or freeze it"
             )

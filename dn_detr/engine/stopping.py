@@ -17,10 +17,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from dn_detr.distributed import is_main, rank, world_size
 from dn_detr.early_signals import EXIT_STOPPED as EXIT_STOPPED
 from dn_detr.early_signals import STOP_SIGNALS
-
-from .distributed import is_main, rank, world_size
 
 EXIT_DONE = 0
 EXIT_ERROR = 1

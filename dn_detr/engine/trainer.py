@@ -11,12 +11,19 @@ from typing import Any, NoReturn
 
 from dn_detr.checkpoint import CheckpointError, CheckpointWriter, last_checkpoint
 from dn_detr.data import count_skipped, describe_skipped
+from dn_detr.distributed import (
+    all_gather,
+    any_process,
+    barrier,
+    broadcast_from_main,
+    is_main,
+    world_size,
+)
 from dn_detr.evaluation import EvaluationStopped
 
-from .distributed import all_gather, any_process, barrier, broadcast_from_main, is_main, world_size
-from .errors import NonFiniteError
 from .memory import OutOfMemory, Sample
 from .metrics import Interval, Row, average_over_ranks, evaluation_row, peak_memory_mib
+from .nonfinite import NonFiniteError
 from .optimizer import learning_rates
 from .progress import Progress
 from .run_state import RunState

@@ -27,12 +27,12 @@ from dn_detr.checkpoint import (
 )
 from dn_detr.config import LazyConfig, instantiate
 from dn_detr.data import check_num_classes, check_same_categories
+from dn_detr.distributed import broadcast_from_main, is_distributed, is_main, rank, world_size
+from dn_detr.errors import UserError, user_message
 
 from .best import BestResult
 from .devices import choose_device
-from .distributed import broadcast_from_main, is_distributed, is_main, rank, world_size
 from .ema import averaged_model
-from .errors import is_user_error, user_message
 from .evaluation import build_evaluators, check_watched_result, evaluate_all
 from .lock import sole_run
 from .optimizer import describe_groups
@@ -103,7 +103,7 @@ def _end_logged() -> Iterator[None]:
         raise
     except Exception as error:
         if is_main():
-            text = user_message(error) if is_user_error(error) else traceback.format_exc()
+            text = user_message(error) if isinstance(error, UserError) else traceback.format_exc()
             logger.error("%s", text, extra=NEVER_IN_TERMINAL)
         raise
 
@@ -112,7 +112,7 @@ def _starting_point(settings: TrainSettings, resume: bool) -> Path | None:
     """Return the checkpoint to continue from; the first process looks, for all."""
     checkpoint = broadcast_from_main(last_checkpoint(settings.output_dir) if is_main() else None)
     if checkpoint is not None and not resume:
-        raise ValueError(
+        raise UserError(
             f"{settings.output_dir} holds a run with {read_manifest(checkpoint).iteration} "
             "iterations: add --resume to continue it, choose another train.output_dir, or delete it"
         )
@@ -240,7 +240,7 @@ def _checkpoint_activations(model: nn.Module, settings: TrainSettings) -> None:
     if not any(parts.values()):
         return
     if not hasattr(model, "checkpoint_activations"):
-        raise ValueError(
+        raise UserError(
             f"train.activation_checkpointing: {type(model).__name__} has no method "
             "checkpoint_activations"
         )

@@ -18,7 +18,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from .distributed import is_main
+from dn_detr.distributed import is_main
+from dn_detr.errors import UserError
+
 from .metrics import Row
 from .settings import WandbSettings
 
@@ -28,7 +30,7 @@ WANDB_RUN_FILE = "wandb_run_id.txt"
 logger = logging.getLogger(__name__)
 
 
-class WriterError(ValueError):
+class WriterError(UserError):
     """A writer cannot be opened; the message names the file or setting and the remedy."""
 
 

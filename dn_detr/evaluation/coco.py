@@ -18,7 +18,8 @@ from pycocotools.cocoeval import COCOeval
 
 from dn_detr.data.annotations import first_of
 from dn_detr.data.coco import CocoDetection
-from dn_detr.data.samplers import rank_and_world_size
+from dn_detr.distributed import gather_to_main
+from dn_detr.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class CocoEvaluator:
             ValueError: ``reset`` was not called.
         """
         dataset = self._require_dataset()
-        gathered = _gather((self._detections, self._repeated, self._dropped))
+        gathered = gather_to_main((self._detections, self._repeated, self._dropped))
         if gathered is None:
             return None
         merged: dict[int, Detections] = {}
@@ -130,12 +131,12 @@ class CocoEvaluator:
         scores = instances.scores.detach().double().cpu()
         classes = instances.pred_classes.detach().cpu()
         if image_id not in self._known_images:
-            raise ValueError(
+            raise UserError(
                 f"image id {image_id} is not in {dataset.annotation_file}; evaluate on the data"
                 " set that the images come from"
             )
         if not (boxes_xyxy.isfinite().all() and scores.isfinite().all()):
-            raise ValueError(
+            raise UserError(
                 f"image id {image_id}: a predicted box or score is not finite; the model has"
                 " diverged, or overflows in half precision"
             )
@@ -185,16 +186,6 @@ def _table(entries: Iterable[tuple[str, float]], columns: int) -> list[str]:
     width = max(len(name) for name, _ in shown)
     cells = [f"{name:<{width}} {text:>6}" for name, text in shown]
     return ["   ".join(cells[i : i + columns]) for i in range(0, len(cells), columns)]
-
-
-def _gather(value: Any) -> list[Any] | None:
-    """The values of all ranks on rank 0, None elsewhere."""
-    rank, world_size = rank_and_world_size()
-    if world_size == 1:
-        return [value]
-    values: list[Any] | None = [None] * world_size if rank == 0 else None
-    torch.distributed.gather_object(value, values)
-    return values
 
 
 def _to_results(

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dn_detr.data.coco import CocoDetection, Sample
-from dn_detr.data.samplers import rank_and_world_size
+from dn_detr.distributed import is_main, world_size
 
 from .coco import CocoEvaluator
 
@@ -50,7 +50,7 @@ def inference_on_dataset(
     was_training = model.training
     evaluator.reset(cast(CocoDetection, loader.dataset))
     # disable=None: a bar in a terminal, nothing in a log file
-    disable = None if rank_and_world_size()[0] == 0 else True
+    disable = None if is_main() else True
     model.eval()
     try:
         with torch.no_grad():
@@ -69,7 +69,7 @@ def inference_on_dataset(
 def _most_batches(loader: DataLoader[Sample]) -> int:
     """The number of batches of the rank that has the most images."""
     images = len(cast(CocoDetection, loader.dataset))
-    share = math.ceil(images / rank_and_world_size()[1])
+    share = math.ceil(images / world_size())
     return math.ceil(share / cast(int, loader.batch_size))
 
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
+from dn_detr.distributed import is_distributed, world_size
 from dn_detr.structures import box_cxcywh_to_xyxy, generalized_box_iou
 
 # Carion et al. 2020 and Zhu et al. 2021: weights of the classification, L1 and GIoU losses.
@@ -99,11 +99,11 @@ def mean_over_ranks(counts: ObjectCounts, device: torch.device) -> ObjectCounts:
         Divisors: floats in a single process, else () float32 tensors on ``device``.
     """
     numbers = [float(counts.matching), float(counts.denoising)]
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         return ObjectCounts(*(max(number, 1.0) for number in numbers))
     totals = torch.tensor(numbers, device=device)
-    dist.all_reduce(totals)
-    return ObjectCounts(*(totals.clamp(min=1) / dist.get_world_size()).unbind())
+    torch.distributed.all_reduce(totals)
+    return ObjectCounts(*(totals.clamp(min=1) / world_size()).unbind())
 
 
 def count_per_rank(count: int, device: torch.device) -> Tensor | float:

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from dn_detr.data import CocoDetection, DatasetError, build_test_loader, build_train_loader
 from dn_detr.data.workers import serve_the_parent
-from dn_detr.engine import is_user_error
+from dn_detr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 HAZARD = 4
@@ -99,7 +99,7 @@ def test_a_worker_that_dies_is_reported_with_the_file_that_it_was_reading(
     assert f"{manner}" in message and remedy in message
     assert f"while it read {dataset.image_path(HAZARD)};" in message
     assert re.search(r"\(pid \d+\)", message)
-    assert is_user_error(caught.value)
+    assert isinstance(caught.value, UserError)
     assert time.monotonic() - start < 3
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dn_detr.engine.distributed import all_gather, rank
+from dn_detr.distributed import all_gather, rank
 from dn_detr.modeling.detector import Diagnostics
 from dn_detr.structures import Boxes, Instances
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dn_detr.engine.distributed import rank
+from dn_detr.distributed import rank
 
 from .dummy import TinyEvaluator
 

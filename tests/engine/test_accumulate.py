@@ -105,7 +105,7 @@ def step_with_unequal_numbers_of_pieces() -> None:
     """One process has three images and three pieces, the other one image."""
     from torch.nn.parallel import DistributedDataParallel
 
-    from dn_detr.engine.distributed import all_gather, rank
+    from dn_detr.distributed import all_gather, rank
 
     torch.manual_seed(0)
     model = DistributedDataParallel(instantiate(small_detector(DENSE)).train())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dn_detr.distributed import all_gather, barrier, rank, world_size
 from dn_detr.engine import (
     LaunchError,
     ProcessFailure,
@@ -14,7 +15,6 @@ from dn_detr.engine import (
     launch,
 )
 from dn_detr.engine.devices import choose_device
-from dn_detr.engine.distributed import all_gather, barrier, rank, world_size
 
 
 def write_identity(folder: str) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dn_detr.distributed import rank
 from dn_detr.engine import OutOfMemory, launch, train
-from dn_detr.engine.distributed import rank
 from dn_detr.engine.memory import is_out_of_memory
 
 from .faults import ADDRESSABLE

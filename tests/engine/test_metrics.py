@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dn_detr.distributed import barrier, rank
 from dn_detr.engine import StepResult, launch
-from dn_detr.engine.distributed import barrier, rank
 from dn_detr.engine.metrics import (
     EVENTS,
     Interval,

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dn_detr.config import instantiate
+from dn_detr.distributed import rank
 from dn_detr.engine import NonFiniteError, TrainingStep, evaluate, launch, train
-from dn_detr.engine.distributed import rank
 from dn_detr.engine.nonfinite import first_nonfinite_module
 from dn_detr.engine.settings import AmpSettings, ClipGradSettings
 from tests.modeling.conftest import FAMILIES

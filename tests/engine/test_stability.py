@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dn_detr.distributed import barrier, rank, world_size
 from dn_detr.engine import launch
-from dn_detr.engine.distributed import barrier, rank, world_size
 from dn_detr.engine.metrics import average_over_ranks
 from dn_detr.engine.stability import MatchingStability
 

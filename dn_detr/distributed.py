@@ -1,7 +1,4 @@
-"""Who this process is among many, and the exchange of small things between them.
-
-Everything works the same with and without a group of processes.
-"""
+"""Ranks, and small collective calls; all work with and without a group of processes."""
 
 from __future__ import annotations
 
@@ -17,17 +14,17 @@ T = TypeVar("T")  # what can be pickled
 
 
 def is_distributed() -> bool:
-    """Return whether this process belongs to a group."""
+    """Return whether this process belongs to a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """Return the number of this process, in [0, world_size)."""
+    """Return the rank of this process, in [0, world_size)."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def local_rank() -> int:
-    """Return the number of this process on its machine."""
+    """Return the rank of this process among those of its machine."""
     return int(os.environ["LOCAL_RANK"]) if is_distributed() else 0
 
 
@@ -37,18 +34,18 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Return whether this is the process that writes files and logs."""
+    """Return whether this is the main process (rank 0), which writes files and logs."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until every process has come here."""
+    """Wait until every rank has come here."""
     if is_distributed():
         dist.barrier()
 
 
 def all_gather(value: T) -> list[T]:
-    """Return the picklable `value` of every process, in the order of ranks, to every process."""
+    """Return the picklable `value` of every rank, in their order, to every rank."""
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -56,18 +53,27 @@ def all_gather(value: T) -> list[T]:
     return values
 
 
+def gather_to_main(value: T) -> list[T] | None:
+    """Return the picklable `value` of every rank to the main process, None to the others."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values)
+    return values
+
+
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give every process the first one's buffers: statistics of trainable normalisation differ."""
+    """Give every rank the main process's buffers: statistics of trainable normalisation differ."""
     if is_distributed():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def any_process(*flags: bool | Tensor, device: torch.device) -> list[bool]:
-    """Return, for each flag, whether it is set on any process; one collective call.
+    """Return, for each flag, whether it is set on any rank; one collective call.
 
     Args:
-        flags: of this process; a tensor is () bool, on `device`.
+        flags: of this rank; a tensor is () bool, on `device`.
         device: where the group communicates.
     """
     if not is_distributed():
@@ -80,10 +86,10 @@ def any_process(*flags: bool | Tensor, device: torch.device) -> list[bool]:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over all processes.
+    """Replace every gradient by its mean over all ranks.
 
     For steps that DistributedDataParallel must not average as they are computed, because a
-    process may fail in the middle. A parameter without gradient here counts as zero.
+    rank may fail in the middle. A parameter without gradient here counts as zero.
     """
     for parameter in parameters:
         if parameter.grad is None:
@@ -93,6 +99,6 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def broadcast_from_main(value: T) -> T:
-    """Return the picklable `value` of the first process, to every process."""
+    """Return the picklable `value` of the main process to every rank."""
     values: list[Any] = all_gather(value if is_main() else None)
     return values[0]

@@ -1,0 +1,39 @@
+"""Errors that a user can act on, and how their messages name images and long lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class UserError(ValueError):
+    """What a user can act on: the message says what is wrong, where, and what helps.
+
+    The commands show it as one message and exit with 1; every other exception keeps its traceback.
+    A project derives its own errors from it.
+    """
+
+
+def user_message(error: UserError) -> str:
+    """Return the message of an error, without the traceback that a loader's worker puts before."""
+    text = str(error)
+    if not text.startswith("Caught ") or "in DataLoader worker process" not in text:
+        return text
+    name = f"{type(error).__module__}.{type(error).__qualname__}"
+    return text.rpartition(f"\n{name}: ")[2].strip()
+
+
+def image_name(sample: Mapping[str, Any]) -> str:
+    """Return what identifies an image in a message: its file name, else its id."""
+    return str(sample.get("file_name", sample.get("image_id", "(no name)")))
+
+
+def first_names(names: Sequence[str], count: int = 5) -> str:
+    """Return the first names, joined by commas, and how many more there are.
+
+    Args:
+        names: of anything.
+        count: how many are shown.
+    """
+    shown = ", ".join(names[:count])
+    return f"{shown} and {len(names) - count} more" if len(names) > count else shown
