@@ -32,8 +32,8 @@ model.position_embedding.num_pos_feats = 64
 model.transformer.embed_dim = 128
 for _half, _num_layers in ((model.transformer.encoder, 2), (model.transformer.decoder, 3)):
     _half.num_layers = _num_layers
-    _half.num_heads = 4
-    _half.feedforward_dim = 512
+    _half.layer.num_heads = 4
+    _half.layer.feedforward_dim = 512
 
 dataloader.root = "datasets/digits"
 # Mirrored digits are no digits, and the scenes are small already.

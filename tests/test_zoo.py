@@ -234,7 +234,7 @@ def test_every_config_has_the_recipe_of_its_name(name):
         assert position == (10000, -0.5)
     else:
         assert position == (10 if name == "dab_detr_r50_dc5_50ep.py" else 20, 0.0)
-    activation = model.transformer.decoder.get("activation", "relu")
+    activation = model.transformer.decoder.layer.get("activation", "relu")
     assert activation == ("relu" if deformable else "prelu")
 
 

@@ -6,7 +6,12 @@ classes.
 """
 
 from dn_detr.config import LazyCall as L
-from dn_detr.modeling import DeformableDecoder, DeformableEncoder
+from dn_detr.modeling.transformers import (
+    DeformableDecoder,
+    DeformableDecoderLayer,
+    DeformableEncoder,
+    DeformableEncoderLayer,
+)
 
 from .dab_detr_r50 import model
 
@@ -27,9 +32,20 @@ _layer = dict(
     num_levels="${model.neck.num_levels}",
     num_points=4,
     dropout=0.0,
+    _partial_=True,  # makes each of the layers
 )
-model.transformer.encoder = L(DeformableEncoder)(num_layers=6, **_layer)
-model.transformer.decoder = L(DeformableDecoder)(num_layers=6, padded_query_pos=False, **_layer)
+model.transformer.encoder = L(DeformableEncoder)(
+    layer=L(DeformableEncoderLayer)(**_layer), num_layers=6
+)
+model.transformer.decoder = L(DeformableDecoder)(
+    layer=L(DeformableDecoderLayer)(**_layer),
+    num_layers=6,
+    embed_dim="${model.transformer.embed_dim}",
+    final_norm=False,
+    look_forward_twice=False,
+    query_scale=True,
+    padded_query_pos=False,
+)
 
 model.heads.shared = False  # a class head and a box head of every layer
 model.heads.size_bias = -2.0

@@ -9,12 +9,16 @@ from dn_detr.layers import PositionEmbeddingSine
 from dn_detr.modeling import (
     AnchorQueries,
     ChannelMapper,
-    DenseDecoder,
-    DenseEncoder,
     DetectionHeads,
     Detector,
     PostProcess,
     Transformer,
+)
+from dn_detr.modeling.transformers import (
+    DenseDecoder,
+    DenseDecoderLayer,
+    DenseEncoder,
+    DenseEncoderLayer,
 )
 
 from .parts import backbone, criterion
@@ -25,6 +29,7 @@ _layer = dict(
     feedforward_dim=2048,
     dropout=0.0,
     activation="prelu",
+    _partial_=True,  # makes each of the layers
 )
 model = L(Detector)(
     num_classes=80,
@@ -49,8 +54,20 @@ model = L(Detector)(
     transformer=L(Transformer)(
         embed_dim=256,
         num_levels="${model.neck.num_levels}",
-        encoder=L(DenseEncoder)(num_layers=6, **_layer),
-        decoder=L(DenseDecoder)(num_layers=6, num_levels="${model.neck.num_levels}", **_layer),
+        encoder=L(DenseEncoder)(
+            layer=L(DenseEncoderLayer)(**_layer),
+            num_layers=6,
+            embed_dim="${model.transformer.embed_dim}",
+            query_scale=True,
+        ),
+        decoder=L(DenseDecoder)(
+            layer=L(DenseDecoderLayer)(num_levels="${model.neck.num_levels}", **_layer),
+            num_layers=6,
+            embed_dim="${model.transformer.embed_dim}",
+            final_norm=True,
+            look_forward_twice=True,
+            query_scale=True,
+        ),
     ),
     heads=L(DetectionHeads)(
         num_classes="${model.num_classes}",

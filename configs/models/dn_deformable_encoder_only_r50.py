@@ -14,4 +14,4 @@ model.num_patterns = 3
 model.backbone = _deformable.backbone
 model.neck = _deformable.neck
 model.transformer.encoder = _deformable.transformer.encoder
-model.transformer.decoder.activation = "relu"
+model.transformer.decoder.layer.activation = "relu"

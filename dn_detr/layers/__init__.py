@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from .activation_checkpointing import run_checkpointed
 from .attention import MultiheadAttention, attend
 from .deformable_attention import MSDeformAttn
 from .linear import Linear
 from .mlp import MLP, FeedForward
 from .norm import MaskedGroupNorm
 from .position_embedding import PositionEmbeddingSine, sine_embed_boxes
-from .recompute import choose_recomputation, run_part
 
 __all__ = [
     "MLP",
@@ -19,7 +19,6 @@ __all__ = [
     "MultiheadAttention",
     "PositionEmbeddingSine",
     "attend",
-    "choose_recomputation",
-    "run_part",
+    "run_checkpointed",
     "sine_embed_boxes",
 ]

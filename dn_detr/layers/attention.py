@@ -23,7 +23,7 @@ def attend(
         value: (B, K, D).
         num_heads: heads, a divisor of C and D.
         mask: (Q, K) or (B, Q or 1, K) bool, True = blocked (the convention of
-            ``nn.MultiheadAttention``), or None. Every query must see some key.
+            `nn.MultiheadAttention`), or None. Every query must see some key.
         dropout: probability of dropping an attention weight.
 
     Returns:
@@ -40,14 +40,14 @@ def attend(
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` with a mask for each image.
+    """`nn.MultiheadAttention` with a mask for each image.
 
     Parameters and initialisation are the parent's. The parent wants a per-image mask repeated for
     every head (and turns it into floats in every layer); this one broadcasts it.
 
     Args:
         embed_dim: channels of queries, keys and values.
-        num_heads: number of heads, a divisor of ``embed_dim``.
+        num_heads: number of heads, a divisor of `embed_dim`.
         dropout: probability of dropping an attention weight.
     """
 
@@ -63,7 +63,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             query: (B, Q, C).
             key: (B, K, C).
             value: (B, K, C).
-            mask: see ``attend``.
+            mask: see `attend`.
 
         Returns:
             (B, Q, C).

@@ -21,12 +21,12 @@ class MSDeformAttn(nn.Module):
 
     Args:
         embed_dim: channels C of queries and values.
-        num_heads: H, a divisor of ``embed_dim``.
+        num_heads: H, a divisor of `embed_dim`.
         num_levels: L feature levels.
         num_points: P sampling points per head and level.
 
     Raises:
-        ValueError: a number below 1, or ``embed_dim`` is not divisible by ``num_heads``.
+        ValueError: a number below 1, or `embed_dim` is not divisible by `num_heads`.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class MSDeformAttn(nn.Module):
             (B, Q, C).
 
         Raises:
-            ValueError: see ``ms_deform_attn_fused``.
+            ValueError: see `ms_deform_attn_fused`.
         """
         samples = (self.num_heads, self.num_levels, self.num_points)
         out = ms_deform_attn_fused(

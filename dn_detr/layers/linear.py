@@ -12,7 +12,7 @@ _MANY_ROWS = 4096  # below, measured, a convolution's preparation costs more tha
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` that computes products of many rows as convolutions where they are faster.
+    """`nn.Linear` that computes products of many rows as convolutions where they are faster.
 
     A row is a pixel, and its channels are the last dimension of a channels-last map, so nothing is
     copied. On a Zen 4 processor torch's own product (MKL) reaches 170 GFLOP/s on two threads,

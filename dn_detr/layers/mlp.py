@@ -19,7 +19,7 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class MLP(nn.Module):
-    """``num_layers`` linear layers with ReLU between them.
+    """`num_layers` linear layers with ReLU between them.
 
     Args:
         in_dim: channels of the input.
@@ -47,7 +47,7 @@ class FeedForward(nn.Module):
         embed_dim: channels in and out.
         feedforward_dim: channels between the two linear layers.
         dropout: probability after each of them.
-        activation: ``relu``, ``prelu`` (one learned slope) or ``gelu``.
+        activation: `relu`, `prelu` (one learned slope) or `gelu`.
 
     Raises:
         ValueError: unknown activation.

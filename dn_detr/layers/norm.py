@@ -10,8 +10,8 @@ from dn_detr.structures import at_least_float32
 class MaskedGroupNorm(nn.GroupNorm):
     """Group normalisation whose statistics leave padded cells out.
 
-    With plain ``GroupNorm`` the features of an image depend on how much padding its batch adds.
-    Without a mask this is ``nn.GroupNorm``, and its parameters have the same names.
+    With plain `GroupNorm` the features of an image depend on how much padding its batch adds.
+    Without a mask this is `nn.GroupNorm`, and its parameters have the same names.
     """
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def _sine(position: Tensor, num_feats: int, temperature: float) -> Tensor:
-    """Interleaved sin and cos of (...) radians at ``num_feats`` frequencies; (..., num_feats)."""
+    """Interleaved sin and cos of (...) radians at `num_feats` frequencies; (..., num_feats)."""
     pair = torch.arange(num_feats, dtype=torch.float32, device=position.device) // 2
     angle = position[..., None] / temperature ** (2 * pair / num_feats)
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-2)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dn_detr.allocator import keep_freed_memory
-
 from .backbones import ResNet, TimmBackbone
 from .criterion import DetectionCriterion
 from .denoising import NoisedQueries, QueryDenoising
@@ -51,5 +49,3 @@ __all__ = [
     "Transformer",
     "mean_over_ranks",
 ]
-
-keep_freed_memory()

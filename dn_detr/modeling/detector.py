@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers import choose_recomputation
 from dn_detr.structures import Instances, box_xyxy_to_cxcywh, pad_images
 
 from .criterion import DetectionCriterion
@@ -314,22 +313,34 @@ class Detector(nn.Module):
     def checkpoint_activations(
         self, *, backbone: bool = False, encoder: bool = False, decoder: bool = False
     ) -> None:
-        """Choose which parts compute their activations again in the backward pass of training.
+        """Choose which parts recompute their activations in the backward pass of training.
 
         It costs another forward pass of each chosen part and saves most of its memory. Losses and
         gradients stay the same, bit for bit, and so does the state_dict.
 
         Args:
-            backbone: forget what is inside its stages.
-            encoder: forget what is inside its layers.
-            decoder: forget what is inside its layers.
+            backbone: stage by stage.
+            encoder: layer by layer.
+            decoder: layer by layer.
 
         Raises:
-            ValueError: a chosen part cannot; it has no attribute ``recompute_activations``.
+            ValueError: a chosen part does not support it.
         """
-        choose_recomputation("backbone", self.backbone, backbone)
-        choose_recomputation("encoder", self.transformer.encoder, encoder)
-        choose_recomputation("decoder", self.transformer.decoder, decoder)
+        part: Any
+        for name, part, chosen in (
+            ("backbone", self.backbone, backbone),
+            ("encoder", self.transformer.encoder, encoder),
+            ("decoder", self.transformer.decoder, decoder),
+        ):
+            if hasattr(part, "activation_checkpointing"):
+                part.activation_checkpointing = chosen
+            elif chosen:
+                raise ValueError(
+                    f"the {name} {type(part).__name__} does not support activation checkpointing; "
+                    f"switch it off for the {name}, or give the class an attribute "
+                    "activation_checkpointing and run its layers by "
+                    "dn_detr.layers.run_checkpointed"
+                )
 
     def class_tensors(self) -> list[str]:
         """Names, in the state_dict, of the tensors that have a row per class.

@@ -36,8 +36,7 @@ def tiny_config(
     cfg.position_embedding.num_pos_feats = 16
     for half in (cfg.transformer.encoder, cfg.transformer.decoder):
         half.num_layers = 2
-        half.feedforward_dim = 8
-        half.num_heads = 2
+        half.layer.update(num_heads=2, feedforward_dim=8)
     if num_patterns is not None:
         cfg.num_patterns = num_patterns
     return cfg

@@ -96,7 +96,8 @@ def small_detector(name: str = "dn_deformable_detr_r50") -> Any:
     cfg.position_embedding.num_pos_feats = 16
     cfg.transformer.embed_dim = 32
     for half, num_layers in ((cfg.transformer.encoder, 1), (cfg.transformer.decoder, 2)):
-        half.update(num_layers=num_layers, num_heads=4, feedforward_dim=64)
+        half.num_layers = num_layers
+        half.layer.update(num_heads=4, feedforward_dim=64)
     OmegaConf.resolve(cfg)  # it may be put anywhere then
     return cfg
 

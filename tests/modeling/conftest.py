@@ -88,7 +88,8 @@ def small_model_config(name: str) -> Any:
     cfg.position_embedding.num_pos_feats = 64
     cfg.transformer.embed_dim = 128
     for half, num_layers in ((cfg.transformer.encoder, 2), (cfg.transformer.decoder, 3)):
-        half.update(num_layers=num_layers, num_heads=4, feedforward_dim=256)
+        half.num_layers = num_layers
+        half.layer.update(num_heads=4, feedforward_dim=256)
     return cfg
 
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from dn_detr.config import ConfigError, get_config, instantiate
+from dn_detr.config import LazyCall as L
 from dn_detr.layers import sine_embed_boxes
-from dn_detr.modeling import DeformableDecoder, DenseDecoder, DetectionHeads, Memory
-from dn_detr.modeling.transformers import Levels
+from dn_detr.modeling import (
+    DeformableDecoder,
+    DeformableEncoder,
+    DenseDecoder,
+    DenseEncoder,
+    DetectionHeads,
+    Memory,
+)
+from dn_detr.modeling.transformers import DeformableDecoderLayer, DenseDecoderLayer, Levels
 from dn_detr.modeling.transformers.conditional_attention import (
     ConditionalCrossAttention,
     ConditionalSelfAttention,
@@ -31,10 +43,10 @@ def _seed() -> None:
 
 
 def _decoder(kind: str) -> torch.nn.Module:
-    options = {"num_layers": 3, "embed_dim": CHANNELS, "num_heads": HEADS, "feedforward_dim": 32}
+    options = {"embed_dim": CHANNELS, "num_heads": HEADS, "feedforward_dim": 32, "num_levels": 1}
     if kind == "dense":
-        return DenseDecoder(**options)
-    return DeformableDecoder(**options, num_levels=1)
+        return DenseDecoder(partial(DenseDecoderLayer, **options), 3, CHANNELS)
+    return DeformableDecoder(partial(DeformableDecoderLayer, **options), 3, CHANNELS)
 
 
 @pytest.mark.parametrize(("kind", "learns"), [("dense", True), ("deformable", False)])
@@ -90,9 +102,9 @@ def test_self_attention_is_softmax_of_summed_content_and_position():
         weights = (q[..., part] @ k[..., part].transpose(1, 2) / width**0.5).softmax(-1)
         heads.append(weights @ v[..., part])
     expected = attention.out_proj(torch.cat(heads, dim=-1))
-    found, asked = attention(x, pos)
+    found, query = attention(x, pos)
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(asked, q)
+    torch.testing.assert_close(query, q)
 
 
 @pytest.mark.parametrize("adds_position", [True, False])
@@ -116,32 +128,32 @@ def test_cross_attention_compares_content_and_position_side_by_side(adds_positio
     torch.testing.assert_close(attention(x, pos, sine, memory, x), expected)
 
 
-def test_cross_attention_weighs_levels_that_it_attends_to_one_by_one():
+def test_cross_attention_weights_levels_that_it_attends_to_one_by_one():
     attention = ConditionalCrossAttention(CHANNELS, HEADS, num_levels=2)
     memory = _memory((4, 6), (2, 3))
-    x, pos, sine, asked = (torch.randn(2, QUERIES, CHANNELS) for _ in range(4))
-    weights = attention.level_attn(asked).softmax(-1)
+    x, pos, sine, query = (torch.randn(2, QUERIES, CHANNELS) for _ in range(4))
+    weights = attention.level_attn(query).softmax(-1)
     expected = 0
     single = ConditionalCrossAttention(CHANNELS, HEADS)
     single.load_state_dict(attention.state_dict(), strict=False)
     for level, (cells, shape) in enumerate([(slice(0, 24), (4, 6)), (slice(24, 30), (2, 3))]):
         levels = Levels.from_masks([torch.zeros(2, *shape, dtype=torch.bool)])
         alone = Memory(memory.cells[:, cells], memory.pos[:, cells], levels)
-        expected = expected + weights[..., level, None] * single(x, pos, sine, alone, asked)
-    torch.testing.assert_close(attention(x, pos, sine, memory, asked), expected)
+        expected = expected + weights[..., level, None] * single(x, pos, sine, alone, query)
+    torch.testing.assert_close(attention(x, pos, sine, memory, query), expected)
 
 
-def test_levels_are_weighed_by_the_queries_that_the_self_attention_asked_with():
+def test_levels_are_weighted_by_the_projected_queries_of_the_self_attention():
     """As published: not by the states that the self-attention returned."""
-    options = {"num_layers": 2, "embed_dim": CHANNELS, "num_heads": HEADS, "feedforward_dim": 32}
-    decoder = DenseDecoder(num_levels=2, **options)
-    asked, weighed = [], []
+    layer = partial(DenseDecoderLayer, CHANNELS, HEADS, num_levels=2)
+    decoder = DenseDecoder(layer, 2, CHANNELS)
+    projected, used = [], []
     for layer in decoder.layers:
-        layer.self_attn.register_forward_hook(lambda _m, _i, output: asked.append(output[1]))
-        layer.cross_attn.level_attn.register_forward_pre_hook(lambda _m, i: weighed.append(i[0]))
+        layer.self_attn.register_forward_hook(lambda _m, _i, output: projected.append(output[1]))
+        layer.cross_attn.level_attn.register_forward_pre_hook(lambda _m, i: used.append(i[0]))
     inputs = torch.randn(2, QUERIES, CHANNELS), torch.randn(2, QUERIES, 4)
     decoder(*inputs, _memory((4, 6), (2, 3)), DetectionHeads(3, CHANNELS, shared=True))
-    assert len(asked) == 2 and all(a is w for a, w in zip(asked, weighed, strict=True))
+    assert len(projected) == 2 and all(p is u for p, u in zip(projected, used, strict=True))
 
 
 def test_modulation_is_computed_in_float32_under_autocast():
@@ -157,9 +169,8 @@ def test_deformable_decoder_is_the_published_one_step_by_step(padded_query_pos):
     memory = _memory((4, 6), (2, 3))
     ratios = torch.tensor([[[0.5, 0.9], [0.6, 0.8]], [[1.0, 0.7], [0.3, 1.0]]])
     memory = replace(memory, levels=replace(memory.levels, valid_ratios=ratios))
-    decoder = DeformableDecoder(
-        2, CHANNELS, padded_query_pos=padded_query_pos, num_heads=HEADS, num_levels=2
-    )
+    layer = partial(DeformableDecoderLayer, CHANNELS, HEADS, num_levels=2)
+    decoder = DeformableDecoder(layer, 2, CHANNELS, padded_query_pos=padded_query_pos)
     heads = DetectionHeads(3, CHANNELS, num_layers=2)
     for parameter in [*decoder.parameters(), *heads.parameters()]:
         torch.nn.init.normal_(parameter, std=0.3)
@@ -193,3 +204,62 @@ def test_cross_attention_does_not_see_padding(shapes):
     padding = memory.levels.padding_mask
     memory.cells[padding], memory.pos[padding] = 9.0, -9.0
     torch.testing.assert_close(attention(x, pos, sine, memory, x), before)
+
+
+class _OwnLayer(DeformableDecoderLayer):
+    """A layer of somebody's own, with a module among its arguments."""
+
+    def __init__(self, mixer: torch.nn.Module, **options: Any) -> None:
+        super().__init__(**options)
+        self.mixer = mixer
+
+    def forward(self, x: Tensor, *inputs: Any) -> Tensor:
+        return super().forward(self.mixer(x), *inputs)
+
+
+def test_layers_do_not_share_the_modules_of_their_arguments():
+    layer = partial(_OwnLayer, torch.nn.Linear(CHANNELS, CHANNELS), embed_dim=CHANNELS)
+    first, second = DeformableDecoder(layer, 2, CHANNELS).layers
+    assert first.mixer.weight is not second.mixer.weight
+
+
+@pytest.mark.parametrize("stack", [DenseEncoder, DenseDecoder, DeformableEncoder])
+def test_one_layer_for_all_is_refused(stack):
+    with pytest.raises(ValueError, match=r"layer is one Linear for all layers.*_partial_=True"):
+        stack(torch.nn.Linear(2, 2))
+
+
+def test_a_stack_without_layers_is_refused():
+    with pytest.raises(ValueError, match="num_layers 0 must be at least 1"):
+        DeformableEncoder(num_layers=0)
+
+
+def test_a_config_names_the_nearest_argument_of_a_layer():
+    cfg = get_config("models/dab_deformable_detr_r50.py").model
+    cfg.transformer.decoder.layer.num_point = 4
+    with pytest.raises(ConfigError, match=r"num_point.*did you mean.*num_points"):
+        instantiate(cfg)
+
+
+def test_a_config_makes_a_decoder_of_own_layers_as_dino_has_it():
+    """States are normalised, losses reach the box before, no parameter is unused."""
+    cfg = get_config("models/dab_deformable_detr_r50.py").model.transformer
+    cfg.embed_dim = cfg.encoder.layer.embed_dim = CHANNELS
+    decoder = cfg.decoder
+    decoder.update(num_layers=2, embed_dim=CHANNELS, final_norm=True)
+    decoder.update(look_forward_twice=True, query_scale=False)
+    layer = dict(_target_=_OwnLayer, mixer=L(torch.nn.Linear)(in_features=16, out_features=16))
+    decoder.layer.update(embed_dim=CHANNELS, num_levels=2, **layer)
+    built = instantiate(decoder)
+    names = {name.partition(".")[0] for name, _ in built.named_parameters()}
+    assert names == {"layers", "ref_point_head", "norm"}
+    heads = DetectionHeads(3, CHANNELS, num_layers=2)
+    torch.nn.init.normal_(heads.bbox_embed[0].layers[-1].weight)
+    torch.nn.init.normal_(heads.bbox_embed[1].layers[-1].weight)
+    inputs = torch.randn(2, QUERIES, CHANNELS), torch.randn(2, QUERIES, 4)
+    states, references = built(*inputs, _memory((4, 6), (2, 3)), heads)
+    assert references.requires_grad
+    logits, boxes = heads(states, references)
+    (logits.sum() + boxes.sum()).backward()
+    parameters = [*built.named_parameters(), *heads.named_parameters()]
+    assert [name for name, p in parameters if p.grad is None] == []

@@ -29,7 +29,7 @@ SMALL = (
     *(
         f"model.transformer.{half}.{knob}"
         for half in ("encoder", "decoder")
-        for knob in ("num_layers=1", "num_heads=2", "feedforward_dim=8")
+        for knob in ("num_layers=1", "layer.num_heads=2", "layer.feedforward_dim=8")
     ),
 )
 

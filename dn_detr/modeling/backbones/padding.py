@@ -9,7 +9,7 @@ same alone and in any batch.
 The mask reaches the filters inside a foreign network through hooks. Each knows the stride of its
 input from a dry run at construction; the mask itself lives only during the call and only for the
 calling thread, so that modules hold no state, and nothing here stands in the way of
-``torch.compile``, ``torch.export`` with dynamic sizes, ``copy.deepcopy`` or several threads.
+`torch.compile`, `torch.export` with dynamic sizes, `copy.deepcopy` or several threads.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ class KnownPadding:
         return ~self.mask[:, rows[:, None], columns]
 
     def keep(self, stride: int, height: int, width: int, *, dtype: torch.dtype) -> Tensor:
-        """``valid`` as factors (B, height, width): 0 in the padding, 1 elsewhere."""
+        """`valid` as factors (B, height, width): 0 in the padding, 1 elsewhere."""
         key = (stride, dtype)
         return self.derive(key, lambda: self.valid(stride, height, width).to(dtype))
 
     def derive(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        """What ``compute`` returns, computed once per call of the network."""
+        """What `compute` returns, computed once per call of the network."""
         if key not in self._derived:
             self._derived[key] = compute()
         return self._derived[key]
@@ -86,7 +86,7 @@ def current_padding() -> KnownPadding | None:
 
 
 def with_known_padding(part: Callable[[Tensor], Output]) -> Callable[[Tensor], Output]:
-    """``part`` that sees the padding of now whenever it runs, also in the backward pass."""
+    """`part` that sees the padding of now whenever it runs, also in the backward pass."""
     padding = current_padding()
 
     def run(x: Tensor) -> Output:
@@ -117,7 +117,7 @@ def dry_run(body: nn.Module, height: int, width: int) -> DryRun:
     Args:
         body: (1, 3, height, width) -> maps as a list or dict. It stays where it is, and as it is.
         height: pixels, a multiple of the network's largest stride.
-        width: as ``height``; another number, so that the two cannot be confused.
+        width: as `height`; another number, so that the two cannot be confused.
     """
     shapes: dict[nn.Module, set[tuple[int, int]]] = {}
 
@@ -160,7 +160,7 @@ def _is_filter(module: nn.Module) -> bool:
 
 
 def zero_padding_before(modules: Iterable[tuple[nn.Module, int]]) -> None:
-    """Hook modules so that they read zeros where a ``KnownPadding`` says padding.
+    """Hook modules so that they read zeros where a `KnownPadding` says padding.
 
     Args:
         modules: each takes a map (B, C, h, w) as its only argument; with the map's stride.
@@ -170,7 +170,7 @@ def zero_padding_before(modules: Iterable[tuple[nn.Module, int]]) -> None:
 
 
 def zero_padding_before_channels_last(modules: Iterable[tuple[nn.Module, int]]) -> None:
-    """As ``zero_padding_before``, for modules that take a map (B, h, w, C)."""
+    """As `zero_padding_before`, for modules that take a map (B, h, w, C)."""
     for module, stride in modules:
         module.register_forward_pre_hook(partial(_zero_padding, stride=stride, dim=-1))
 

@@ -22,7 +22,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from dn_detr.checkpoint import describe_backbone, read_backbone
-from dn_detr.layers import run_part
+from dn_detr.layers import run_checkpointed
 from dn_detr.structures import may_hold_padding
 
 from .padding import KnownPadding, current_padding, with_known_padding
@@ -36,24 +36,24 @@ class ResNet(nn.Module):
     """A torchvision ResNet that returns the feature maps of some of its stages.
 
     Args:
-        name: torchvision's name: ``resnet18`` ... ``resnet152``.
-        out_features: stages to return, from ``layer1`` (stride 4) to ``layer4`` (stride 32).
+        name: torchvision's name: `resnet18` ... `resnet152`.
+        out_features: stages to return, from `layer1` (stride 4) to `layer4` (stride 32).
         frozen_stages: how many parts do not train: 0 none, 1 the stem, 2 the stem and layer1 (the
             published recipe), and so on; 5 freezes everything.
         dilation: layer4 with stride 16 and dilation 2 ("DC5").
-        weights: what ``load_pretrained`` loads: a file with a ResNet in it (of torchvision,
-            detectron2 or any detector that ``dn_detr.checkpoint`` reads), or the name of
-            torchvision weights such as ``IMAGENET1K_V1``. None: nothing. Building the model
+        weights: what `load_pretrained` loads: a file with a ResNet in it (of torchvision,
+            detectron2 or any detector that `dn_detr.checkpoint` reads), or the name of
+            torchvision weights such as `IMAGENET1K_V1`. None: nothing. Building the model
             alone reads no file and needs no network.
-        batch_norm: ``frozen``, or ``trainable`` for training from scratch. A trainable one
+        batch_norm: `frozen`, or `trainable` for training from scratch. A trainable one
             normalises each process's images by themselves, unless they run on GPUs.
         mask_padding: keep padded cells at zero through all layers, so that an image has the same
             features alone and in any batch. False is the published behaviour: biases of the
             normalisation leak from the padding into the image's border.
 
     Attributes:
-        recompute_activations: forget them in training, stage by stage, see ``run_part``. A stage
-            is less to keep than its blocks: what enters a block is two thirds of what it needs.
+        activation_checkpointing: see `run_checkpointed`; stage by stage, which keeps less than
+            block by block: what enters a block is two thirds of what it needs.
 
     Raises:
         ValueError: unknown name, stage, number of frozen parts or normalisation.
@@ -84,7 +84,7 @@ class ResNet(nn.Module):
         self.name = name
         self.weights = weights
         self.mask_padding = mask_padding
-        self.recompute_activations = False
+        self.activation_checkpointing = False
         _take_over_blocks(self.body)
         self._freeze(frozen_stages)
 
@@ -97,15 +97,15 @@ class ResNet(nn.Module):
 
         Returns:
             One (B, C_i, ceil(H / stride_i), ceil(W / stride_i)) per stage, finest first, with
-            C_i in ``out_channels`` and stride_i in ``out_strides``.
+            C_i in `out_channels` and stride_i in `out_strides`.
         """
         known = self.mask_padding and may_hold_padding(mask)
         maps = []
         with KnownPadding(mask) if known else nullcontext():
-            x = run_part(self, with_known_padding(self._stem), images)
+            x = run_checkpointed(self, with_known_padding(self._stem), images)
             for name, stage in self.body.items():
                 if name in _STAGE_STRIDES:
-                    x = run_part(self, with_known_padding(stage), x)
+                    x = run_checkpointed(self, with_known_padding(stage), x)
                 if name in self.body.return_layers:
                     maps.append(x)
         return maps
@@ -123,7 +123,7 @@ class ResNet(nn.Module):
         return x
 
     def load_pretrained(self) -> bool:
-        """Load ``weights`` into the backbone, for training that starts from no checkpoint.
+        """Load `weights` into the backbone, for training that starts from no checkpoint.
 
         Weights given as a *name* come from torch's download cache or are downloaded; when that
         fails, a loud warning is logged and the backbone keeps its random start, so that the model
@@ -196,7 +196,7 @@ class ResidualBlock(nn.Module):
 
 
 def _take_over_blocks(body: nn.ModuleDict) -> None:
-    """Put a ``ResidualBlock`` in the place of each block of torchvision's."""
+    """Put a `ResidualBlock` in the place of each block of torchvision's."""
     stride = 4
     for name, stage in body.items():
         if name in _STAGE_STRIDES:
@@ -286,7 +286,7 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor] | None:
 
 
 def _load_fitting(body: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Load every tensor of ``body`` from ``state``, which may hold later stages and a classifier.
+    """Load every tensor of `body` from `state`, which may hold later stages and a classifier.
 
     Counters of batch normalisation are neither wanted nor needed.
     """

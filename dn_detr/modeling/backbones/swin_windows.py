@@ -8,7 +8,7 @@ borders of the map into one window without a mask between them.
 
 Where the padding of the images is known, no cell attends to padding, be it that of the batch or
 that of the last windows: an image has the same features alone and in any batch. The paper's
-detectors let cells attend to both; ``mask_padding=False`` of the backbone does so too.
+detectors let cells attend to both; `mask_padding=False` of the backbone does so too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def keep_windows_from_padding(stages: Iterable[tuple[nn.Module, int]]) -> None:
     """Give the stages of a Swin Transformer this module's attention; parameters keep their names.
 
     Args:
-        stages: timm's ``SwinTransformerStage``, each with the stride of its output.
+        stages: timm's `SwinTransformerStage`, each with the stride of its output.
     """
     for stage, stride in stages:
         assert isinstance(stage, SwinTransformerStage)
@@ -46,7 +46,7 @@ def keep_windows_from_padding(stages: Iterable[tuple[nn.Module, int]]) -> None:
 
 
 class _ExactWindowBlock(SwinTransformerBlock):
-    """timm's block with another ``_attn``; blocks become one by assignment of the class."""
+    """timm's block with another `_attn`; blocks become one by assignment of the class."""
 
     stride: int
 
@@ -71,7 +71,7 @@ class _ExactWindowBlock(SwinTransformerBlock):
         Args:
             x_BHWC: the padded and shifted map.
             height: of the map before it was padded.
-            width: as ``height``.
+            width: as `height`.
 
         Returns:
             (B * windows of an image, A, A), or (windows of an image, A, A) where the padding of

@@ -1,7 +1,7 @@
 """Any hierarchical network of timm as a backbone: Swin, ConvNeXt, ResNet variants, EfficientNet.
 
-timm (https://github.com/huggingface/pytorch-image-models) is the extra ``timm``. Its networks are
-used as they are, in the form that it calls ``features_only``; what differs: stages that are not
+timm (https://github.com/huggingface/pytorch-image-models) is the extra `timm`. Its networks are
+used as they are, in the form that it calls `features_only`; what differs: stages that are not
 returned do not exist, any image size is accepted, and padding is kept out of the features.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dn_detr.layers import run_part
+from dn_detr.layers import run_checkpointed
 
 from .padding import (
     DryRun,
@@ -33,7 +33,7 @@ _RESERVED = {"checkpoint_path", "cache_dir", "features_only", "out_indices", "fe
 class TimmBackbone(nn.Module):
     """A network of timm that returns the feature maps of some of its stages.
 
-    With ``mask_padding`` an image has the same features alone and in any batch where cells meet
+    With `mask_padding` an image has the same features alone and in any batch where cells meet
     only in convolutions, poolings and Swin's windows (Swin, ConvNeXt, ResNet, ResNeXt, RegNetX).
     What looks at a whole map at once sees the padding too: squeeze-and-excitation (EfficientNet,
     RegNetY, SE-ResNet), global response normalisation (ConvNeXt V2), attention other than Swin's,
@@ -41,30 +41,29 @@ class TimmBackbone(nn.Module):
     batch.
 
     Args:
-        name: timm's name, with or without the tag that says which weights: ``convnext_tiny``,
-            ``swin_tiny_patch4_window7_224.ms_in1k``.
+        name: timm's name, with or without the tag that says which weights: `convnext_tiny`,
+            `swin_tiny_patch4_window7_224.ms_in1k`.
         out_indices: stages to return, finest first, as timm counts them: from 0, negative from
             the end. The last stage of a Swin Transformer or ConvNeXt is 3, that of a ResNet 4.
         frozen_stages: how many parts do not train: 0 none, 1 the stem, 2 the stem and the stage
-            of stride 4, and so on, as for ``ResNet``.
-        weights: what ``load_pretrained`` loads: ``pretrained`` for those that timm downloads for
+            of stride 4, and so on, as for `ResNet`.
+        weights: what `load_pretrained` loads: `pretrained` for those that timm downloads for
             this name, or a file of timm's or the original authors' layout. None: nothing.
             Building the model alone reads no file and needs no network. The config's
-            ``pixel_mean`` and ``pixel_std`` must be those of the weights.
-        batch_norm: ``frozen``, or ``trainable`` for training from scratch; of no effect on a
+            `pixel_mean` and `pixel_std` must be those of the weights.
+        batch_norm: `frozen`, or `trainable` for training from scratch; of no effect on a
             network without batch normalisation.
         mask_padding: keep padding out of the features, see above.
         drop_path: probability with which the last block's branch is skipped in training, falling
             linearly to 0 at the first; None: timm's choice for the network.
         output_norm: normalise the channels of each map by a trained LayerNorm, as detectors with a
-            Swin Transformer do, whose maps have no norm of their own. Tensors ``norms.{i}``.
-        arguments: further arguments of timm's constructor, such as ``depths``.
+            Swin Transformer do, whose maps have no norm of their own. Tensors `norms.{i}`.
+        arguments: further arguments of timm's constructor, such as `depths`.
 
     Attributes:
-        recompute_activations: forget them in training, see ``run_part``: stage by stage where timm
-            builds the network as a list of stages, else all at once. (timm's own
-            ``set_grad_checkpointing`` knows neither the padding nor that batch statistics count
-            once.)
+        activation_checkpointing: see `run_checkpointed`; stage by stage where timm builds the
+            network as a list of stages, else the whole network. (With timm's own
+            `set_grad_checkpointing` batch normalisation would count every image twice.)
 
     Raises:
         ImportError: timm is not installed.
@@ -94,7 +93,7 @@ class TimmBackbone(nn.Module):
         self.name = name
         self.weights = weights
         self.mask_padding = mask_padding
-        self.recompute_activations = False
+        self.activation_checkpointing = False
         self._arguments = _constructor_arguments(name, drop_path, dict(arguments or {}))
         body = _create(name, list(out_indices), self._arguments)
         if batch_norm == "frozen":
@@ -118,7 +117,7 @@ class TimmBackbone(nn.Module):
 
         Returns:
             One (B, C_i, ceil(H / stride_i), ceil(W / stride_i)) per stage, finest first, with
-            C_i in ``out_channels`` and stride_i in ``out_strides``.
+            C_i in `out_channels` and stride_i in `out_strides`.
         """
         height, width = images.shape[-2:]
         coarsest = self.out_strides[-1]
@@ -142,19 +141,19 @@ class TimmBackbone(nn.Module):
         """(B, 3, H, W) of whole cells -> the chosen stages in the network's own layout."""
         body: Any = self.body
         runs_in_order = isinstance(body, import_timm().models.FeatureListNet)
-        if not (self.recompute_activations and runs_in_order):
-            return run_part(self, with_known_padding(body), images)
+        if not (self.activation_checkpointing and runs_in_order):
+            return run_checkpointed(self, with_known_padding(body), images)
         x, maps = images, []
         for name, module in body.items():
             # A single layer has nothing inside it to forget, and may work in place.
             is_layer = next(module.children(), None) is None
-            x = module(x) if is_layer else run_part(self, with_known_padding(module), x)
+            x = module(x) if is_layer else run_checkpointed(self, with_known_padding(module), x)
             if name in body.return_layers:
                 maps.append(x)
         return maps
 
     def load_pretrained(self) -> bool:
-        """Load ``weights`` into the backbone, for training that starts from no checkpoint.
+        """Load `weights` into the backbone, for training that starts from no checkpoint.
 
         Weights to be downloaded come from the cache of timm's downloads or are fetched; when that
         fails, a loud warning is logged and the backbone keeps its random start, so that the model
@@ -172,7 +171,7 @@ class TimmBackbone(nn.Module):
         return load_weights(self.body, self.name, self.weights, self._arguments)
 
     def _measure(self, stages: list[int]) -> DryRun:
-        """Set ``out_channels`` and ``out_strides``; drop what the maps do not depend on."""
+        """Set `out_channels` and `out_strides`; drop what the maps do not depend on."""
         coarsest = _stages(self.body)[stages[-1]]["reduction"]
         size = (3 * coarsest, 4 * coarsest)
         run = self._dry_run(size)
@@ -271,7 +270,7 @@ def _is_swin(name: str) -> bool:
 
 
 def _create(name: str, out_indices: list[int], arguments: dict[str, Any]) -> nn.Module:
-    """A ``features_only`` network; ``arguments`` gains what makes it take any image size.
+    """A `features_only` network; `arguments` gains what makes it take any image size.
 
     Not every network whose size is fixed by default has an argument for that, so it is tried.
     """

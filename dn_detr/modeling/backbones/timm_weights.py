@@ -38,19 +38,19 @@ def import_timm() -> ModuleType:
 
 
 def load_weights(body: nn.Module, name: str, weights: str, arguments: Mapping[str, Any]) -> bool:
-    """Fill a ``features_only`` network.
+    """Fill a `features_only` network.
 
     Args:
         body: the network.
         name: timm's name of it.
-        weights: ``pretrained``, or a file.
+        weights: `pretrained`, or a file.
         arguments: with which the network was built.
 
     Returns:
         False if the weights are to be downloaded and out of reach; a warning was logged.
 
     Raises:
-        ValueError: see ``TimmBackbone.load_pretrained``.
+        ValueError: see `TimmBackbone.load_pretrained`.
     """
     timm = import_timm()
     source: dict[str, Any] = {}
@@ -114,7 +114,7 @@ def _count_classes(state: Mapping[str, Tensor], classifier: Any) -> int:
 
 
 def _copy_common(body: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Copy every tensor of ``body`` from the whole network, whose names differ by a prefix."""
+    """Copy every tensor of `body` from the whole network, whose names differ by a prefix."""
     spellings = {
         spelling: tensor
         for name, tensor in state.items()

@@ -14,7 +14,7 @@ from dn_detr.structures import downsample_mask, may_hold_padding
 
 
 class ChannelMapper(nn.Module):
-    """Project each backbone map to ``out_channels`` and add coarser levels.
+    """Project each backbone map to `out_channels` and add coarser levels.
 
     Level i < len(in_channels) is a 1x1 convolution of map i; the next level is a 3x3 convolution
     of stride 2 of the *last backbone map*, further ones of the level before. Each is followed by
@@ -72,11 +72,11 @@ class ChannelMapper(nn.Module):
         """Project.
 
         Args:
-            features: one (B, C_i, H_i, W_i) per entry of ``in_channels``.
+            features: one (B, C_i, H_i, W_i) per entry of `in_channels`.
             mask: (B, H, W) bool of the images, True = padding.
 
         Returns:
-            ``num_levels`` maps (B, out_channels, H_l, W_l) and their masks (B, H_l, W_l).
+            `num_levels` maps (B, out_channels, H_l, W_l) and their masks (B, H_l, W_l).
         """
         maps: list[Tensor] = []
         masks = [downsample_mask(mask, stride) for stride in self.out_strides]

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from .decoder import BoxDecoder
-from .deformable import DeformableDecoder, DeformableEncoder
-from .dense import DenseDecoder, DenseEncoder
+from .deformable import (
+    DeformableDecoder,
+    DeformableDecoderLayer,
+    DeformableEncoder,
+    DeformableEncoderLayer,
+)
+from .dense import DenseDecoder, DenseDecoderLayer, DenseEncoder, DenseEncoderLayer
 from .levels import Levels, Memory
 from .transformer import Transformer
 
 __all__ = [
     "BoxDecoder",
     "DeformableDecoder",
+    "DeformableDecoderLayer",
     "DeformableEncoder",
+    "DeformableEncoderLayer",
     "DenseDecoder",
+    "DenseDecoderLayer",
     "DenseEncoder",
+    "DenseEncoderLayer",
     "Levels",
     "Memory",
     "Transformer",

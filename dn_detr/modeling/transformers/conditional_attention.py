@@ -46,7 +46,7 @@ class ConditionalSelfAttention(nn.Module):
             mask: (Q, Q) or (B, Q, Q) bool, True = blocked.
 
         Returns:
-            (B, Q, C), and the projected queries (B, Q, C) that asked for it.
+            (B, Q, C), and the projected queries (B, Q, C) of this attention.
         """
         query = self.query_content_proj(x) + self.query_pos_proj(query_pos)
         key = self.key_content_proj(x) + self.key_pos_proj(query_pos)
@@ -58,7 +58,7 @@ class ConditionalSelfAttention(nn.Module):
 class ConditionalCrossAttention(nn.Module):
     """Every head compares content with content and position with position, side by side.
 
-    With several levels each is attended to by itself, and a query weighs the results (DN-DETR's
+    With several levels each is attended to by itself, and a query weights the results (DN-DETR's
     "deformable encoder only" model).
 
     Args:
@@ -92,7 +92,12 @@ class ConditionalCrossAttention(nn.Module):
         self.out_proj = _output_projection(embed_dim)
 
     def forward(
-        self, x: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory, asked: Tensor
+        self,
+        x: Tensor,
+        query_pos: Tensor,
+        query_sine: Tensor,
+        memory: Memory,
+        self_attn_query: Tensor,
     ) -> Tensor:
         """Attend to the memory.
 
@@ -101,7 +106,8 @@ class ConditionalCrossAttention(nn.Module):
             query_pos: (B, Q, C) learned position.
             query_sine: (B, Q, C) sine embedding of the box centres, comparable to those of cells.
             memory: the encoded feature maps.
-            asked: (B, Q, C) projected queries of the self-attention, which weigh the levels.
+            self_attn_query: (B, Q, C) projected queries of the self-attention, used to weight the
+                levels.
 
         Returns:
             (B, Q, C).
@@ -120,7 +126,7 @@ class ConditionalCrossAttention(nn.Module):
         masks = [None] * len(sizes) if mask is None else mask.split(sizes, 2)
         parts = zip(key.split(sizes, 1), value.split(sizes, 1), masks, strict=True)
         per_level = torch.stack([self._attend(query, *part) for part in parts], dim=-1)
-        weights = self.level_attn(asked).softmax(-1)  # (B, Q, L)
+        weights = self.level_attn(self_attn_query).softmax(-1)  # (B, Q, L)
         return self.out_proj((per_level * weights[:, :, None]).sum(-1))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

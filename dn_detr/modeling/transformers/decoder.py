@@ -7,12 +7,11 @@ Legend: B batch, S cells of all levels, Q queries (denoising queries first), C c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers import MLP, run_part
+from dn_detr.layers import MLP, run_checkpointed
 
 from ..heads import DetectionHeads
 from .levels import Memory
@@ -21,44 +20,52 @@ from .levels import Memory
 class BoxDecoder(nn.Module, ABC):
     """Layers that move the queries' boxes: each predicts from the box that the one before left.
 
-    A subclass says what one layer does, in ``update``.
+    A subclass says in `update` what a layer is called with.
 
     Args:
-        layers: the N decoder layers.
+        layers: the N decoder layers, see `make_layers`.
         embed_dim: C.
         final_norm: normalise the states that go to the heads. The boxes between the layers are
             moved by the states before this normalisation, as published, so the box that a layer
             predicts is not quite the one that the next layer starts from.
         look_forward_twice: let the loss of a layer's box train the move of the layer before as
-            well (Zhang et al., "DINO", 2022, section 3.5, names it; the published dense models of
-            DAB- and DN-DETR do it by construction, the deformable ones do not).
+            well (Zhang et al., "DINO", 2022, section 3.5).
+        query_scale: scale the positions of the queries by their contents, from the second layer
+            on; DINO does not.
 
     Attributes:
-        recompute_activations: forget them in training, layer by layer, see ``run_part``.
+        activation_checkpointing: see `run_checkpointed`; layer by layer.
     """
 
     def __init__(
         self,
-        layers: Iterable[nn.Module],
+        layers: nn.ModuleList,
         embed_dim: int,
         *,
         final_norm: bool,
         look_forward_twice: bool,
+        query_scale: bool,
     ) -> None:
         super().__init__()
-        self.recompute_activations = False
-        self.layers = nn.ModuleList(layers)
+        self.activation_checkpointing = False
+        self.layers = layers
         self.num_pos_feats = embed_dim // 2
         self.look_forward_twice = look_forward_twice
         self.ref_point_head = MLP(2 * embed_dim, embed_dim, embed_dim, 2)
-        self.query_scale = MLP(embed_dim, embed_dim, embed_dim, 2)
+        self.query_scale = MLP(embed_dim, embed_dim, embed_dim, 2) if query_scale else None
         self.norm = nn.LayerNorm(embed_dim) if final_norm else nn.Identity()
 
     @abstractmethod
     def update(
         self, index: int, x: Tensor, reference: Tensor, memory: Memory, mask: Tensor | None
     ) -> Tensor:
-        """Run layer ``index`` on (B, Q, C) states at (B, Q, 4) boxes in [0, 1]; (B, Q, C)."""
+        """Run layer `index` on (B, Q, C) states at (B, Q, 4) boxes in [0, 1]; (B, Q, C)."""
+
+    def scale_position(self, index: int, position: Tensor, x: Tensor) -> Tensor:
+        """Scale (B, Q, C) positions by the (B, Q, C) contents, from the second layer on."""
+        if index == 0 or self.query_scale is None:
+            return position
+        return position * self.query_scale(x)
 
     def forward(
         self,
@@ -84,7 +91,7 @@ class BoxDecoder(nn.Module, ABC):
         x, reference = content, anchors.sigmoid()
         states, references = [], [reference]
         for index in range(len(self.layers)):
-            x = run_part(self, self.update, index, x, reference, memory, attention_mask)
+            x = run_checkpointed(self, self.update, index, x, reference, memory, attention_mask)
             states.append(self.norm(x))
             if index + 1 < len(self.layers):
                 moved = heads.predict_boxes(index, x, reference)

@@ -9,7 +9,7 @@ Legend: B batch, S cells of all levels, Q queries (denoising queries first), L l
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -17,12 +17,13 @@ from dn_detr.layers import (
     FeedForward,
     MSDeformAttn,
     MultiheadAttention,
-    run_part,
+    run_checkpointed,
     sine_embed_boxes,
 )
 
 from .decoder import BoxDecoder
 from .levels import Levels, Memory
+from .stack import make_layers
 
 
 class DeformableEncoderLayer(nn.Module):
@@ -55,7 +56,7 @@ class DeformableEncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, pos: Tensor, references: Tensor, levels: Levels) -> Tensor:
         """(B, S, C) cells, (B, S, C) positions, (B, S, L, 2) references -> (B, S, C)."""
-        attended = self.self_attn(
+        self_attn_out = self.self_attn(
             x + pos,
             references,
             x,
@@ -63,30 +64,34 @@ class DeformableEncoderLayer(nn.Module):
             levels.level_start_index,
             levels.attention_mask,
         )
-        return self.ffn(self.norm(x + self.dropout(attended)))
+        return self.ffn(self.norm(x + self.dropout(self_attn_out)))
 
 
 class DeformableEncoder(nn.Module):
     """A stack of encoder layers.
 
     Args:
+        layer: makes a `DeformableEncoderLayer` or a module called like it, see `make_layers`.
         num_layers: depth.
-        **layer: arguments of ``DeformableEncoderLayer``.
 
     Attributes:
-        recompute_activations: forget them in training, layer by layer, see ``run_part``.
+        activation_checkpointing: see `run_checkpointed`; layer by layer.
     """
 
-    def __init__(self, num_layers: int = 6, **layer: Any) -> None:
+    def __init__(
+        self,
+        layer: Callable[..., nn.Module] = DeformableEncoderLayer,
+        num_layers: int = 6,
+    ) -> None:
         super().__init__()
-        self.recompute_activations = False
-        self.layers = nn.ModuleList(DeformableEncoderLayer(**layer) for _ in range(num_layers))
+        self.activation_checkpointing = False
+        self.layers = make_layers(layer, num_layers)
 
     def forward(self, x: Tensor, pos: Tensor, levels: Levels) -> Tensor:
         """(B, S, C) cells and (B, S, C) positions -> (B, S, C) memory."""
         references = levels.to_padded(levels.cell_centres())
         for layer in self.layers:
-            x = run_part(self, layer, x, pos, references, levels)
+            x = run_checkpointed(self, layer, x, pos, references, levels)
         return x
 
 
@@ -95,13 +100,13 @@ class DeformableDecoderLayer(nn.Module):
 
     Args:
         embed_dim, num_heads, feedforward_dim, num_levels, num_points: of
-            ``DeformableEncoderLayer``.
+            `DeformableEncoderLayer`.
         dropout: probability after and inside attention, and in the feed-forward half.
     """
 
     def __init__(
         self,
-        embed_dim: int,
+        embed_dim: int = 256,
         num_heads: int = 8,
         feedforward_dim: int = 2048,
         *,
@@ -138,10 +143,10 @@ class DeformableDecoderLayer(nn.Module):
             (B, Q, C).
         """
         positioned = x + query_pos
-        attended = self.self_attn(positioned, positioned, x, mask=mask)
-        x = self.self_norm(x + self.dropout(attended))
+        self_attn_out = self.self_attn(positioned, positioned, x, mask=mask)
+        x = self.self_norm(x + self.dropout(self_attn_out))
         levels = memory.levels
-        sampled = self.cross_attn(
+        cross_attn_out = self.cross_attn(
             x + query_pos,
             references,
             memory.cells,
@@ -149,40 +154,49 @@ class DeformableDecoderLayer(nn.Module):
             levels.level_start_index,
             levels.attention_mask,
         )
-        return self.ffn(self.cross_norm(x + self.dropout(sampled)))
+        return self.ffn(self.cross_norm(x + self.dropout(cross_attn_out)))
 
 
 class DeformableDecoder(BoxDecoder):
-    """The decoder of DAB- and DN-Deformable-DETR.
+    """The decoder of DAB- and DN-Deformable-DETR; with other arguments that of DINO.
 
     Args:
+        layer: makes a `DeformableDecoderLayer` or a module called like it, see `make_layers`.
         num_layers: depth.
         embed_dim: C.
+        final_norm, look_forward_twice, query_scale: see `BoxDecoder`. The defaults are those of
+            DAB- and DN-Deformable-DETR; DINO has the opposite of each.
         padded_query_pos: embed the boxes relative to the finest *padded* map, as published. By
             default they are embedded relative to the image, so that a query does not depend on
             how much padding its batch adds; without padding both are the same.
-        **layer: further arguments of ``DeformableDecoderLayer``.
     """
 
     def __init__(
         self,
+        layer: Callable[..., nn.Module] = DeformableDecoderLayer,
         num_layers: int = 6,
         embed_dim: int = 256,
         *,
+        final_norm: bool = False,
+        look_forward_twice: bool = False,
+        query_scale: bool = True,
         padded_query_pos: bool = False,
-        **layer: Any,
     ) -> None:
-        layers = [DeformableDecoderLayer(embed_dim, **layer) for _ in range(num_layers)]
-        super().__init__(layers, embed_dim, final_norm=False, look_forward_twice=False)
+        super().__init__(
+            make_layers(layer, num_layers),
+            embed_dim,
+            final_norm=final_norm,
+            look_forward_twice=look_forward_twice,
+            query_scale=query_scale,
+        )
         self.padded_query_pos = padded_query_pos
 
     def update(
         self, index: int, x: Tensor, reference: Tensor, memory: Memory, mask: Tensor | None
     ) -> Tensor:
-        """See ``BoxDecoder.update``."""
+        """See `BoxDecoder.update`."""
         padded = memory.levels.to_padded(reference)  # (B, Q, L, 4)
         embedded = padded[:, :, 0] if self.padded_query_pos else reference
         query_pos = self.ref_point_head(sine_embed_boxes(embedded, self.num_pos_feats))
-        if index > 0:
-            query_pos = query_pos * self.query_scale(x)
+        query_pos = self.scale_position(index, query_pos, x)
         return self.layers[index](x, query_pos, padded, memory, mask)

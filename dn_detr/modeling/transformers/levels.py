@@ -20,7 +20,7 @@ class Levels:
         level_start_index: (L,) int64 on the CPU, first cell of each level.
         padding_mask: (B, S) bool, True = padding, S cells of all levels.
         valid_ratios: (B, L, 2) float32, share (x, y) of each map that is image, in (0, 1].
-        has_padding: False where ``padding_mask`` is known to be False throughout.
+        has_padding: False where `padding_mask` is known to be False throughout.
     """
 
     spatial_shapes: Tensor
@@ -49,7 +49,7 @@ class Levels:
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """(B, S) bool, True = nobody may attend to the cell; None if everybody may."""
+        """(B, S) bool, True = no query may attend to the cell; None if there is no padding."""
         return self.padding_mask if self.has_padding else None
 
     @property

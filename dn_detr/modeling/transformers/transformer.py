@@ -1,4 +1,4 @@
-"""Encoder and decoder around one memory, the frame of all transformers of the family."""
+"""Encoder and decoder around one memory, common to all transformers of the family."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .levels import Levels, Memory
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder; which ones decides the model.
+    """Encoder and decoder; a config chooses them.
 
     ========================  ==================  ================
     model                     encoder             decoder
@@ -24,11 +24,13 @@ class Transformer(nn.Module):
     ========================  ==================  ================
 
     Args:
-        encoder: called with cells (B, S, C), their positions (B, S, C) and ``Levels``.
-        decoder: a ``BoxDecoder`` or anything called like it; whoever has the queries calls it.
+        encoder: called with cells (B, S, C), their positions (B, S, C) and `Levels`.
+        decoder: a `BoxDecoder` or anything called like it; the detector calls it.
         embed_dim: C.
         num_levels: L feature levels; with more than one, each has a learned embedding that is
             added to the positions of its cells.
+
+    All matrices start from Xavier's distribution, whatever their modules chose.
     """
 
     def __init__(

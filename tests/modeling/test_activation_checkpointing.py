@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dn_detr.config import get_config
-from dn_detr.layers import run_part
+from dn_detr.layers import run_checkpointed
 from dn_detr.modeling import Detector, TimmBackbone
 
 from .conftest import FAMILIES, away_from_initialisation, make_sample, small_model_config
@@ -26,7 +26,7 @@ def _with_dropout(name: str) -> Any:
     """A family that trains from its stem on, with dropout and batch statistics."""
     cfg = small_model_config(name)
     cfg.backbone.update(frozen_stages=0, batch_norm="trainable")
-    cfg.transformer.encoder.dropout = cfg.transformer.decoder.dropout = 0.1
+    cfg.transformer.encoder.layer.dropout = cfg.transformer.decoder.layer.dropout = 0.1
     return cfg
 
 
@@ -134,14 +134,14 @@ def test_checkpointing_leaves_weights_copies_and_predictions_alone(model):
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("model", ["dn_deformable_detr_r50"], indirect=True)
-def test_a_part_that_cannot_recompute_is_named(part, model):
+def test_a_part_without_support_is_named(part, model):
     class Mine(nn.Module):
         pass
 
     detector = copy.deepcopy(model)
     owner = detector if part == "backbone" else detector.transformer
     setattr(owner, part, Mine())
-    with pytest.raises(ValueError, match=f"the {part} Mine cannot recompute"):
+    with pytest.raises(ValueError, match=f"the {part} Mine does not support"):
         detector.checkpoint_activations(**{part: True})
     detector.checkpoint_activations(**{other: other != part for other in PARTS})
 
@@ -157,7 +157,7 @@ TIMM = {
 
 @pytest.mark.parametrize("batch_norm", ["frozen", "trainable"])
 @pytest.mark.parametrize("name", TIMM)
-def test_networks_of_timm_recompute_to_the_bit(name, batch_norm):
+def test_networks_of_timm_are_the_same_to_the_bit(name, batch_norm):
     """Padding, batch statistics and skipped branches are the same the second time."""
     pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -166,9 +166,9 @@ def test_networks_of_timm_recompute_to_the_bit(name, batch_norm):
     images, mask = torch.randn(2, 3, 75, 110), torch.zeros(2, 75, 110, dtype=torch.bool)
     mask[1, :, 70:] = True
     results, held = [], []
-    for recompute in (False, True):
+    for chosen in (False, True):
         copied = copy.deepcopy(backbone)
-        copied.recompute_activations = recompute
+        copied.activation_checkpointing = chosen
         torch.manual_seed(1)
         with _LiveMemory() as memory:
             maps = copied(images, mask)
@@ -184,26 +184,26 @@ def test_networks_of_timm_recompute_to_the_bit(name, batch_norm):
 class _Stack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.recompute_activations = True
+        self.activation_checkpointing = True
 
 
-def test_a_part_that_changes_its_input_cannot_be_recomputed():
+def test_a_step_that_changes_its_input_cannot_be_checkpointed():
     x = torch.ones(3, requires_grad=True).clone()
-    with pytest.raises(ValueError, match="a part of _Stack changes its input in place"):
-        run_part(_Stack(), torch.Tensor.relu_, x)
+    with pytest.raises(ValueError, match="a step of _Stack changes its input in place"):
+        run_checkpointed(_Stack(), torch.Tensor.relu_, x)
 
 
 def test_nothing_is_recomputed_in_evaluation_or_without_gradients():
     runs = []
 
-    def part(x: Tensor) -> Tensor:
+    def step(x: Tensor) -> Tensor:
         runs.append(x)
         return x.sin()
 
     stack, x = _Stack(), torch.ones(3, requires_grad=True)
-    run_part(stack.eval(), part, x).sum().backward()
+    run_checkpointed(stack.eval(), step, x).sum().backward()
     with torch.no_grad():
-        run_part(stack.train(), part, x)
+        run_checkpointed(stack.train(), step, x)
     assert len(runs) == 2
-    run_part(stack, part, x).sum().backward()
+    run_checkpointed(stack, step, x).sum().backward()
     assert len(runs) == 4
