@@ -2,7 +2,8 @@
 
 glibc hands blocks of more than 32 MiB back to the kernel when they are freed, so every large map of
 every step is mapped, zeroed and faulted in page by page: a fifth of a forward pass on two threads
-(docs/performance.md). With this setting the process keeps what it has had.
+(docs/performance.md). With this setting the process keeps what it has had. Training and evaluation
+call it; importing dn_detr does not.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep freed memory, unless ``DN_DETR_MALLOC=0`` forbids it.
+    """Let this process keep freed memory, unless `DN_DETR_MALLOC=0` forbids it.
 
     Resident memory then stays at its peak. Allocators other than glibc's are not touched.
 
@@ -22,7 +23,7 @@ def keep_freed_memory() -> bool:
         Whether the setting is in force.
 
     Raises:
-        ValueError: ``DN_DETR_MALLOC`` is neither 0 nor 1.
+        ValueError: `DN_DETR_MALLOC` is neither 0 nor 1.
     """
     choice = os.environ.get("DN_DETR_MALLOC") or "1"
     if choice not in ("0", "1"):

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
+from dn_detr.allocator import keep_freed_memory
 from dn_detr.checkpoint import last_checkpoint, load_model_weights, log_loading
 from dn_detr.config import LazyConfig, instantiate
 from dn_detr.data import check_num_classes
@@ -39,6 +40,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         ValueError: there is no checkpoint, or it is damaged or of another model.
     """
     settings = TrainSettings.from_config(cfg)
+    keep_freed_memory()
     device = choose_device(settings.device)
     seed_everything(settings.seed + rank())
     checkpoint = _weights_to_evaluate(settings)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from dn_detr.allocator import keep_freed_memory
 from dn_detr.checkpoint import (
     CheckpointWriter,
     last_checkpoint,
@@ -75,6 +76,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
         Stopped: a signal or `train.max_hours` asked for it; a checkpoint is written.
     """
     settings = TrainSettings.from_config(cfg)
+    keep_freed_memory()
     with StopRequest(settings.grace_seconds, settings.max_hours) as stop:
         device = choose_device(settings.device)
         seed_everything(settings.seed + rank())
