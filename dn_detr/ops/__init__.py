@@ -1,4 +1,4 @@
-"""Registered operators (``torch.ops.dn_detr.*``), their Python face and the choice of kernels."""
+"""Registered operators (`torch.ops.dn_detr.*`), their Python face and the choice of kernels."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Multi-scale deformable attention in plain PyTorch: one ``grid_sample`` per level.
+"""Multi-scale deformable attention in plain PyTorch: one `grid_sample` per level.
 
 Correct on every device, in every type and for every shape, and slow: what the compiled operators
 are measured against, and what computes where there are none. Arguments, shapes and errors are
-those of :mod:`dn_detr.ops.ms_deform_attn`, to whose operators these functions belong.
+those of `dn_detr.ops.ms_deform_attn`, to whose operators these functions belong.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_SIDE = 2**24  # whole numbers up to here are exact in float32
 def forward(
     value: Tensor, spatial_shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """(B, Q, H * D); see ``ms_deform_attn``."""
+    """(B, Q, H * D); see `ms_deform_attn`."""
     return _forward(
         value, check_inputs(value, spatial_shapes, starts, locations, weights), locations, weights
     )
@@ -92,7 +92,7 @@ def fused_forward(
     logits: Tensor,
     padding_mask: Tensor | None,
 ) -> Tensor:
-    """(B, Q, H * D); see ``ms_deform_attn_fused``."""
+    """(B, Q, H * D); see `ms_deform_attn_fused`."""
     shapes = check_fused_inputs(
         value, spatial_shapes, starts, references, offsets, logits, padding_mask
     )
@@ -180,7 +180,7 @@ def check_fused_inputs(
     logits: Tensor,
     padding_mask: Tensor | None,
 ) -> list[list[int]]:
-    """:func:`check_inputs` for the fused operator."""
+    """`check_inputs` for the fused operator."""
     shapes = _check_levels(value, spatial_shapes, starts)
     _check_locations("offsets", offsets, value, len(shapes))
     batch, queries, heads, levels, points, _ = offsets.shape

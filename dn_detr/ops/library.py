@@ -1,8 +1,8 @@
 """The compiled operators: the shared libraries that the installation builds.
 
-``dn_detr/_C.so`` registers the operators and their kernels for CPUs, ``dn_detr/_C_cuda.so`` adds
+`dn_detr/_C.so` registers the operators and their kernels for CPUs, `dn_detr/_C_cuda.so` adds
 those for CUDA. Each is loaded when it is first asked for. Where one is missing, the operators
-compute in plain PyTorch; :func:`missing_kernels` says why.
+compute in plain PyTorch; `missing_kernels` says why.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _chosen = os.environ.get("DN_DETR_KERNELS") or "auto"
 def use_kernels(kernels: str) -> Iterator[None]:
     """Choose the kernels of the operators while the context lasts, in all threads.
 
-    The environment variable ``DN_DETR_KERNELS`` chooses for a whole process.
+    The environment variable `DN_DETR_KERNELS` chooses for a whole process.
 
     Args:
-        kernels: ``"auto"``, the compiled ones where there are any, or ``"pytorch"``.
+        kernels: `"auto"`, the compiled ones where there are any, or `"pytorch"`.
 
     Raises:
         ValueError: another name.
@@ -134,9 +134,9 @@ def build_info() -> dict[str, dict[str, str]]:
     """What built each library that can be used, by its name.
 
     Returns:
-        Of ``"_C.so"`` and ``"_C_cuda.so"`` those that can be loaded, each with ``"torch"``,
-        ``"compiler"``, ``"sources"`` (a digest of csrc/) and, for CUDA, ``"nvcc"`` and
-        ``"architectures"``.
+        Of `"_C.so"` and `"_C_cuda.so"` those that can be loaded, each with `"torch"`,
+        `"compiler"`, `"sources"` (a digest of csrc/) and, for CUDA, `"nvcc"` and
+        `"architectures"`.
     """
     result = {}
     for path in (CPU_LIBRARY, CUDA_LIBRARY):
@@ -156,7 +156,7 @@ _COMPLAINT = re.compile(
 
 
 class CompiledOperators:
-    """``torch.ops.dn_detr_C``, whose complaints about arguments are always ValueErrors.
+    """`torch.ops.dn_detr_C`, whose complaints about arguments are always ValueErrors.
 
     PyTorch 2.15 makes a RuntimeError of C++'s std::invalid_argument; older ones a ValueError.
     """
@@ -190,7 +190,7 @@ def compiled_operators(device: torch.device) -> CompiledOperators | None:
     Warns, once for each type of device, if they are missing but wanted.
 
     Raises:
-        ValueError: ``DN_DETR_KERNELS`` has another value than those of :func:`use_kernels`.
+        ValueError: `DN_DETR_KERNELS` has another value than those of `use_kernels`.
     """
     _check_choice(_chosen)
     if _chosen == "pytorch":

@@ -1,10 +1,10 @@
-"""Multi-scale deformable attention as registered operators, ``torch.ops.dn_detr.*``.
+"""Multi-scale deformable attention as registered operators, `torch.ops.dn_detr.*`.
 
 Zhu et al., "Deformable DETR", 2021, equation 3 (https://arxiv.org/abs/2010.04159).
 
 Legend: B batch, S cells of all levels, H heads, D head dim, Q queries, L levels, P points.
-The operators are opaque to ``torch.compile`` and ``torch.export``. Compiled kernels (csrc/) compute
-them where the installation built some for the device, :mod:`~dn_detr.ops.eager` elsewhere. Values
+The operators are opaque to `torch.compile` and `torch.export`. Compiled kernels (csrc/) compute
+them where the installation built some for the device, `dn_detr.ops.eager` elsewhere. Values
 may have any floating type, also under autocast; coordinates and weights of another type are
 converted to float32 (float64 with float64 values), in which all arithmetic is done: 1 / 1024 of a
 map is a whole cell, more digits than half types have.
@@ -28,7 +28,7 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Sum of bilinear samples of ``value``, weighted, over levels and points.
+    """Sum of bilinear samples of `value`, weighted, over levels and points.
 
     Samples outside a level's map, or at locations that are not finite, read zeros; cell centres
     lie at (i + 0.5) / size.
@@ -42,7 +42,7 @@ def ms_deform_attn(
         attention_weights: (B, Q, H, L, P).
 
     Returns:
-        (B, Q, H * D) in the type of ``value``.
+        (B, Q, H * D) in the type of `value`.
 
     Raises:
         ValueError: types, devices or shapes that do not fit together; the argument is named.
@@ -61,7 +61,7 @@ def ms_deform_attn_fused(
     logits: Tensor,
     padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """:func:`ms_deform_attn` from what the linear layers of an attention module give, in one pass.
+    """`ms_deform_attn` from what the linear layers of an attention module give, in one pass.
 
     Args:
         value: (B, S, H, D) projected features of all levels, one after the other.
@@ -75,7 +75,7 @@ def ms_deform_attn_fused(
         padding_mask: (B, S) bool, True = padding: such cells read as zeros, whatever they hold.
 
     Returns:
-        (B, Q, H * D) in the type of ``value``.
+        (B, Q, H * D) in the type of `value`.
 
     Raises:
         ValueError: types, devices or shapes that do not fit together; the argument is named.
@@ -101,7 +101,7 @@ def _coordinates(value: Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _levels(value: Tensor, *levels: Tensor) -> tuple[Tensor, ...]:
-    """Shapes and starts of levels may lie on the CPU, or with ``value``."""
+    """Shapes and starts of levels may lie on the CPU, or with `value`."""
     return levels if value.is_cuda else tuple(x.cpu() for x in levels)
 
 

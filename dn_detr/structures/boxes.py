@@ -1,7 +1,7 @@
 """Box arithmetic of DETR-like detectors.
 
-The format is in the name: ``xyxy`` is (x1, y1, x2, y2), ``cxcywh`` is (centre x, centre y, width,
-height). ``norm`` boxes are relative to the unpadded image, in [0, 1].
+The format is in the name: `xyxy` is (x1, y1, x2, y2), `cxcywh` is (centre x, centre y, width,
+height). `norm` boxes are relative to the unpadded image, in [0, 1].
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
-    """Logit of ``x`` that saturates near 0 and 1.
+    """Logit of `x` that saturates near 0 and 1.
 
-    Both x and 1 - x are raised to at least ``eps``, so the result lies within +-log(1 / eps).
-    ``torch.logit(eps=...)`` clamps x itself and differs near the ends. The published models of
+    Both x and 1 - x are raised to at least `eps`, so the result lies within +-log(1 / eps).
+    `torch.logit(eps=...)` clamps x itself and differs near the ends. The published models of
     this family were trained with 1e-3, and it changes their predictions.
 
     Args:

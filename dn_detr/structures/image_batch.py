@@ -29,7 +29,7 @@ def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def downsample_mask(mask: Tensor, stride: int) -> Tensor:
-    """Padding mask of a feature map whose cells are ``stride`` pixels apart.
+    """Padding mask of a feature map whose cells are `stride` pixels apart.
 
     A convolution of stride s over h rows gives ceil(h / s) rows, whatever is padded below them.
     Taking every s-th pixel keeps exactly these, so an image has the same valid cells alone and

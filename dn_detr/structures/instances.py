@@ -1,4 +1,4 @@
-"""``Boxes`` and ``Instances``: detectron2's protocol without detectron2.
+"""`Boxes` and `Instances`: detectron2's protocol without detectron2.
 
 Detectron2's own classes are accepted wherever these are, and its evaluators read these.
 """
@@ -65,7 +65,7 @@ class Instances:
 
     Args:
         image_size: (height, width) in pixels of the image that the boxes refer to.
-        **fields: tensors, ``Boxes`` or anything with ``len`` and indexing.
+        **fields: tensors, `Boxes` or anything with `len` and indexing.
 
     Raises:
         ValueError: a field's length differs from the others'.
