@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -28,12 +28,13 @@ def image_name(sample: Mapping[str, Any]) -> str:
     return str(sample.get("file_name", sample.get("image_id", "(no name)")))
 
 
-def first_names(names: Sequence[str], count: int = 5) -> str:
+def first_names(names: Iterable[object], count: int = 5) -> str:
     """Return the first names, joined by commas, and how many more there are.
 
     Args:
-        names: of anything.
+        names: of anything; ids, for instance.
         count: how many are shown.
     """
-    shown = ", ".join(names[:count])
-    return f"{shown} and {len(names) - count} more" if len(names) > count else shown
+    texts = [str(name) for name in names]
+    rest = f" and {len(texts) - count} more" if len(texts) > count else ""
+    return ", ".join(texts[:count]) + rest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .coco import AnnotationReport, CocoDetection, check_num_classes, check_same_categories
 from .errors import DatasetError, ImageError
 from .image import read_image
-from .loaders import WatchedLoader, build_test_loader, build_train_loader
+from .loaders import build_test_loader, build_train_loader
 from .samplers import EndlessBatchSampler
 from .seeding import stable_seed
 from .skipping import SkipBrokenImages, count_skipped, describe_skipped
@@ -18,7 +18,6 @@ __all__ = [
     "EndlessBatchSampler",
     "ImageError",
     "SkipBrokenImages",
-    "WatchedLoader",
     "build_test_loader",
     "build_train_loader",
     "check_num_classes",

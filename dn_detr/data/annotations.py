@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from dn_detr.errors import first_names
 
 from .errors import DatasetError
 
@@ -49,10 +52,10 @@ def require_paths(image_dir: Path, annotation_file: Path) -> None:
 def read_annotation_file(path: Path) -> dict[str, list[Entry]]:
     """Read a COCO instances JSON and check its structure.
 
-    ``area`` is filled with width * height and ``iscrowd`` with 0 where they are missing.
+    `area` is filled with width * height and `iscrowd` with 0 where they are missing.
 
     Args:
-        path: JSON with ``images``, ``annotations`` and ``categories``.
+        path: JSON with `images`, `annotations` and `categories`.
 
     Returns:
         The content of the file; numbers, ids and references in it are sound. Boxes are finite
@@ -62,11 +65,39 @@ def read_annotation_file(path: Path) -> dict[str, list[Entry]]:
         DatasetError: names the file, the offending ids and the remedy.
     """
     content: dict[str, list[Entry]] = _parse_json(path)
-    _check_sections(path, content)
+    sections = ", ".join(_REQUIRED_KEYS)
+    if not isinstance(content, dict):
+        raise DatasetError(
+            f"{path}: COCO instances JSON is an object with {sections}, this file holds a"
+            f" {type(content).__name__}"
+        )
+    missing = [key for key in _REQUIRED_KEYS if not isinstance(content.get(key), list)]
+    if missing:
+        raise DatasetError(
+            f"{path}: no list under {first_names(missing)}; COCO instances JSON has {sections},"
+            f" this file has {first_names(sorted(content)) or 'nothing'}"
+        )
+    for section in ("images", "categories"):
+        if not content[section]:
+            raise DatasetError(f"{path}: the list '{section}' is empty")
     for section, keys in _REQUIRED_KEYS.items():
         _check_entries(path, section, content[section], keys)
-    _check_categories(path, content["categories"])
-    _check_images(path, content["images"])
+    refuse = partial(_refuse, path)
+    images, categories = content["images"], content["categories"]
+    nameless = [c["id"] for c in categories if not (isinstance(c["name"], str) and c["name"])]
+    refuse("categories without a name", nameless, "class names are read from the file")
+    times = Counter(category["name"] for category in categories)
+    shared = [f"{c['id']} ({c['name']!r})" for c in categories if times[c["name"]] > 1]
+    refuse("categories that share a name", shared, "rename or merge them")
+
+    nameless = [i["id"] for i in images if not (isinstance(i["file_name"], str) and i["file_name"])]
+    refuse("images without a file_name", nameless, "give the path below the image folder")
+    sizeless = [
+        image["id"]
+        for image in images
+        if not all(_is_integer(image[side]) and image[side] > 0 for side in ("width", "height"))
+    ]
+    refuse("images whose width or height is no positive integer", sizeless, "in pixels")
     _check_annotations(path, content)
     return content
 
@@ -90,15 +121,8 @@ def require_image_files(image_dir: Path, file_names: Sequence[str]) -> None:
     if missing:
         raise DatasetError(
             f"{image_dir}: {len(missing)} of {len(file_names)} image files are missing:"
-            f" {first_of(missing)}; complete the folder or remove them from the annotation file"
+            f" {first_names(missing)}; complete the folder or remove them from the annotation file"
         )
-
-
-def first_of(items: Iterable[object], shown: int = 5) -> str:
-    """The first few items as text, and how many more there are."""
-    texts = [str(item) for item in items]
-    rest = f" and {len(texts) - shown} more" if len(texts) > shown else ""
-    return ", ".join(texts[:shown]) + rest
 
 
 def _parse_json(path: Path) -> Any:
@@ -113,24 +137,7 @@ def _parse_json(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path}: not a JSON text in UTF-8 ({error})") from error
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists 1000 deep
-        raise DatasetError(f"{path}: JSON that nobody means ({error})") from error
-
-
-def _check_sections(path: Path, content: Any) -> None:
-    if not isinstance(content, dict):
-        raise DatasetError(
-            f"{path}: COCO instances JSON is an object with {', '.join(_REQUIRED_KEYS)}, this file"
-            f" holds a {type(content).__name__}"
-        )
-    missing = [key for key in _REQUIRED_KEYS if not isinstance(content.get(key), list)]
-    if missing:
-        raise DatasetError(
-            f"{path}: no list under {first_of(missing)}; COCO instances JSON has"
-            f" {', '.join(_REQUIRED_KEYS)}, this file has {first_of(sorted(content)) or 'nothing'}"
-        )
-    for section in ("images", "categories"):
-        if not content[section]:
-            raise DatasetError(f"{path}: the list '{section}' is empty")
+        raise DatasetError(f"{path}: not plausible as JSON ({error})") from error
 
 
 def _check_entries(path: Path, section: str, entries: list[Any], keys: tuple[str, ...]) -> None:
@@ -139,7 +146,9 @@ def _check_entries(path: Path, section: str, entries: list[Any], keys: tuple[str
         if not isinstance(entry, dict):
             incomplete.append(f"entry {position} is no object")
         elif lacking := [key for key in keys if key not in entry]:
-            incomplete.append(f"entry {position} (id {entry.get('id')}) lacks {first_of(lacking)}")
+            incomplete.append(
+                f"entry {position} (id {entry.get('id')}) lacks {first_names(lacking)}"
+            )
     _refuse(path, f"incomplete '{section}'", incomplete, f"each needs {', '.join(keys)}")
     not_integer = [repr(entry["id"]) for entry in entries if not _is_integer(entry["id"])]
     _refuse(path, f"ids in '{section}' that are no integers", not_integer, "use integers")
@@ -148,26 +157,9 @@ def _check_entries(path: Path, section: str, entries: list[Any], keys: tuple[str
     _refuse(path, f"duplicate ids in '{section}'", duplicates, "give each entry an id of its own")
 
 
-def _check_categories(path: Path, categories: list[Entry]) -> None:
-    nameless = [c["id"] for c in categories if not (isinstance(c["name"], str) and c["name"])]
-    _refuse(path, "categories without a name", nameless, "class names are read from the file")
-    times = Counter(category["name"] for category in categories)
-    shared = [f"{c['id']} ({c['name']!r})" for c in categories if times[c["name"]] > 1]
-    _refuse(path, "categories that share a name", shared, "rename or merge them")
-
-
-def _check_images(path: Path, images: list[Entry]) -> None:
-    nameless = [i["id"] for i in images if not (isinstance(i["file_name"], str) and i["file_name"])]
-    _refuse(path, "images without a file_name", nameless, "give the path below the image folder")
-    sizeless = [
-        image["id"]
-        for image in images
-        if not all(_is_integer(image[side]) and image[side] > 0 for side in ("width", "height"))
-    ]
-    _refuse(path, "images whose width or height is no positive integer", sizeless, "in pixels")
-
-
 def _check_annotations(path: Path, content: dict[str, list[Entry]]) -> None:
+    """Check the entries of `annotations` and fill in what they may leave out."""
+    refuse = partial(_refuse, path)
     annotations = content["annotations"]
     for key, section in (("image_id", "images"), ("category_id", "categories")):
         known = {entry["id"] for entry in content[section]}
@@ -177,14 +169,11 @@ def _check_annotations(path: Path, content: dict[str, list[Entry]]) -> None:
             if not _is_integer(a[key]) or a[key] not in known
         ]
         remedy = f"every {key} must be the id of an entry of '{section}'"
-        _refuse(path, f"annotations with an unknown {key}", unknown, remedy)
+        refuse(f"annotations with an unknown {key}", unknown, remedy)
     broken = [f"{a['id']} ({a['bbox']!r})" for a in annotations if not _is_box(a["bbox"])]
     remedy = "a box is [x, y, width, height], four finite numbers in pixels"
-    _refuse(path, "annotations whose bbox is not four finite numbers", broken, remedy)
-    _complete_annotations(path, annotations)
+    refuse("annotations whose bbox is not four finite numbers", broken, remedy)
 
-
-def _complete_annotations(path: Path, annotations: list[Entry]) -> None:
     for annotation in annotations:
         if annotation.get("area") is None:
             _, _, width, height = annotation["bbox"]
@@ -192,15 +181,15 @@ def _complete_annotations(path: Path, annotations: list[Entry]) -> None:
         if annotation.get("iscrowd") is None:
             annotation["iscrowd"] = 0
     areas = [f"{a['id']} ({a['area']!r})" for a in annotations if not _is_area(a["area"])]
-    _refuse(path, "annotations whose area is no number >= 0", areas, "leave it out to have w * h")
+    refuse("annotations whose area is no number >= 0", areas, "leave it out to have w * h")
     crowds = [f"{a['id']} ({a['iscrowd']!r})" for a in annotations if a["iscrowd"] not in (0, 1)]
-    _refuse(path, "annotations whose iscrowd is not 0 or 1", crowds, "leave it out to have 0")
+    refuse("annotations whose iscrowd is not 0 or 1", crowds, "leave it out to have 0")
 
 
 def _refuse(path: Path, problem: str, offenders: Sequence[object], remedy: str) -> None:
     if offenders:
         raise DatasetError(
-            f"{path}: {len(offenders)} {problem}: {first_of(offenders)}. Remedy: {remedy}"
+            f"{path}: {len(offenders)} {problem}: {first_names(offenders)}. Remedy: {remedy}"
         )
 
 

@@ -19,9 +19,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
+from dn_detr.errors import first_names
 from dn_detr.structures import Boxes, Instances
 
-from .annotations import Entry, first_of, read_annotation_file, require_image_files, require_paths
+from .annotations import Entry, read_annotation_file, require_image_files, require_paths
 from .errors import DatasetError
 from .image import read_image
 from .seeding import stable_seed
@@ -259,7 +260,7 @@ class CocoDetection(Dataset[Sample]):
                 logger.warning(
                     "%s: %d boxes have %s and are not trained on (annotation ids %s); in an"
                     " evaluation they count as missed objects",
-                    file, len(ids), problem, first_of(ids),
+                    file, len(ids), problem, first_names(ids),
                 )  # fmt: skip
         if doubt := self._doubt_about_units():
             logger.warning("%s: %s; boxes have to be [x, y, width, height] in pixels", file, doubt)
@@ -299,7 +300,7 @@ def check_num_classes(dataset: CocoDetection, num_classes: int) -> None:
     if in_data > num_classes:
         raise DatasetError(
             f"{dataset.annotation_file} has {in_data} classes"
-            f" ({first_of(dataset.class_names)}), the model {num_classes};"
+            f" ({first_names(dataset.class_names)}), the model {num_classes};"
             f" set model.num_classes={in_data}"
         )
     if in_data < num_classes:
@@ -325,7 +326,7 @@ def check_same_categories(train: CocoDetection, test: CocoDetection) -> None:
         different = sorted(set(first.items()) ^ set(second.items()))
         raise DatasetError(
             f"{train.annotation_file} and {test.annotation_file} have different categories, first"
-            f" differences (id, name): {first_of(different)}; give both files the same list"
+            f" differences (id, name): {first_names(different)}; give both files the same list"
         )
 
 

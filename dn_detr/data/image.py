@@ -37,11 +37,11 @@ def read_image(path: str | Path, expected_size: tuple[int, int] | None = None) -
         expected_size: (height, width) in pixels that the annotation file claims, None = any.
 
     Returns:
-        Image in mode RGB, of ``expected_size`` if that is given.
+        Image in mode RGB, of `expected_size` if that is given.
 
     Raises:
         ImageError: the file is missing, empty, truncated or no image, its pixels have no 8-bit
-            meaning, or its size contradicts ``expected_size`` in either orientation.
+            meaning, or its size contradicts `expected_size` in either orientation.
     """
     stored, orientation = _decode(Path(path))
     upright = stored.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else stored

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import active_children
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, get_args
 
 import torch
@@ -11,84 +18,76 @@ from torch.utils.data import DataLoader, Dataset
 
 from dn_detr.distributed import rank, world_size
 
-from .coco import CocoDetection, Sample
+from .coco import CocoDetection
+from .errors import DatasetError
 from .samplers import EndlessBatchSampler
 from .skipping import OnError, SkipBrokenImages
-from .workers import JournaledDataset, WorkerWatch, serve_the_parent
+from .transforms import Sample
+
+# By name, because not every system has them.
+_STOP_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+]
+_EXIT_TIMEOUT = 1  # seconds in which a worker that broke a connection has exited
 
 
-class WatchedLoader(DataLoader[Sample]):
-    """A ``DataLoader`` that survives signals to its workers and reports what killed one.
+class SampleLoader(DataLoader[Sample]):
+    """A `DataLoader` whose batches are lists of samples and whose workers ignore stop signals.
 
-    Every batch is a list of samples. Workers are started by the first ``iter`` and live as long
-    as the loader.
+    Workers live as long as an iterator: they are started by its first batch and killed when it is
+    closed, deleted or abandoned at the exit of the process, also in the middle of an image.
 
     Args:
         dataset: its keys are what the sampler yields.
         num_workers: worker processes, at most one per core; 0 = load in this process.
-        skip_seed: see ``SkipBrokenImages``; None = an image that cannot be read is an error.
-        **sampling: ``batch_sampler``, or ``sampler`` and ``batch_size``.
+        **sampling: `batch_sampler`, or `sampler` and `batch_size`.
 
     Raises:
-        DatasetError: while iterating: an image cannot be read, or a worker died. The message has
-            the file, the process, how it died and what helps.
+        DatasetError: while iterating: an image cannot be read, or a worker died. It is raised when
+            the next batch is asked for, after at most 5 seconds.
     """
 
-    def __init__(
-        self,
-        dataset: CocoDetection,
-        *,
-        num_workers: int,
-        skip_seed: int | None = None,
-        **sampling: Any,
-    ) -> None:
-        # DataLoader draws a seed for its workers from torch's global generator unless it gets one
-        # of its own; samples have their own seeds, so the value does not matter, but the draw
-        # would. DataLoader itself limits its workers to one thread each.
-        settings = dict(sampling, collate_fn=_as_list, generator=torch.Generator())
-        source: Dataset[Sample] = dataset
-        num_workers = min(num_workers, available_cores())
-        self._watch = WorkerWatch(dataset, num_workers) if num_workers else None
-        if self._watch is not None:
-            source = JournaledDataset(source, self._watch.journal)
-            settings.update(
-                num_workers=num_workers,
-                persistent_workers=True,
-                worker_init_fn=serve_the_parent,
-                multiprocessing_context=self._watch.context,
-            )
-        if skip_seed is not None:
-            source = SkipBrokenImages(source, skip_seed)
-        super().__init__(dataset, **settings)
-        # The attributes are those of the data set; what is read goes through the two wrappers.
-        self._reader: DataLoader[Sample] = DataLoader(source, **settings)
+    def __init__(self, dataset: Dataset[Sample], *, num_workers: int, **sampling: Any) -> None:
+        super().__init__(
+            dataset,
+            num_workers=min(num_workers, available_cores()),
+            collate_fn=_as_list,
+            worker_init_fn=_ignore_stop_signals,
+            # Without a generator of its own DataLoader draws a seed for its workers from torch's
+            # global one. Samples have their own seeds: the value does not matter, the draw would.
+            generator=torch.Generator(),
+            **sampling,
+        )
 
     def __iter__(self) -> Iterator[list[Sample]]:  # type: ignore[override]
-        if self._watch is None:
-            return iter(self._reader)
-        with self._watch.reporting(), self._watch.starting():
-            batches = iter(self._reader)
-        # torch offers no public way to this queue
-        self._watch.begin(batches._worker_result_queue)  # type: ignore[attr-defined]
-        return self._watched(batches, self._watch)
-
-    def end_workers(self) -> None:
-        """End the workers, whatever they are doing; the loader is of no use any more.
-
-        Without this, torch waits 5 seconds for each of them whose image hangs.
-        """
-        if self._watch is not None:
-            self._watch.end()
-
-    def _watched(
-        self, batches: Iterator[list[Sample]], watch: WorkerWatch
-    ) -> Iterator[list[Sample]]:
-        while True:
-            with watch.reporting():
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
+        others = set(active_children())
+        with _signals_of_workers_blocked():
+            batches = super().__iter__()
+        workers = set(active_children()) - others
+        # With this priority it runs at the exit of the process before multiprocessing waits for
+        # workers, which could take for ever.
+        kill_workers = Finalize(None, _kill, args=(workers,), exitpriority=0)
+        try:
+            yield from batches
+        except (RuntimeError, OSError, EOFError) as error:
+            # A death shows itself as many errors, some of them before the process has exited.
+            ended = wait([worker.sentinel for worker in workers], _EXIT_TIMEOUT)
+            dead = [worker for worker in workers if worker.sentinel in ended]
+            if not dead:
+                raise
+            for worker in dead:
+                worker.join()
+            deaths = ", ".join(f"pid {worker.pid}: exit code {worker.exitcode}" for worker in dead)
+            raise DatasetError(
+                f"a worker process of the data loader died ({deaths}). -9 most often means that"
+                " memory ran out: lower num_workers or dataloader.image_scale, or give the job"
+                " more; -7 that shared memory is full: enlarge /dev/shm (docker run"
+                " --shm-size=8g). With num_workers=0 the error appears in the main process"
+            ) from error
+        finally:
+            kill_workers()
 
 
 def build_train_loader(
@@ -105,7 +104,7 @@ def build_train_loader(
     """Endless loader of this rank's share of each training batch: images r, r + world, ...
 
     The shares may differ by one image. Its iterator never stops, one serves the whole run.
-    ``loader.batch_sampler`` is the ``EndlessBatchSampler``, with ``iterations_per_epoch``.
+    `loader.batch_sampler` is the `EndlessBatchSampler`, with `iterations_per_epoch`.
 
     Args:
         dataset: training set.
@@ -115,13 +114,13 @@ def build_train_loader(
         aspect_ratio_grouping: batch wide images with wide ones and tall with tall ones: less
             padding, less mixing. The published recipe does not.
         on_error: "raise" stops at an image file that cannot be read; "skip" takes another image
-            of the data set instead, see ``SkipBrokenImages``.
+            of the data set instead, see `SkipBrokenImages`.
         seed: of the order of images and of what is taken instead of broken ones.
         start_iteration: iterations that a resumed run has behind it.
 
     Raises:
-        ValueError: ``total_batch_size`` is smaller than the number of processes or larger than
-            the data set, or ``on_error`` is something else.
+        ValueError: `total_batch_size` is smaller than the number of processes or larger than
+            the data set, or `on_error` is something else.
     """
     if on_error not in get_args(OnError):
         raise ValueError(
@@ -139,12 +138,8 @@ def build_train_loader(
         if aspect_ratio_grouping
         else None,
     )
-    return WatchedLoader(
-        dataset,
-        num_workers=num_workers,
-        skip_seed=seed if on_error == "skip" else None,
-        batch_sampler=sampler,
-    )
+    source = SkipBrokenImages(dataset, seed) if on_error == "skip" else dataset
+    return SampleLoader(source, num_workers=num_workers, batch_sampler=sampler)
 
 
 def build_test_loader(
@@ -166,7 +161,7 @@ def build_test_loader(
     """
     dataset = dataset if limit is None else dataset.subset(limit)
     share = range(rank(), len(dataset), world_size())
-    return WatchedLoader(dataset, num_workers=num_workers, batch_size=batch_size, sampler=share)
+    return SampleLoader(dataset, num_workers=num_workers, batch_size=batch_size, sampler=share)
 
 
 def available_cores() -> int:
@@ -178,3 +173,45 @@ def available_cores() -> int:
 
 def _as_list(samples: list[Sample]) -> list[Sample]:
     return samples
+
+
+def _ignore_stop_signals(_worker: int) -> None:
+    """Leave signals to the main process; a loader's `worker_init_fn`.
+
+    Ctrl-C and a scheduler's signals reach every process of a job, and the main process needs its
+    workers to finish its step.
+    """
+    signal.set_wakeup_fd(-1)  # that of the main process: it would be told of our signals
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+
+
+@contextmanager
+def _signals_of_workers_blocked() -> Iterator[None]:
+    """Start workers within this context.
+
+    A worker is born with the signal handlers of the main process and must not run them before
+    `_ignore_stop_signals`, so that stop signals wait. torch's handler of SIGCHLD is removed
+    again: it raises wherever the main process happens to be, also while it saves a checkpoint.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _kill(workers: set[BaseProcess]) -> None:
+    """End workers, which have nothing to save, whatever they are doing."""
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()

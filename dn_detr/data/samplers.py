@@ -13,10 +13,10 @@ from .seeding import stable_seed
 class EndlessBatchSampler(Sampler[list[tuple[int, int]]]):
     """Yields, without end, this rank's share of each global batch as (epoch, index) keys.
 
-    The global batches of an epoch depend on ``seed`` and the epoch only. What is left over at
+    The global batches of an epoch depend on `seed` and the epoch only. What is left over at
     the end of an epoch is dropped, as in the published recipe; another epoch leaves out others.
 
-    With ``groups``, images of one group share a batch; the remainders of the groups are joined
+    With `groups`, images of one group share a batch; the remainders of the groups are joined
     to mixed batches at the end of the epoch, so that an epoch has equally many batches always.
 
     Args:

@@ -1,4 +1,4 @@
-"""Training on although some image files are broken, and saying which."""
+"""Training on when some image files are broken, and reporting which."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch.utils.data import Dataset
 
 from .errors import DatasetError, ImageError
 from .seeding import stable_seed
-from .workers import file_of
 
 OnError = Literal["raise", "skip"]
 MOST_FAILURES_IN_A_ROW = 10
@@ -21,11 +20,11 @@ class SkipBrokenImages(Dataset[dict[str, Any]]):
 
     The other image is a function of (seed, epoch, index, attempt) only, so the number of workers
     and processes and resuming change nothing. It has its own random draws, not those of the
-    image that it stands for, and carries ``skipped_files``, the paths of the files that could not
-    be read. Only ``ImageError`` is skipped.
+    image that it stands for, and carries `skipped_files`, the paths of the files that could not
+    be read. Only `ImageError` is skipped. All other attributes are those of the data set.
 
     Args:
-        dataset: with (epoch, index) as keys.
+        dataset: with (epoch, index) as keys, and a method `image_path(index)`.
         seed: of the choice.
     """
 
@@ -35,10 +34,15 @@ class SkipBrokenImages(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # while it is being unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """
         Raises:
-            DatasetError: more than ``MOST_FAILURES_IN_A_ROW`` images could not be read.
+            DatasetError: more than `MOST_FAILURES_IN_A_ROW` images could not be read.
         """
         epoch, index = key
         chosen, failures = index, list[tuple[int, ImageError]]()
@@ -55,15 +59,15 @@ class SkipBrokenImages(Dataset[dict[str, Any]]):
                 )
             chosen = stable_seed(self.seed, epoch, index, len(failures)) % len(self)
         if failures:
-            sample["skipped_files"] = [file_of(self.dataset, failed) for failed, _ in failures]
+            sample["skipped_files"] = [str(self.image_path(failed)) for failed, _ in failures]
         return sample
 
 
 def count_skipped(samples: Iterable[Mapping[str, Any]]) -> Counter[str]:
     """Count how often each file was skipped for these samples.
 
-    Counters of batches, of processes and of the parts of an interrupted epoch add up with ``+``
-    or ``update``; ``dict(counter)`` is what a checkpoint keeps.
+    Counters of batches, of processes and of the parts of an interrupted epoch add up with `+`
+    or `update`; `dict(counter)` is what a checkpoint keeps.
     """
     return Counter(path for sample in samples for path in sample.get("skipped_files", ()))
 

@@ -44,8 +44,7 @@ class Trainer:
 
     Args:
         state: the model, the step and all else that changes.
-        loader: endless, of this process's batches. With a method `end_workers`, as
-            `dn_detr.data.WatchedLoader` has it, its workers end with the run, whatever they do.
+        loader: endless, of this process's batches.
         checkpoints: writes them.
         open_rows: `writers.open_writers` for this run: opens what takes the rows of metrics.
         evaluate: given a function that says whether to stop, which all processes call equally
@@ -114,8 +113,6 @@ class Trainer:
         finally:
             self._checkpoints.close()
             self._rows.close(failed=failed)
-            if hasattr(self._loader, "end_workers"):
-                self._loader.end_workers()
         return self._state.metrics or {}
 
     def _train(self) -> None:

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dn_detr.data.annotations import first_of
 from dn_detr.data.coco import CocoDetection
 from dn_detr.distributed import gather_to_main
-from dn_detr.errors import UserError
+from dn_detr.errors import UserError, first_names
 
 _logger = logging.getLogger(__name__)
 
@@ -154,13 +153,13 @@ class CocoEvaluator:
         if repeated:
             _logger.warning(
                 "%d images were evaluated more than once, the first result counts (image ids %s)",
-                len(repeated), first_of(sorted(repeated)),
+                len(repeated), first_names(sorted(repeated)),
             )  # fmt: skip
         if missing:
             _logger.warning(
                 "%d of %d images have no detections because the model never saw them; their"
                 " objects count as missed (image ids %s)",
-                len(missing), len(dataset), first_of(missing),
+                len(missing), len(dataset), first_names(missing),
             )  # fmt: skip
         if dropped:
             _logger.warning(

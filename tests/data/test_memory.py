@@ -90,7 +90,7 @@ def growth(
     num_workers: int,
     consume: Callable[[Any], object],
 ) -> dict[str, int]:
-    """Bytes that each process gained between batch ``WARM_UP`` and batch ``BATCHES``."""
+    """Bytes that each process gained between batch `WARM_UP` and batch `BATCHES`."""
     dataset = data_set_type(
         root, root / "instances.json", train_transforms(0.15), train=True, seed=0
     )
