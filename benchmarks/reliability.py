@@ -124,7 +124,7 @@ class TakingTurns:
 
     seconds: list[tuple[float, float, float]]  # ours, still writing, bare
 
-    def __init__(self, model: Any, start_iteration: int = 0) -> None:
+    def __init__(self, model: Any) -> None:
         self.dataset = SyntheticImages(1000)
         self.batch_sampler = self
         self.iterations_per_epoch, self.total_batch_size = 1000, IMAGES

@@ -22,7 +22,7 @@ train = dict(
     nonfinite_limit=10,
     oom="raise",
     grace_seconds=120.0,
-    checkpoint=dict(period="1ep", keep=3, best="AP", asynchronous=True, sharded=False),
+    checkpoint=dict(period="1ep", keep=3, best="AP", asynchronous=True),
     early_stopping=dict(patience=None, min_delta=0.0),
     wandb=dict(enabled=False, project="dn_detr", name=None, mode=None),
 )

@@ -9,22 +9,25 @@ from .manifest import CheckpointError, Manifest
 from .reporting import log_loading
 from .snapshot import NonFiniteWeightsError, Snapshot
 from .storage import (
+    LoadedCheckpoint,
     best_manifest,
     find_checkpoint,
     last_checkpoint,
-    load_training_state,
+    load_checkpoint,
+    load_last_checkpoint,
     read_manifest,
     record_metrics,
     save_weights,
 )
 from .weights import LoadReport, load_model_weights, load_tensors, read_weights
-from .writer import CheckpointWriter, save_checkpoint
+from .writer import CheckpointWriter
 
 __all__ = [
     "LAYOUTS",
     "CheckpointError",
     "CheckpointWriter",
     "LoadReport",
+    "LoadedCheckpoint",
     "Manifest",
     "NonFiniteWeightsError",
     "Snapshot",
@@ -33,15 +36,15 @@ __all__ = [
     "describe_backbone",
     "find_checkpoint",
     "last_checkpoint",
+    "load_checkpoint",
+    "load_last_checkpoint",
     "load_model_weights",
     "load_tensors",
-    "load_training_state",
     "log_loading",
     "read_backbone",
     "read_manifest",
     "read_weights",
     "record_metrics",
-    "save_checkpoint",
     "save_weights",
     "to_layout",
 ]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .architecture import Traits, describe_architecture, describe_backbone
-from .finite import non_finite
 from .layouts import BACKBONE_ONLY, OURS, Translation, foreign_family
 from .manifest import CheckpointError
+from .tensor_files import non_finite
 
 _LISTED = 10
 

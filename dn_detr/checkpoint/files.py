@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .folders import CHECKPOINTS_DIR, EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, is_checkpoint
+from .folders import CHECKPOINTS_DIR, EMA_FILE, MODEL_FILE, TRAINING_STATE_FILE, is_checkpoint
 from .manifest import MANIFEST_NAME, CheckpointError, Manifest
 from .pickles import read_pickle
-from .storage import find_checkpoint, good_ones_named
+from .storage import find_checkpoint, suggest_undamaged
 from .tensor_files import read_tensors
 
 _SAFETENSORS = ".safetensors"
@@ -71,9 +71,8 @@ def read_file(path: str | Path, *, ema: bool = False) -> FileContent:
 
     Args:
         path: a checkpoint folder or output folder of ours; ``model.safetensors`` or
-            ``ema.safetensors`` in such a checkpoint, even if it consists of shards; a folder of
-            transformers; a file of torch (``.pth``, ``.pt``, ``.bin``), of safetensors, or a
-            pickle of numpy arrays.
+            ``ema.safetensors`` in such a checkpoint; a folder of transformers; a file of torch
+            (``.pth``, ``.pt``, ``.bin``), of safetensors, or a pickle of numpy arrays.
         ema: take the averaged weights: of a checkpoint of ours, or ``ema_state`` of a file of
             detrex.
 
@@ -89,9 +88,9 @@ def read_file(path: str | Path, *, ema: bool = False) -> FileContent:
         return _read_huggingface(path)
     if path.name in (MODEL_FILE, EMA_FILE) and is_checkpoint(path.parent):
         return _read_ours(path.parent, EMA_FILE if ema else path.name)
-    if path.name == OPTIMIZER_FILE and is_checkpoint(path.parent):
+    if path.name == TRAINING_STATE_FILE and is_checkpoint(path.parent):
         raise CheckpointError(
-            f"{path}: the state of an optimizer, no weights; those are in {MODEL_FILE} beside it"
+            f"{path}: the state of a training, no weights; those are in {MODEL_FILE} beside it"
         )
     if path.is_dir() and not is_ours and path.name != CHECKPOINTS_DIR:
         raise CheckpointError(
@@ -106,9 +105,9 @@ def read_file(path: str | Path, *, ema: bool = False) -> FileContent:
 
 def _read_ours(path: Path, file: str) -> FileContent:
     folder = find_checkpoint(path)
-    with good_ones_named(folder):
+    with suggest_undamaged(folder):
         manifest = Manifest.read(folder)
-        has_ema = bool(manifest.parts(EMA_FILE))
+        has_ema = EMA_FILE in manifest.files
         if file == EMA_FILE and not has_ema:
             raise CheckpointError(
                 f"{folder}: holds no averaged weights ({EMA_FILE}); train with "

@@ -2,7 +2,7 @@
 
 A run's folder holds
 
-    output_dir/checkpoints/0000020/{model.safetensors, optimizer.safetensors, ..., manifest.json}
+    output_dir/checkpoints/0000020/{model.safetensors, training_state.pt, ..., manifest.json}
     output_dir/checkpoints/last -> 0000020
     output_dir/checkpoints/best -> 0000010
 
@@ -24,7 +24,6 @@ LAST_LINK = "last"
 BEST_LINK = "best"
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
 TRAINING_STATE_FILE = "training_state.pt"
 _PARTIAL = ".partial"
 _REPLACED = ".replaced"

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,8 +19,7 @@ from dn_detr.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "dn_detr.checkpoint"
-FORMAT_VERSION = 2
-_READABLE_VERSIONS = (1, 2)  # 1: the optimizer's tensors lie in training_state.pt
+FORMAT_VERSION = 3  # 2: the optimizer's tensors lie in a file of their own; 1: without "processes"
 _BUFFER = 1 << 22  # bytes
 
 
@@ -45,6 +43,7 @@ class Manifest:
         class_names: class names of the training data; index = contiguous class id.
         metrics: results of the evaluation at this iteration; None if there was none.
         versions: versions of the libraries that wrote it.
+        format_version: of the folder's files, in [1, FORMAT_VERSION].
     """
 
     iteration: int
@@ -54,10 +53,11 @@ class Manifest:
     class_names: list[str] = field(default_factory=list)
     metrics: dict[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
+    format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
         """Write `folder/manifest.json` in one atomic replacement."""
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        content = {"format": FORMAT, **asdict(self)}
         content = json.loads(json.dumps(content))  # as it will be read: keys are strings
         content["sha256"] = _digest_of_content(content)
         replace_file(folder / MANIFEST_NAME, _to_bytes(content))
@@ -88,24 +88,9 @@ class Manifest:
             raise CheckpointError(f"{path}: damaged, its content does not match its own digest")
         if content.pop("format", None) != FORMAT:
             raise CheckpointError(f"{path}: not the manifest of a dn_detr checkpoint")
-        if content.pop("format_version", None) not in _READABLE_VERSIONS:
+        if content.get("format_version") not in range(1, FORMAT_VERSION + 1):
             raise UnreadableError(f"{path}: written by a newer dn_detr; update the package")
         return cls(**content)
-
-    def parts(self, name: str) -> list[str]:
-        """Return the files that together hold `name`: itself, its shards, or none.
-
-        Args:
-            name: of a file that is not cut into shards, for example "model.safetensors".
-        """
-        if name in self.files:
-            return [name]
-        stem, suffix = (re.escape(part) for part in name.split(".", 1))
-        return sorted(
-            file
-            for file in self.files
-            if re.fullmatch(rf"{stem}-[0-9]{{5}}-of-[0-9]{{5}}\.{suffix}", file)
-        )
 
     def verify(self, folder: Path, name: str) -> Path:
         """Return the path of file `name` after comparing it with its digest.

@@ -72,10 +72,12 @@ class RefusedClass(Exception):
     """A pickle asks for a class or function that is not on the list of harmless ones."""
 
 
-def read_pickle(path: Path) -> Any:
+def read_pickle(path: Path, *, mmap: bool = True) -> Any:
     """Read a file of torch (zip or legacy format) or a pickle of numpy arrays.
 
-    Tensors of a zip file stay on the disk until they are used.
+    Args:
+        path: the file.
+        mmap: tensors of a zip file stay on the disk until they are used.
 
     Raises:
         CheckpointError: damaged, or asks for a class that may not be loaded; nothing was executed.
@@ -86,7 +88,7 @@ def read_pickle(path: Path) -> Any:
         try:
             if start.startswith(_ZIP):
                 _check_archive(path)
-                return _read_torch(path, mmap=True)
+                return _read_torch(path, mmap=mmap)
             if start == _LEGACY_TORCH:
                 return _read_torch(path, mmap=False)
             return _read_arrays(file)
@@ -98,7 +100,7 @@ def read_pickle(path: Path) -> Any:
             ) from None
         except CheckpointError:
             raise
-        # A damaged pickle can raise anything; whatever it is, the file is to blame.
+        # A damaged pickle can raise anything; in any case the file is the cause.
         except Exception as error:
             raise CheckpointError(
                 f"{path}: damaged or truncated ({path.stat().st_size} bytes), it cannot be read: "

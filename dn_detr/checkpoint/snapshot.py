@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .finite import non_finite
-from .folders import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE
 from .manifest import CheckpointError
-from .state_tree import take_tensors, to_bytes
-from .tensor_files import share
+from .tensor_files import non_finite
 
 _LISTED = 5
+_Path = tuple[Any, ...]  # the keys and indices that lead to an entry
 
 
 class NonFiniteWeightsError(CheckpointError):
@@ -31,8 +29,8 @@ class Snapshot:
         epoch: the same in epochs, fractional.
         model: name -> tensor, any device; aliases of one tensor are stored separately.
         optimizer: `state_dict()` of a torch optimizer; empty if there is none.
-        training_state: what else a resumed run needs, small: tensors, numbers, strings, None, and
-            lists, tuples and dicts of them; no entry "optimizer" or "ema".
+        training_state: what else a resumed run needs: tensors, numbers, strings, None, and lists,
+            tuples and dicts of them; no entry "optimizer".
         ema: averaged weights under the names of `model`.
     """
 
@@ -44,23 +42,6 @@ class Snapshot:
     ema: Mapping[str, Tensor] | None = None
 
 
-@dataclass(frozen=True)
-class HostCopy:
-    """What one process writes of a snapshot; later changes of the training do not reach it.
-
-    Attributes:
-        iteration: see `Snapshot`.
-        epoch: see `Snapshot`.
-        files: name of the whole file -> this process's share of its tensors, on the CPU.
-        training_state: content of the file of that name.
-    """
-
-    iteration: int
-    epoch: float
-    files: Mapping[str, Mapping[str, Tensor]]
-    training_state: bytes
-
-
 class HostMemory:
     """Copies snapshots into host memory, which is used again for the next one.
 
@@ -68,58 +49,63 @@ class HostMemory:
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._buffers: dict[_Path, Tensor] = {}
 
-    def copy(self, snapshot: Snapshot, rank: int = 0, count: int = 1) -> HostCopy:
-        """Copy a process's share of a snapshot; the copy before this one loses its content.
-
-        Args:
-            snapshot: the same on all processes.
-            rank: of the process, in [0, count).
-            count: number of processes that write.
+    def copy(self, snapshot: Snapshot) -> Snapshot:
+        """Copy a snapshot; the copy before this one loses its content.
 
         Raises:
             NonFiniteWeightsError: a weight or a number of the optimizer is NaN or infinite.
             CheckpointError: the training state holds what cannot be stored.
         """
-        rest, moments = take_tensors(snapshot.optimizer)
-        whole: dict[str, Mapping[str, Tensor]] = {MODEL_FILE: snapshot.model}
-        if snapshot.ema is not None:
-            whole[EMA_FILE] = snapshot.ema
-        if moments:
-            whole[OPTIMIZER_FILE] = moments
-        _check_finite(whole)
-        training_state = to_bytes({**snapshot.training_state, "optimizer": rest})
-        files = {
-            file: {
-                name: self._copy((file, name), value)
-                for name, value in share(tensors, rank, count).items()
-            }
-            for file, tensors in whole.items()
-        }
-        return HostCopy(snapshot.iteration, snapshot.epoch, files, training_state)
+        sources: dict[_Path, Tensor] = {}
+        buffers: dict[_Path, Tensor] = {}
+
+        def rebuild(value: Any, path: _Path) -> Any:
+            if value is None or isinstance(value, bool):
+                return value
+            if isinstance(value, Tensor):
+                buffer = self._buffers.get(path)
+                if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+                    buffer = torch.empty(value.shape, dtype=value.dtype)
+                sources[path], buffers[path] = value.detach(), buffer
+                return buffer
+            for plain in (str, int, float):  # a subclass of these might not be loaded again
+                if isinstance(value, plain):
+                    return plain(value)
+            if isinstance(value, Mapping):
+                return {rebuild(k, path): rebuild(v, (*path, k)) for k, v in value.items()}
+            if isinstance(value, list | tuple):
+                items = [rebuild(item, (*path, index)) for index, item in enumerate(value)]
+                return tuple(items) if isinstance(value, tuple) else items
+            raise CheckpointError(
+                f"{_dotted(path)} is of type {type(value).__name__}, which could not be loaded "
+                "again without running code; save tensors, numbers, strings, lists, tuples and "
+                "dicts"
+            )
+
+        parts = ("model", "optimizer", "training_state", "ema")
+        copied = {part: rebuild(getattr(snapshot, part), (part,)) for part in parts}
+        _check_finite({p: value for p, value in sources.items() if p[0] != "training_state"})
+        for path, source in sources.items():
+            buffers[path].copy_(source)
+        self._buffers = buffers
+        return replace(snapshot, **copied)
 
     def release(self) -> None:
-        """Give the memory back; the last copy must be done with."""
+        """Free the memory; the last copy must not be used any more."""
         self._buffers.clear()
 
-    def _copy(self, key: tuple[str, str], value: Tensor) -> Tensor:
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = torch.empty(value.shape, dtype=value.dtype)
-            self._buffers[key] = buffer
-        return buffer.copy_(value.detach())
 
-
-def _check_finite(files: Mapping[str, Mapping[str, Tensor]]) -> None:
-    broken = [
-        f"{file.split('.')[0]}: {name}"
-        for file, tensors in files.items()
-        for name in non_finite(tensors)
-    ]
+def _check_finite(tensors: Mapping[_Path, Tensor]) -> None:
+    broken = non_finite({_dotted(path): value for path, value in tensors.items()})
     if broken:
         rest = f" and {len(broken) - _LISTED} more" if len(broken) > _LISTED else ""
         raise NonFiniteWeightsError(
             f"not saved: {len(broken)} tensors hold NaN or infinity ({', '.join(broken[:_LISTED])}"
             f"{rest}); go on from the checkpoint before, with a lower learning rate"
         )
+
+
+def _dotted(path: _Path) -> str:
+    return ".".join(map(str, path))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from .folders import (
     EMA_FILE,
     LAST_LINK,
     MODEL_FILE,
-    OPTIMIZER_FILE,
     TRAINING_STATE_FILE,
     is_checkpoint,
     iteration_of,
@@ -28,12 +27,15 @@ from .folders import (
     partial_of,
     saved,
 )
-from .manifest import MANIFEST_NAME, CheckpointError, Manifest, UnreadableError
-from .state_tree import put_tensors
+from .manifest import FORMAT_VERSION, MANIFEST_NAME, CheckpointError, Manifest, UnreadableError
+from .pickles import read_pickle
+from .snapshot import Snapshot
 from .tensor_files import read_tensors, write_tensors
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
+Used = TypeVar("Used")
 
 
 def save_weights(
@@ -84,41 +86,65 @@ def read_manifest(checkpoint: str | Path) -> Manifest:
     """Read the verified manifest of a checkpoint folder.
 
     Raises:
-        CheckpointError: it is missing or damaged; the message names the good ones beside it.
+        CheckpointError: it is missing or damaged; the message names the undamaged ones beside it.
     """
-    with good_ones_named(Path(checkpoint)):
+    with suggest_undamaged(Path(checkpoint)):
         return Manifest.read(Path(checkpoint))
 
 
-def load_training_state(checkpoint: str | Path) -> dict[str, Any]:
-    """Load everything but the model on the CPU, after verifying the digests.
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """All that a checkpoint folder holds, verified and on the CPU.
+
+    Attributes:
+        folder: the checkpoint folder.
+        manifest: of the folder.
+        snapshot: the state of the training.
+    """
+
+    folder: Path
+    manifest: Manifest
+    snapshot: Snapshot
+
+
+def load_checkpoint(checkpoint: str | Path) -> LoadedCheckpoint:
+    """Load everything that a checkpoint of a training holds; each file is verified and read once.
 
     Args:
-        checkpoint: the folder, written by any number of processes.
-
-    Returns:
-        The entries of `Snapshot.training_state`; "optimizer", as `load_state_dict` of the
-        optimizer wants it; and "ema": name -> tensor, or None.
+        checkpoint: the checkpoint folder, or a link to it.
 
     Raises:
-        CheckpointError: a file is missing or damaged (the message names the good checkpoints
-            beside it), or the checkpoint is one of weights alone.
+        CheckpointError: a file is missing or damaged (the message names the undamaged checkpoints
+            beside it), or the checkpoint is one of weights alone or of an older version.
     """
-    folder = Path(checkpoint)
-    with good_ones_named(folder):
-        manifest = Manifest.read(folder)
-        if TRAINING_STATE_FILE not in manifest.files:
-            raise CheckpointError(
-                f"{folder}: holds weights alone, without the state of a training that could be "
-                "resumed; start one from it with train.init_checkpoint"
-            )
-        path = manifest.verify(folder, TRAINING_STATE_FILE)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        ema = _read_if_there(folder, manifest, EMA_FILE)
-        # Version 1 has the optimizer's tensors in place, and no marks.
-        moments = _read_if_there(folder, manifest, OPTIMIZER_FILE) or {}
-        state["optimizer"] = put_tensors(state.get("optimizer", {}), moments)
-        return {**state, "ema": ema}
+    with suggest_undamaged(Path(checkpoint)):
+        return _load(Path(checkpoint))
+
+
+def load_last_checkpoint(output_dir: str | Path) -> LoadedCheckpoint | None:
+    """Load the last undamaged checkpoint of a run; see `last_checkpoint`."""
+    return _first_undamaged(output_dir, _load)
+
+
+def _load(folder: Path) -> LoadedCheckpoint:
+    manifest = Manifest.read(folder)
+    if TRAINING_STATE_FILE not in manifest.files:
+        raise UnreadableError(
+            f"{folder}: holds weights alone, without the state of a training that could be "
+            "resumed; start one from it with train.init_checkpoint"
+        )
+    if manifest.format_version < FORMAT_VERSION:
+        raise UnreadableError(
+            f"{folder}: an older dn_detr wrote it, and its training cannot be continued; start "
+            f"a new run from its weights with train.init_checkpoint={folder}"
+        )
+    # not mapped: training writes into these tensors
+    state = read_pickle(manifest.verify(folder, TRAINING_STATE_FILE), mmap=False)
+    model = read_tensors(folder, manifest, MODEL_FILE)
+    ema = read_tensors(folder, manifest, EMA_FILE) if EMA_FILE in manifest.files else None
+    optimizer = state.pop("optimizer")
+    snapshot = Snapshot(manifest.iteration, manifest.epoch, model, optimizer, state, ema)
+    return LoadedCheckpoint(folder, manifest, snapshot)
 
 
 def best_manifest(checkpoints: Path) -> Manifest | None:
@@ -127,23 +153,6 @@ def best_manifest(checkpoints: Path) -> Manifest | None:
         return Manifest.read(checkpoints / BEST_LINK)
     except CheckpointError:
         return None
-
-
-def damage_of(checkpoint: Path) -> str | None:
-    """Verify every file of a checkpoint and say what is wrong; None if nothing is.
-
-    Raises:
-        UnreadableError: it cannot be verified, though it may be undamaged.
-    """
-    try:
-        manifest = Manifest.read(checkpoint)
-        for name in manifest.files:
-            manifest.verify(checkpoint, name)
-    except UnreadableError:
-        raise
-    except (CheckpointError, OSError) as error:
-        return str(error)
-    return None
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -157,6 +166,19 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
             checkpoint.
         UnreadableError: one that is to be used cannot be read, but is not known to be damaged.
     """
+    return _first_undamaged(output_dir, _verify)
+
+
+def _verify(checkpoint: Path) -> Path:
+    """Compare every file of a checkpoint with its digest; raise CheckpointError if one differs."""
+    manifest = Manifest.read(checkpoint)
+    for name in manifest.files:
+        manifest.verify(checkpoint, name)
+    return checkpoint
+
+
+def _first_undamaged(output_dir: str | Path, use: Callable[[Path], Used]) -> Used | None:
+    """Return `use(checkpoint)` of the last checkpoint of a run for which it raises no error."""
     if (Path(output_dir) / MANIFEST_NAME).is_file():
         raise CheckpointError(
             f"{output_dir}: itself a checkpoint, not the output folder of a run; start from it "
@@ -167,30 +189,38 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     present = saved(checkpoints)
     if not present and not link.exists() and not link.is_symlink():
         return None
-    pointed = link.resolve()
-    damages = [] if pointed.exists() else [f"{link}: {_what_is_wrong_with(link)}"]
-    for folder in _by_preference(present, pointed):
+    last = link.resolve()
+    damages = [] if last.exists() else [f"{link}: {_what_is_wrong_with(link)}"]
+    # `last`, then earlier ones, the newest first; then those after `last`, nearest first
+    candidates = list(reversed(present))
+    if last.exists() and last not in present:  # a copy that followed the link
+        candidates = [last, *candidates]
+    elif last.name.isdigit():
+        later = [path for path in present if iteration_of(path) > int(last.name)]
+        candidates = [*(path for path in candidates if path not in later), *later]
+    for folder in candidates:
         try:
-            damage = damage_of(folder)
+            used = use(folder)
         except UnreadableError as error:
             raise UnreadableError(
-                f"{error}; it may be undamaged, so none before it is used instead: make it "
-                f"readable, or move {folder} away to go on without it"
+                f"{error}; it may be undamaged, so none before it is used instead: solve this, "
+                f"or move {folder} away to go on without it"
             ) from error
-        if damage is None:
-            if damages:
-                _logger.error(
-                    "the last checkpoint cannot be used:\n  %s\n%s is undamaged and is used "
-                    "instead; what was trained after it is lost",
-                    "\n  ".join(damages),
-                    folder,
-                )
-            return folder
-        damages.append(damage)
+        except (CheckpointError, OSError) as error:
+            damages.append(str(error))
+            continue
+        if damages:
+            logger.error(
+                "the last checkpoint cannot be used:\n  %s\n%s is undamaged and is used "
+                "instead; what was trained after it is lost",
+                "\n  ".join(damages),
+                folder,
+            )
+        return used
     raise CheckpointError(
         f"{checkpoints}: none of the checkpoints can be used:\n  "
         + "\n  ".join(damages)
-        + f"\nRestore one from a copy, or delete {checkpoints} to start anew."
+        + f"\nRestore one from a copy, or delete {checkpoints} to start a new run"
     )
 
 
@@ -207,7 +237,7 @@ def find_checkpoint(path: str | Path) -> Path:
     if (folder / MANIFEST_NAME).is_file():
         return folder.resolve()
     if is_checkpoint(folder) and folder.parent.is_dir():
-        with good_ones_named(folder):
+        with suggest_undamaged(folder):
             look = f"holds no {MANIFEST_NAME}" if folder.is_dir() else _what_is_wrong_with(folder)
             raise CheckpointError(f"{folder}: no checkpoint: it {look}")
     if not folder.exists():
@@ -224,42 +254,20 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 @contextmanager
-def good_ones_named(checkpoint: Path) -> Iterator[None]:
-    """Let an error about a checkpoint name the undamaged ones beside it."""
+def suggest_undamaged(checkpoint: Path) -> Iterator[None]:
+    """Add the undamaged checkpoints of the same run to an error about one."""
     try:
         yield
     except CheckpointError as error:
         folder = checkpoint.resolve()
-        others = [path for path in saved(folder.parent) if path != folder]
-        good = [str(path) for path in others if _is_good(path)]
+        good = []
+        for other in saved(folder.parent):
+            with suppress(CheckpointError, OSError):
+                if other != folder:
+                    good.append(str(_verify(other)))
         if not is_checkpoint(checkpoint) or not good:
             raise
         raise CheckpointError(f"{error}; undamaged beside it: {', '.join(good)}") from error
-
-
-def _is_good(checkpoint: Path) -> bool:
-    try:
-        return damage_of(checkpoint) is None
-    except UnreadableError:
-        return False
-
-
-def _read_if_there(folder: Path, manifest: Manifest, name: str) -> dict[str, Tensor] | None:
-    if not manifest.parts(name):
-        return None
-    # clone: training writes into these, and they should not depend on a file that may vanish
-    return {key: value.clone() for key, value in read_tensors(folder, manifest, name).items()}
-
-
-def _by_preference(present: Sequence[Path], pointed: Path) -> list[Path]:
-    """`last`, then earlier ones, the newest first; then those after `last`, nearest first."""
-    if pointed.exists() and pointed not in present:  # a copy that followed the link
-        return [pointed, *reversed(present)]
-    if not pointed.name.isdigit():
-        return list(reversed(present))
-    limit = int(pointed.name)
-    earlier = [path for path in present if iteration_of(path) <= limit]
-    return [*reversed(earlier), *(path for path in present if iteration_of(path) > limit)]
 
 
 def _what_is_wrong_with(link: Path) -> str:

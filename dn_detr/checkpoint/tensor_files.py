@@ -1,19 +1,22 @@
-"""Named tensors in safetensors files: one file, or a shard per process."""
+"""Files of named tensors (safetensors) and of training states, and a check for NaN."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .manifest import MANIFEST_NAME, CheckpointError, Manifest, file_digest, flush_to_disk
+from .manifest import CheckpointError, Manifest, file_digest, flush_to_disk
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a file that survives a power cut; other threads run meanwhile.
+    """Write a safetensors file that survives a power cut; other threads run meanwhile.
 
     Args:
         path: the file.
@@ -30,66 +33,63 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return file_digest(path)
 
 
-def write_bytes(path: Path, data: bytes) -> str:
-    """Write a file that survives a power cut, and return its SHA-256 in hexadecimal."""
-    path.write_bytes(data)
+def write_state(path: Path, state: Mapping[str, Any]) -> str:
+    """Write nested tensors, numbers and strings so that `torch.load(weights_only=True)` reads them.
+
+    Returns:
+        The SHA-256 of the file in hexadecimal.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        # torch reports an inconsistency of the archive that an error of the disk has caused
+        raise error.__context__ or error from None
     flush_to_disk(path)
     return file_digest(path)
 
 
 def read_tensors(folder: Path, manifest: Manifest, name: str) -> dict[str, Tensor]:
-    """Read a verified file of a checkpoint, or its shards, however many processes wrote them.
+    """Read a safetensors file of a checkpoint after verifying its digest.
 
     Args:
         folder: the checkpoint folder.
         manifest: of the folder.
-        name: "model.safetensors" or the like; shards are found by it.
+        name: of the file, "model.safetensors" or the like.
 
     Returns:
         name -> tensor (CPU); large ones stay on the disk until used.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: the file is missing or damaged.
     """
-    parts = manifest.parts(name)
-    if not parts:
-        raise CheckpointError(f"{folder / MANIFEST_NAME}: lists no file {name}")
-    tensors: dict[str, Tensor] = {}
-    for part in parts:
-        path = manifest.verify(folder, part)
-        try:
-            tensors |= safetensors.torch.load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
-    return tensors
+    path = manifest.verify(folder, name)
+    try:
+        return safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
 
 
-def shard_name(name: str, rank: int, count: int) -> str:
-    """Return "model-00001-of-00002.safetensors" for the first of two shards.
+def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the floating-point tensors that hold NaN or infinity.
+
+    Each tensor is read once and no device is waited for more than once.
 
     Args:
-        name: of the file if it were whole, which one shard is.
-        rank: of the process that writes the shard, in [0, count).
-        count: number of shards.
+        tensors: name -> tensor of any shape, dtype and device.
     """
-    stem, suffix = name.split(".", 1)
-    return name if count == 1 else f"{stem}-{rank + 1:05d}-of-{count:05d}.{suffix}"
+    by_device: dict[torch.device, list[str]] = defaultdict(list)
+    for name, value in tensors.items():
+        if value.is_floating_point():
+            by_device[value.device].append(name)
+    suspects: list[str] = []
+    for names in by_device.values():
+        is_finite = torch.stack([_sum(tensors[name]) for name in names]).isfinite().tolist()
+        suspects += [name for name, finite in zip(names, is_finite, strict=True) if not finite]
+    # The sum of finite numbers may overflow, so only a non-finite sum needs the long way.
+    return [name for name in suspects if not bool(tensors[name].isfinite().all())]
 
 
-def share(tensors: Mapping[str, Tensor], rank: int, count: int) -> dict[str, Tensor]:
-    """Return the tensors that go into one shard: about as many bytes as into any other.
-
-    Args:
-        tensors: name -> tensor, the same on all processes.
-        rank: of the shard, in [0, count).
-        count: number of shards.
-    """
-    loads = [0] * count
-    mine: dict[str, Tensor] = {}
-    # The largest first, each into the emptiest shard; equal ones by name, so all agree.
-    for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
-        shard = loads.index(min(loads))
-        loads[shard] += tensors[name].nbytes
-        if shard == rank:
-            mine[name] = tensors[name]
-    return mine
+def _sum(value: Tensor) -> Tensor:
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return value.detach().sum(dtype=dtype).double()

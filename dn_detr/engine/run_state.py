@@ -14,13 +14,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from dn_detr.checkpoint import (
     CheckpointError,
+    LoadedCheckpoint,
     Snapshot,
     best_manifest,
-    load_model_weights,
-    load_training_state,
-    read_manifest,
+    load_checkpoint,
+    load_last_checkpoint,
+    load_tensors,
 )
-from dn_detr.distributed import all_gather, rank, world_size
+from dn_detr.distributed import all_gather, broadcast_from_main, is_main, rank, world_size
 
 from .best import BestResult
 from .metrics import Interval
@@ -42,6 +43,8 @@ class RunState:
         ema: the moving average of the model, if there is one.
         best: the best evaluation, if one result is watched.
         stability: follows the matching, if the data know their objects.
+        callbacks: name -> object with `state_dict` and `load_state_dict`, whose states are saved
+            and restored under these names.
 
     Attributes:
         iteration: steps done.
@@ -62,12 +65,14 @@ class RunState:
         ema: AveragedModel | None = None,
         best: BestResult | None = None,
         stability: MatchingStability | None = None,
+        callbacks: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.step = step
         self.ema = ema
         self.best = best
         self.stability = stability
+        self.callbacks = dict(callbacks or {})
         self.iteration = 0
         self.batches_drawn = 0
         self.nonfinite_steps = 0
@@ -97,6 +102,7 @@ class RunState:
                 "scaler": self.step.scaler.state_dict(),
                 "best": self._best_before_evaluation(),
                 "stability": self.stability.state_dict() if self.stability is not None else None,
+                "callbacks": {name: c.state_dict() for name, c in self.callbacks.items()},
                 "batches_drawn": self.batches_drawn,
                 "nonfinite_steps": self.nonfinite_steps,
                 "processes": all_gather(mine),
@@ -131,35 +137,56 @@ class RunState:
             return None
         return self.best.state_dict() if self.metrics is None else self._best_before
 
-    def restore(self, checkpoint: Path) -> None:
+    def restore(self, checkpoint: LoadedCheckpoint) -> None:
         """Become what a checkpoint holds, as if there had been no interruption.
 
         Learning rates and other settings of the optimizer stay the config's. Random numbers are
-        restored by `restore_random_numbers`, when nobody draws any more before the next step.
+        restored by `restore_random_numbers`, when nothing draws any more before the next step.
 
         Raises:
-            CheckpointError: it is damaged, or of another model or optimizer.
+            CheckpointError: it is of another model or optimizer.
         """
-        manifest = read_manifest(checkpoint)
-        state = load_training_state(checkpoint)
-        load_model_weights(self.model, checkpoint, class_names=self._class_names)
-        self._restore_ema(state["ema"])
-        _require_same_type(self.step.optimizer, state["optimizer_type"])
-        _restore_optimizer(self.step.optimizer, state["optimizer"])
+        saved, manifest = checkpoint.snapshot, checkpoint.manifest
+        state = saved.training_state
+        load_tensors(
+            self.model,
+            saved.model,
+            what=str(checkpoint.folder),
+            class_names=self._class_names,
+            source_class_names=manifest.class_names,
+            has_config=bool(manifest.config),
+        )
+        if self.ema is not None:
+            if saved.ema is None:
+                logger.warning("the checkpoint holds no EMA: it starts from the model's weights")
+            self.ema.module.load_state_dict(dict(saved.model if saved.ema is None else saved.ema))
+        _restore_optimizer(self.step.optimizer, state["optimizer_type"], saved.optimizer)
         if state["scaler"] and self.step.scaler.is_enabled():
             self.step.scaler.load_state_dict(state["scaler"])
         if self.stability is not None and state["stability"] is not None:
             self.stability.load_state_dict(state["stability"])
+        for name, callback in self.callbacks.items():
+            if name in state["callbacks"]:
+                callback.load_state_dict(state["callbacks"][name])
         self.iteration, self.metrics = manifest.iteration, manifest.metrics
         if self.best is not None and state["best"] is not None:
             self.best.load_state_dict(state["best"])
         if self.best is not None and self.metrics and not self.best.is_in(self.metrics):
             self.metrics = None  # evaluated before that result was asked for
-        self.forget_lost_best(checkpoint.parent)
+        self.forget_lost_best(checkpoint.folder.parent)
         self.take_results()
         self.batches_drawn = state["batches_drawn"]
         self.nonfinite_steps = state["nonfinite_steps"]
-        self._restore_process(state["processes"])
+        if len(state["processes"]) != world_size():
+            logger.warning(
+                "saved by %d process(es), continued by %d: global random numbers are "
+                "re-initialised, samples do not change", len(state["processes"]), world_size(),
+            )  # fmt: skip
+            return
+        mine = state["processes"][rank()]
+        self._random_state = mine["random"]
+        self.interval = Interval.from_state_dict(mine["interval"], self.step.device)
+        self.skipped = Counter(mine["skipped"])
 
     def restore_random_numbers(self) -> None:
         """Continue with the random numbers that follow those of the restored checkpoint."""
@@ -167,54 +194,31 @@ class RunState:
             restore_random_state(self._random_state)
             self._random_state = None
 
-    def _restore_ema(self, weights: Mapping[str, torch.Tensor] | None) -> None:
-        if self.ema is None:
-            return
-        if weights is None:
-            logger.warning("the checkpoint holds no averaged weights: the average starts anew")
-            self.ema.module.load_state_dict(self.model.state_dict())
-            return
-        self.ema.module.load_state_dict(dict(weights))
 
-    def _restore_process(self, processes: Sequence[Mapping[str, Any]]) -> None:
-        if len(processes) != world_size():
-            logger.warning(
-                "saved by %d process(es), continued by %d: global random numbers start anew, "
-                "samples do not change", len(processes), world_size(),
-            )  # fmt: skip
-            return
-        mine = processes[rank()]
-        self._random_state = mine["random"]
-        self.interval = Interval.from_state_dict(mine["interval"], self.step.device)
-        self.skipped = Counter(mine["skipped"])
+def load_last(output_dir: str | Path) -> LoadedCheckpoint | None:
+    """Load the last undamaged checkpoint of a run on every process; a collective call.
 
+    The main process looks for it, and the others load what it has found.
 
-def batches_drawn(checkpoint: Path) -> int:
-    """Return how many batches a run had taken from its loader when it wrote a checkpoint.
-
-    Raises:
-        CheckpointError: it is damaged, or of a version that did not write this down.
+    Returns:
+        None if the run has saved none.
     """
-    state = load_training_state(checkpoint)
-    if "batches_drawn" not in state:
-        raise CheckpointError(
-            f"{checkpoint}: an older dn_detr wrote it, and its training cannot be continued; start "
-            f"a new run from its weights with train.init_checkpoint={checkpoint}"
-        )
-    drawn: int = state["batches_drawn"]
-    return drawn
+    found = load_last_checkpoint(output_dir) if is_main() else None
+    folder = broadcast_from_main(found.folder if found is not None else None)
+    if found is not None or folder is None:
+        return found
+    return load_checkpoint(folder)
 
 
-def _require_same_type(optimizer: torch.optim.Optimizer, saved: str) -> None:
-    if type(optimizer).__name__ != saved:
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, saved_type: str, state: Mapping[str, Any]
+) -> None:
+    if type(optimizer).__name__ != saved_type:
         raise CheckpointError(
-            f"the checkpoint's optimizer is {saved}, the config's {type(optimizer).__name__}, "
+            f"the checkpoint's optimizer is {saved_type}, the config's {type(optimizer).__name__}, "
             "which has no use for its state; resume with the same optimizer, or start a new run "
             "with train.init_checkpoint"
         )
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     present = [(group_name(g), len(g["params"])) for g in optimizer.param_groups]
     saved = [(group_name(g), len(g["params"])) for g in state["param_groups"]]

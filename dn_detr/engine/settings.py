@@ -44,14 +44,12 @@ class CheckpointSettings:
         best: evaluation result ("AP", "AP50", "ema/AP", "per_class/cat") whose maximum
             `checkpoints/best` keeps and early stopping watches; None: neither.
         asynchronous: write in the background while training goes on.
-        sharded: every process writes its share of the tensors, instead of the first one all.
     """
 
     period: int | str | None = "1ep"
     keep: int | None = 3
     best: str | None = "AP"
     asynchronous: bool = True
-    sharded: bool = False
 
 
 @dataclass

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NoReturn
 
-from dn_detr.checkpoint import CheckpointError, CheckpointWriter, last_checkpoint
+from dn_detr.checkpoint import CheckpointError, CheckpointWriter
 from dn_detr.data import count_skipped, describe_skipped
 from dn_detr.distributed import (
     all_gather,
@@ -26,7 +26,7 @@ from .metrics import Interval, Row, average_over_ranks, evaluation_row, peak_mem
 from .nonfinite import NonFiniteError
 from .optimizer import learning_rates
 from .progress import Progress
-from .run_state import RunState
+from .run_state import RunState, load_last
 from .schedule import LearningRateRule, Timetable, set_learning_rates
 from .settings import TrainSettings
 from .step import Outcome, StepResult, images_named_on_failure
@@ -242,8 +242,7 @@ class Trainer:
             self._finish_writing()
         except CheckpointError as error:
             logger.error("%s", error)  # an older one has to do
-        folder = self._settings.output_dir
-        checkpoint = broadcast_from_main(last_checkpoint(folder) if is_main() else None)
+        checkpoint = load_last(self._settings.output_dir)
         if checkpoint is None:
             raise NonFiniteError(
                 f"{result.report}\nthere is no checkpoint to roll back to yet; lower "
@@ -256,7 +255,7 @@ class Trainer:
         self._start_rows()
         self._save_again()  # it would draw the bad images again
         if is_main():
-            logger.warning("rolled back to %s", checkpoint)
+            logger.warning("rolled back to %s", checkpoint.folder)
 
     def _log_if_due(self, progress: Progress) -> None:
         if not self._timetable.is_due(self._settings.log_period, self._state.iteration):
@@ -286,23 +285,11 @@ class Trainer:
         """Write a checkpoint of this iteration, unless there is one."""
         if self._saved_iteration == self._state.iteration:
             return
-        snapshot = self._state.snapshot(self._timetable.epoch(self._state.iteration))
-        refusal: CheckpointError | None = None
-        if is_main():
-            try:
-                self._checkpoints.save(snapshot)
-            except CheckpointError as error:
-                refusal = error
-        if self._settings.checkpoint.sharded:
-            barrier()  # the first process has made the folder, or all refuse the same content
-            if not is_main():
-                self._checkpoints.save(snapshot)
-        if refusal is not None:
-            raise refusal
+        self._checkpoints.save(self._state.snapshot(self._timetable.epoch(self._state.iteration)))
         self._saved_iteration, self._has_unwritten = self._state.iteration, False
 
     def _save_again(self) -> None:
-        """Write the checkpoint of this iteration anew, with the results of its evaluation."""
+        """Write the checkpoint of this iteration again, with the results of its evaluation."""
         self._saved_iteration = None
         self._save()
         self._record_evaluation()

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dn_detr.allocator import keep_freed_memory
 from dn_detr.checkpoint import (
     CheckpointWriter,
+    LoadedCheckpoint,
     last_checkpoint,
     load_model_weights,
     log_loading,
@@ -38,7 +39,7 @@ from .evaluation import build_evaluators, check_watched_result, evaluate_all
 from .lock import sole_run
 from .optimizer import describe_groups
 from .random_state import seed_everything
-from .run_state import RunState, batches_drawn
+from .run_state import RunState, load_last
 from .schedule import Timetable
 from .settings import TrainSettings
 from .setup import (
@@ -87,9 +88,10 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
             config = LazyConfig.to_yaml(cfg)
             if checkpoint is not None:  # first: what changed explains what then does not fit
                 _log_resumption(checkpoint, config)
-            trainer = _build_trainer(cfg, settings, device, checkpoint, config, stop)
-            if resume and checkpoint is None:
+            elif resume:
                 logger.warning("nothing to resume in %s: starting a new run", folder)
+            trainer = _build_trainer(cfg, settings, device, checkpoint, config, stop)
+            del checkpoint  # its memory: all of it is in the trainer now
             stop.begin_training()
             if is_main():  # only now: a refused start leaves the record of the run before as it was
                 record_run(config, folder, device)
@@ -110,27 +112,28 @@ def _end_logged() -> Iterator[None]:
         raise
 
 
-def _starting_point(settings: TrainSettings, resume: bool) -> Path | None:
-    """Return the checkpoint to continue from; the first process looks, for all."""
-    checkpoint = broadcast_from_main(last_checkpoint(settings.output_dir) if is_main() else None)
-    if checkpoint is not None and not resume:
+def _starting_point(settings: TrainSettings, resume: bool) -> LoadedCheckpoint | None:
+    """Return the checkpoint to continue from; a collective call."""
+    if resume:
+        return load_last(settings.output_dir)
+    present = broadcast_from_main(last_checkpoint(settings.output_dir) if is_main() else None)
+    if present is not None:
         raise UserError(
-            f"{settings.output_dir} holds a run with {read_manifest(checkpoint).iteration} "
+            f"{settings.output_dir} holds a run with {read_manifest(present).iteration} "
             "iterations: add --resume to continue it, choose another train.output_dir, or delete it"
         )
-    return checkpoint
+    return None
 
 
 def _build_trainer(
     cfg: DictConfig,
     settings: TrainSettings,
     device: torch.device,
-    checkpoint: Path | None,
+    checkpoint: LoadedCheckpoint | None,
     config: str,
     stop: StopRequest,
 ) -> Trainer:
-    start = batches_drawn(checkpoint) if checkpoint else 0
-    train_loader = instantiate(cfg.dataloader.train, start_iteration=start)
+    train_loader = instantiate(cfg.dataloader.train)
     test_loader = instantiate(cfg.dataloader.test)
     check_same_categories(train_loader.dataset, test_loader.dataset)
     class_names = train_loader.dataset.class_names
@@ -147,6 +150,7 @@ def _build_trainer(
     state = _build_state(settings, model, step, train_loader.dataset)
     if checkpoint is not None:
         state.restore(checkpoint)
+        train_loader.batch_sampler.start_iteration = state.batches_drawn
     models = {"": model} | ({"ema": state.ema.module} if state.ema is not None else {})
     evaluators = build_evaluators(cfg, models)
     check_watched_result(settings.checkpoint.best, evaluators, class_names)
@@ -156,9 +160,7 @@ def _build_trainer(
         class_names=class_names,
         keep=settings.checkpoint.keep,
         asynchronous=settings.checkpoint.asynchronous,
-        sharded=settings.checkpoint.sharded,
         rank=rank(),
-        world_size=world_size(),
     )
     checkpoints.require_writable()
     return Trainer(
@@ -304,9 +306,9 @@ def _distribute(model: nn.Module, device: torch.device, *, broadcasts_buffers: b
     return wrapped
 
 
-def _log_resumption(checkpoint: Path, config: str) -> None:
-    logger.info("resuming from %s", checkpoint)
-    saved = read_manifest(checkpoint).config
+def _log_resumption(checkpoint: LoadedCheckpoint, config: str) -> None:
+    logger.info("resuming from %s", checkpoint.folder)
+    saved = checkpoint.manifest.config
     for change in config_changes(saved, config) if saved and config else []:
         logger.warning("changed since that checkpoint: %s", change)
 

@@ -8,17 +8,18 @@ from safetensors.torch import save_file
 
 from dn_detr.checkpoint import (
     CheckpointError,
+    Snapshot,
     convert_checkpoint,
     load_model_weights,
     load_tensors,
     read_manifest,
-    save_checkpoint,
     to_layout,
 )
 from dn_detr.checkpoint.class_rows import choose_rows
 from dn_detr.checkpoint.coco_classes import COCO_CATEGORIES, COCO_NAMES
 from dn_detr.checkpoint.files import read_file
 from tests.checkpoint.tiny_models import assert_same_state, tiny_model
+from tests.checkpoint.writing import save
 
 HEAD = "heads.class_embed.0.weight"
 PARTS = tuple(f"part{i}" for i in range(1, 81))
@@ -29,9 +30,7 @@ UNKNOWN = (
 
 def converted(folder, model, names, to):
     """Save the model as a run of ours and convert it; returns the file."""
-    save_checkpoint(
-        folder / "run", model.state_dict(), {}, iteration=1, epoch=1.0, class_names=names
-    )
+    save(folder / "run", Snapshot(1, 1.0, model.state_dict()), class_names=names)
     file = folder / f"{to}.pth"
     num_classes = model.num_classes
     convert_checkpoint(empty(num_classes), folder / "run", file, to=to)

@@ -7,22 +7,23 @@ import torch
 
 from dn_detr.checkpoint import (
     CheckpointError,
+    Snapshot,
     convert_checkpoint,
     last_checkpoint,
+    load_checkpoint,
     load_model_weights,
-    load_training_state,
     read_manifest,
     read_weights,
-    save_checkpoint,
     save_weights,
     to_layout,
 )
 from dn_detr.checkpoint.coco_classes import COCO_NAMES
 from tests.checkpoint.tiny_models import assert_same_state, tiny_model
+from tests.checkpoint.writing import save
 
 
 def save_run(folder, model, **options):
-    return save_checkpoint(folder, model.state_dict(), {}, iteration=3, epoch=1.0, **options)
+    return save(folder, Snapshot(3, 1.0, model.state_dict()), **options)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +141,6 @@ def test_a_model_without_a_place_in_the_layout_is_an_error():
 def test_converted_weights_cannot_be_resumed(tmp_path):
     folder = save_weights(tmp_path / "out", tiny_model("dab_detr_r50").state_dict())
     with pytest.raises(CheckpointError, match=r"weights alone.*train\.init_checkpoint"):
-        load_training_state(folder)
+        load_checkpoint(folder)
     with pytest.raises(CheckpointError, match=r"itself a checkpoint.*train\.init_checkpoint"):
         last_checkpoint(folder)

@@ -18,7 +18,7 @@ from dn_detr.checkpoint import (
     Snapshot,
     find_checkpoint,
     last_checkpoint,
-    load_training_state,
+    load_checkpoint,
     read_manifest,
     read_weights,
 )
@@ -78,7 +78,7 @@ def test_damage_at_a_random_place_is_noticed_300_times_of_300(tmp_path, caplog):
     train_and_save(tmp_path)
     last, previous = last_checkpoint(tmp_path), tmp_path / "checkpoints" / "0000001"
     files = sorted(path for path in last.iterdir() if path.is_file())
-    assert len(files) == 5
+    assert len(files) == 4
     detected = 0
     for kind in DAMAGES:
         for _ in range(100):
@@ -127,7 +127,7 @@ def test_white_space_after_the_manifest_is_damage(run):
 
 @pytest.mark.parametrize(
     "file",
-    ["manifest.json", "model.safetensors", "optimizer.safetensors", "training_state.pt"],
+    ["manifest.json", "model.safetensors", "ema.safetensors", "training_state.pt"],
 )
 def test_a_file_that_is_missing_is_damage(run, file, caplog):
     (run / "checkpoints" / "0000030" / file).unlink()
@@ -193,17 +193,17 @@ def test_a_checkpoint_that_is_named_is_not_replaced_by_another(run, name, file, 
         with pytest.raises(CheckpointError, match=good):
             read_weights(wanted)
     if file == "manifest.json":
-        for read in (load_training_state, read_manifest):
+        for read in (load_checkpoint, read_manifest):
             with pytest.raises(CheckpointError, match=good):
                 read(named)
 
 
-def test_a_damaged_optimizer_does_not_stand_in_the_way_of_the_weights(run):
+def test_a_damaged_training_state_does_not_stand_in_the_way_of_the_weights(run):
     last = run / "checkpoints" / "last"
-    (last / "optimizer.safetensors").write_bytes(b"")
+    (last / "training_state.pt").write_bytes(b"")
     assert read_weights(last)["c.bias"].tolist() == [30, 30, 30]
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors.*0000020"):
-        load_training_state(last)
+    with pytest.raises(CheckpointError, match=r"training_state\.pt.*0000020"):
+        load_checkpoint(last)
 
 
 def test_a_link_that_leads_nowhere_is_an_error_that_names_the_good_ones(run):

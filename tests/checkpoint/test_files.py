@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dn_detr.checkpoint import CheckpointError, read_weights, save_checkpoint
+from dn_detr.checkpoint import CheckpointError, Snapshot, read_weights
 from dn_detr.checkpoint.files import read_file
+from tests.checkpoint.writing import save
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.zeros(2)}
 
@@ -199,14 +200,14 @@ def test_averaged_weights_are_noted_and_can_be_chosen(tmp_path):
 def test_averaged_weights_that_are_absent_are_an_error(tmp_path):
     torch.save({"model": WEIGHTS}, tmp_path / "f.pth")
     save_file(WEIGHTS, tmp_path / "f.safetensors")
-    save_checkpoint(tmp_path / "run", WEIGHTS, {}, iteration=1, epoch=0.0)
+    save(tmp_path / "run", Snapshot(1, 0.0, WEIGHTS))
     for path in (tmp_path / "f.pth", tmp_path / "f.safetensors", tmp_path / "run"):
         with pytest.raises(CheckpointError, match="no averaged weights"):
             read_file(path, ema=True)
 
 
 def test_our_checkpoint_gives_its_class_names(tmp_path):
-    save_checkpoint(tmp_path, WEIGHTS, {}, iteration=1, epoch=0.0, class_names=["dog", "cat"])
+    save(tmp_path, Snapshot(1, 0.0, WEIGHTS), class_names=["dog", "cat"])
     assert read_file(tmp_path).class_names == ("dog", "cat")
     assert read_file(tmp_path / "checkpoints/last/model.safetensors").class_names == ("dog", "cat")
 

@@ -9,14 +9,15 @@ import torch
 
 from dn_detr.checkpoint import (
     CheckpointError,
+    Snapshot,
     load_model_weights,
     load_tensors,
     read_backbone,
-    save_checkpoint,
     to_layout,
 )
 from dn_detr.checkpoint.coco_classes import COCO_IDS, COCO_NAMES
 from tests.checkpoint.tiny_models import ARCHITECTURES, assert_same_state, tiny_model
+from tests.checkpoint.writing import save
 
 HEAD = "heads.class_embed.0.weight"
 
@@ -185,9 +186,7 @@ def test_fine_tuning_takes_the_rows_of_known_classes(tmp_path):
 
 
 def test_classes_without_names_start_anew_in_fine_tuning_alone(tmp_path):
-    save_checkpoint(
-        tmp_path, tiny_model("dn_detr_r50", num_classes=5).state_dict(), {}, iteration=1, epoch=0
-    )
+    save(tmp_path, Snapshot(1, 0, tiny_model("dn_detr_r50", num_classes=5).state_dict()))
     model = tiny_model("dn_detr_r50", num_classes=3, seed=1)
     head = model.state_dict()[HEAD].clone()
     with pytest.raises(CheckpointError, match="The file has 5 classes, the model 3"):
@@ -203,9 +202,7 @@ def test_classes_without_names_start_anew_in_fine_tuning_alone(tmp_path):
 
 def test_names_in_our_manifest_decide_on_the_rows(tmp_path):
     source = tiny_model("dab_detr_r50", num_classes=2)
-    save_checkpoint(
-        tmp_path, source.state_dict(), {}, iteration=1, epoch=0, class_names=["dog", "cat"]
-    )
+    save(tmp_path, Snapshot(1, 0, source.state_dict()), class_names=["dog", "cat"])
     model = tiny_model("dab_detr_r50", num_classes=2, seed=1)
     report = load_model_weights(model, tmp_path, class_names=["cat", "dog"], fine_tune=True)
     assert report.mapped_classes == ("cat", "dog")

@@ -7,15 +7,16 @@ import torch
 
 from dn_detr.checkpoint import (
     CheckpointError,
+    Snapshot,
     describe_backbone,
     load_model_weights,
     load_tensors,
     read_weights,
-    save_checkpoint,
     to_layout,
 )
 from dn_detr.modeling.backbones import ResNet
 from tests.checkpoint.tiny_models import tiny_model
+from tests.checkpoint.writing import save
 
 DEFORMABLE = "dn_deformable_detr_r50"
 
@@ -94,7 +95,7 @@ def test_another_backbone_alone_is_named():
 @pytest.mark.parametrize("is_folder", [True, False])
 def test_the_config_is_in_the_manifest_of_a_checkpoint_alone(tmp_path, config, is_folder):
     state = tiny_model("dab_detr_r50").state_dict()
-    save_checkpoint(tmp_path / "run", state, {}, iteration=1, epoch=1.0, config=config)
+    save(tmp_path / "run", Snapshot(1, 1.0, state), config=config)
     torch.save(state, tmp_path / "f.pth")
     path = tmp_path / ("run" if is_folder else "f.pth")
     with pytest.raises(CheckpointError, match="Use the config that") as error:

@@ -9,23 +9,24 @@ from torch import nn
 
 from dn_detr.checkpoint import (
     CheckpointError,
+    Snapshot,
     load_model_weights,
     load_tensors,
-    save_checkpoint,
 )
+from tests.checkpoint.writing import save
 
 
 def make_model(classes: int = 2) -> nn.Module:
     return nn.ModuleDict({"backbone": nn.Linear(3, 4), "head": nn.Linear(4, classes)})
 
 
-def save(folder, model):
-    return save_checkpoint(folder, model.state_dict(), {}, iteration=1, epoch=0.0)
+def save_model(folder, model):
+    return save(folder, Snapshot(1, 0.0, model.state_dict()))
 
 
 def test_weights_load_from_every_path(tmp_path):
     source = make_model()
-    checkpoint = save(tmp_path, source)
+    checkpoint = save_model(tmp_path, source)
     save_file(source.state_dict(), tmp_path / "bare.safetensors")
     paths = [
         tmp_path,
@@ -43,9 +44,7 @@ def test_weights_load_from_every_path(tmp_path):
 
 def test_names_of_classes_are_compared_without_a_row_per_class_too(tmp_path):
     model = make_model()
-    save_checkpoint(
-        tmp_path, model.state_dict(), {}, iteration=1, epoch=0.0, class_names=["dog", "cat"]
-    )
+    save(tmp_path, Snapshot(1, 0.0, model.state_dict()), class_names=["dog", "cat"])
     load_model_weights(model, tmp_path, class_names=["dog", "cat"])
     load_model_weights(model, tmp_path, class_names=["dog"], fine_tune=True)
     with pytest.raises(CheckpointError, match=r"on 2 classes, the data has 1: class 1 was 'cat'"):
@@ -67,7 +66,7 @@ def test_one_error_lists_all_that_differs_and_what_the_file_looks_like(tmp_path)
     target["query"] = nn.Embedding(2, 2)
     before = {name: value.clone() for name, value in target.state_dict().items()}
     with pytest.raises(CheckpointError) as error:
-        load_model_weights(target, save(tmp_path, source))
+        load_model_weights(target, save_model(tmp_path, source))
     message = str(error.value)
     assert "The file holds 6 tensors: backbone (2), head (2), neck (2)." in message
     assert "1 missing from the file:\n  query.weight" in message
@@ -80,7 +79,7 @@ def test_one_error_lists_all_that_differs_and_what_the_file_looks_like(tmp_path)
 def test_long_lists_are_cut_and_counted(tmp_path):
     target = nn.ModuleDict({f"layer{i}": nn.Linear(1, 1) for i in range(8)})
     with pytest.raises(CheckpointError, match=r"16 missing from the file:[\s\S]*and 6 more"):
-        load_model_weights(target, save(tmp_path, make_model()))
+        load_model_weights(target, save_model(tmp_path, make_model()))
 
 
 def test_a_file_that_is_no_checkpoint_is_an_error_that_says_what_is(tmp_path):

@@ -17,7 +17,7 @@ from dn_detr.checkpoint import (
     Snapshot,
     find_checkpoint,
     last_checkpoint,
-    load_training_state,
+    load_checkpoint,
     read_manifest,
     read_weights,
 )
@@ -43,7 +43,6 @@ def test_everything_that_is_saved_comes_back(writer, tmp_path):
     assert list(read_manifest(writer.latest).files) == [
         "ema.safetensors",
         "model.safetensors",
-        "optimizer.safetensors",
         "training_state.pt",
     ]
 
@@ -63,7 +62,7 @@ def test_the_optimizer_of_torch_continues_from_what_is_loaded(writer):
     writer.wait()
     with torch.no_grad():
         parameter.copy_(read_weights(writer.latest)["p"])
-    optimizer.load_state_dict(load_training_state(writer.latest)["optimizer"])
+    optimizer.load_state_dict(load_checkpoint(writer.latest).snapshot.optimizer)
     step()
     assert torch.equal(parameter.detach(), expected)
 
@@ -103,27 +102,13 @@ def test_no_thread_outlives_close(tmp_path):
     assert_holds(last_checkpoint(tmp_path), snapshot(1))
 
 
-def test_equal_content_gives_equal_digests(tmp_path):
-    names = ["a", "".join(["mod", "el"]), "model"]  # equal strings that are different objects
-    one = {"names": ["model", "model", "a"], "pair": (names[1], names[1])}
-    other = {"names": [names[1], names[2], names[0]], "pair": ("".join(["m", "odel"]), "model")}
-    digests = []
-    for folder, state in (("one", one), ("other", other)):
-        with CheckpointWriter(tmp_path / folder, asynchronous=folder == "one") as writer:
-            writer.save(replace(snapshot(1), training_state=state))
-        digests.append(read_manifest(last_checkpoint(tmp_path / folder)).files)
-    assert digests[0] == digests[1]
-
-
-def test_a_resumed_state_gives_the_digests_of_the_first_one(writer, tmp_path):
+def test_a_state_that_was_loaded_can_be_saved_again(writer):
     writer.save(snapshot(1))
     writer.wait()
-    first = read_manifest(writer.latest).files
-    state = load_training_state(writer.latest)
-    optimizer, ema = state.pop("optimizer"), state.pop("ema")
-    writer.save(Snapshot(2, 0.2, read_weights(writer.latest), optimizer, state, ema))
+    loaded = load_checkpoint(writer.latest).snapshot
+    writer.save(replace(loaded, iteration=2))
     writer.wait()
-    assert read_manifest(writer.latest).files == first
+    assert_holds(writer.latest, replace(snapshot(1), iteration=2))
 
 
 @pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
@@ -134,10 +119,10 @@ def test_a_number_that_is_not_finite_is_refused_and_the_good_one_stays(writer, p
     broken = snapshot(2)
     if part == "optimizer":
         broken.optimizer["state"][1]["exp_avg"][3, 1] = value
-        name = r"optimizer: state\.1\.exp_avg"
+        name = r"optimizer\.state\.1\.exp_avg"
     else:
         getattr(broken, part)["b.weight"][3, 1] = value
-        name = rf"{part}: b\.weight"
+        name = rf"{part}\.b\.weight"
     with pytest.raises(NonFiniteWeightsError, match=rf"1 tensors hold NaN or infinity \({name}\)"):
         writer.save(broken)
     folder = writer.latest.parent
@@ -210,9 +195,9 @@ def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(tmp_path, caplog):
 def test_failures_are_told_once(writer, tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     writer.save(snapshot(1))
-    (failure,) = writer.failures()
-    assert str(tmp_path / "checkpoints") in str(failure)
-    assert "make sure that the folder can be written to" in str(failure)
+    with pytest.raises(CheckpointError, match="make sure that the folder can be written to") as e:
+        writer.wait()
+    assert str(tmp_path / "checkpoints") in str(e.value)
     assert writer.failures() == []
     writer.wait()
     (tmp_path / "checkpoints").unlink()
@@ -221,7 +206,7 @@ def test_failures_are_told_once(writer, tmp_path):
     assert_holds(writer.latest, snapshot(1))
 
 
-def test_failures_that_nobody_asked_for_are_logged_at_the_end(tmp_path, caplog):
+def test_failures_that_were_not_asked_for_are_logged_at_the_end(tmp_path, caplog):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with CheckpointWriter(tmp_path) as writer:
         writer.save(snapshot(1))
@@ -230,8 +215,8 @@ def test_failures_that_nobody_asked_for_are_logged_at_the_end(tmp_path, caplog):
     assert "checkpoint 0000001 was not saved" in record.message
 
 
-def test_other_processes_than_the_first_write_nothing(tmp_path):
-    with CheckpointWriter(tmp_path, rank=1, world_size=2) as writer:
+def test_ranks_above_0_write_nothing(tmp_path):
+    with CheckpointWriter(tmp_path, rank=1) as writer:
         writer.save(snapshot(1))
         writer.record_evaluation(1, {})
         writer.wait()

@@ -14,9 +14,8 @@ from dn_detr.checkpoint import (
     CheckpointWriter,
     Snapshot,
     last_checkpoint,
-    load_training_state,
+    load_checkpoint,
     read_manifest,
-    read_weights,
 )
 
 # Children are forked from a server that has imported the library and has no threads.
@@ -44,14 +43,18 @@ def snapshot(iteration: int, size: int = 1000) -> Snapshot:
     )
 
 
+def save(output_dir: Path, snapshot: Snapshot, **settings: Any) -> Path:
+    """Write one checkpoint of a run and return its folder."""
+    with CheckpointWriter(output_dir, asynchronous=False, **settings) as writer:
+        writer.save(snapshot)
+        writer.wait()
+    assert writer.latest is not None
+    return writer.latest
+
+
 def assert_holds(folder: Path, expected: Snapshot) -> None:
     """Every number of the checkpoint is that of the snapshot."""
-    manifest = read_manifest(folder)
-    assert (manifest.iteration, manifest.epoch) == (expected.iteration, expected.epoch)
-    state = load_training_state(folder)
-    assert_equal(read_weights(folder), dict(expected.model))
-    assert_equal(state.pop("ema"), expected.ema and dict(expected.ema))
-    assert_equal(state, {**expected.training_state, "optimizer": expected.optimizer})
+    assert_equal(vars(load_checkpoint(folder).snapshot), vars(expected))
 
 
 def assert_equal(found: Any, expected: Any) -> None:
@@ -127,37 +130,6 @@ def fill_the_disk(rank: int, send: Any, barrier: Any, folder: Path, asynchronous
         writer.save(snapshot(3))
         writer.wait()
         send((message, names, last, writer.latest.name))
-
-
-def save_shard(
-    rank: int, send: Any, barrier: Any, folder: Path, world_size: int, faulty: str | None
-) -> None:
-    """Save iterations 1 and 2 from several processes; the last one may fail in the second."""
-    with CheckpointWriter(
-        folder, sharded=True, rank=rank, world_size=world_size, shard_timeout=1.0
-    ) as writer:
-        for iteration in (1, 2):
-            is_faulty = iteration == 2 and rank == world_size - 1 and faulty is not None
-            if rank > 0:
-                barrier.wait(60)
-            if is_faulty and faulty == "dies":
-                return
-            if is_faulty:
-                limit_file_size(500)
-            writer.save(snapshot(iteration))
-            if rank == 0:
-                barrier.wait(60)
-            if iteration == 1:
-                writer.wait()
-        try:
-            writer.wait()
-            message = ""
-        except ValueError as error:
-            message = str(error)
-    barrier.wait(60) if faulty is None else None
-    if faulty is None:
-        assert_holds(last_checkpoint(folder), snapshot(2))
-    send(message)
 
 
 def limit_file_size(size: int | None) -> None:

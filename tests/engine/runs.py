@@ -7,6 +7,7 @@ and killed, start workers, and form groups of processes as torchrun's workers do
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ import torch
 import torch.utils.tensorboard  # for the server: importing it takes a second
 from torch.distributed import TCPStore
 
-from dn_detr.checkpoint import read_manifest
+from dn_detr.checkpoint import load_checkpoint, read_manifest
 from dn_detr.early_signals import exit_when_signalled
 from tests.engine.pausing import let_go_on, pause_at_the_end, pause_while_saving, wait_for_pause
 from tools.train_net import main
@@ -219,14 +220,39 @@ def _run(command: Sequence[str], variables: Mapping[str, str], output: Connectio
 
 def outcome(folder: Path) -> dict[str, Any]:
     """What two equal runs leave equal: the last checkpoint to the bit, results and rows."""
-    manifest = read_manifest(folder / "checkpoints" / "last")
+    last = load_checkpoint(folder / "checkpoints" / "last")
+    parts = ("model", "ema", "optimizer", "training_state")
     return {
-        "iteration": manifest.iteration,
-        "results": manifest.metrics,
-        "digests": manifest.files,
+        "iteration": last.manifest.iteration,
+        "results": last.manifest.metrics,
+        "digests": {part: _digest(getattr(last.snapshot, part)) for part in parts},
         "best": (folder / "checkpoints" / "best").resolve().name,
         "rows": rows(folder),
     }
+
+
+def _digest(content: Any) -> str:
+    """Of nested content, tensors to the last bit."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            digest.update(f"dict {len(value)}".encode())
+            for key, item in value.items():
+                add(key)
+                add(item)
+        elif isinstance(value, list | tuple):
+            digest.update(f"{type(value).__name__} {len(value)}".encode())
+            for item in value:
+                add(item)
+        else:
+            digest.update(repr(value).encode())
+
+    add(content)
+    return digest.hexdigest()
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -89,9 +89,7 @@ def test_averaging_may_begin_in_a_resumed_run_and_says_so(run, tmp_path):
     run("a", "train.max_iter=2", "train.ema.enabled=false")
     before = read_weights(tmp_path / "a")
     run("a", "train.max_iter=3", resume=True)
-    assert (
-        "holds no averaged weights: the average starts anew" in (tmp_path / "a/log.txt").read_text()
-    )
+    assert "the checkpoint holds no EMA: it starts" in (tmp_path / "a/log.txt").read_text()
     after, found = read_weights(tmp_path / "a"), read_weights(averages_of(tmp_path / "a"))
     for name, value in before.items():
         torch.testing.assert_close(found[name], 0.8 * value + 0.2 * after[name])

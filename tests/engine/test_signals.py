@@ -321,11 +321,11 @@ def test_a_step_that_does_not_end_is_ended_after_the_grace_period(tmp_path, envi
 
 @slow
 def test_the_grace_period_does_not_limit_periodic_saving(tmp_path):
-    overrides = ("train.checkpoint.sharded=true", "train.grace_seconds=0.3")
-    with Group(tmp_path / "run", *overrides, pauses=("", "saving 3")) as group:
-        group.runs[1].reach_pause()
+    overrides = ("train.checkpoint.asynchronous=false", "train.grace_seconds=0.3")
+    with Group(tmp_path / "run", *overrides, pauses=("saving 3", "")) as group:
+        group.runs[0].reach_pause()
         time.sleep(1.5)  # a slow disk
-        group.runs[1].go_on()
+        group.runs[0].go_on()
         group.succeed()
         assert "ERROR" not in group.log
     assert (tmp_path / "run" / "checkpoints" / "0000003").exists()

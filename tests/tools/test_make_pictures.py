@@ -11,9 +11,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageColor
 
-from dn_detr.checkpoint import save_checkpoint
+from dn_detr.checkpoint import Snapshot
 from dn_detr.config import LazyConfig, get_config, instantiate
 from dn_detr.structures import Boxes, Instances
+from tests.checkpoint.writing import save
 from tools import make_digits, make_pictures
 from tools.make_pictures import match_predictions, mosaic, plot_curves, read_metrics
 
@@ -241,7 +242,7 @@ def run_folder(digits_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     LazyConfig.save(cfg, folder / "config.yaml")
     torch.manual_seed(0)
     model = instantiate(cfg.model)
-    save_checkpoint(folder, model.state_dict(), {}, iteration=10, epoch=1.0)
+    save(folder, Snapshot(10, 1.0, model.state_dict()))
     records = [
         {"iteration": 10, "loss": 3.0, "loss/loss_ce": 2.0, "loss/loss_ce_dn": 1.0},
         {"iteration": 10, "eval/AP": 0.25, "eval/AP50": 0.5},
