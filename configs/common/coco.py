@@ -1,4 +1,4 @@
-"""COCO 2017, or your own data in its format and layout, below ``dataloader.root``."""
+"""COCO 2017, or your own data in its format and layout, below `dataloader.root`."""
 
 import os
 
@@ -51,5 +51,5 @@ dataloader = dict(
         num_workers=4,
         limit=None,
     ),
-    evaluator=L(CocoEvaluator)(output_dir="${train.output_dir}/eval"),
+    evaluator=L(CocoEvaluator)(output_dir="${train.output_dir}/eval", iou_types=["bbox"]),
 )

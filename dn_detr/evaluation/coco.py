@@ -7,32 +7,44 @@ import io
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import Tensor
 
-from dn_detr.data.coco import CocoDetection
 from dn_detr.distributed import gather_to_main
 from dn_detr.errors import UserError, first_names
 
-_logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from dn_detr.data import CocoDetection
+
+logger = logging.getLogger(__name__)
 
 # In the order of COCOeval.stats.
 METRIC_NAMES = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
 )  # fmt: skip
+IOU_TYPES = ("bbox", "segm")
 
-# (N, 6) of one image: x, y, width, height in pixels, score, class index
-Detections = NDArray[np.float64]
+
+@dataclass(frozen=True)
+class _Detections:
+    """The detections in one image, as arrays: a data set has millions of them."""
+
+    boxes_xywh: NDArray[np.float64]  # (n, 4) pixels
+    scores: NDArray[np.float64]  # (n,)
+    classes: NDArray[np.int64]  # (n,)
+    masks: list[Any] | None  # n run-length encodings of COCO
 
 
 class CocoEvaluator:
-    """Collects detections, merges them over all processes and computes COCO's metrics.
+    """Collects detections, merges them over all ranks and computes COCO's metrics.
 
     What pycocotools does silently or not at all is defined here:
 
@@ -40,30 +52,56 @@ class CocoEvaluator:
     * a box or score that is not finite, a negative class and an unknown image id are errors;
     * a class that the data does not have (of a model with more classes) is dropped, counted and
       warned about;
-    * an image that arrives twice, also from two processes, counts once (the first), and images
+    * an image that arrives twice, also from two ranks, counts once (the first), and images
       that never arrived count as images without detections; both are warned about.
 
-    The ground truth is that of the images in the data set given to ``reset``, so a subset is
+    The ground truth is that of the images in the data set given to `reset`, so a subset is
     evaluated as if the annotation file had no other images.
 
     Args:
         output_dir: folder for predictions.json (COCO's result format, original category ids) and
             metrics.json; None = write nothing.
+        iou_types: what the detections are compared by, of "bbox" and "segm" (masks).
+
+    Raises:
+        UserError: `iou_types` is empty or has another name.
     """
 
-    def __init__(self, output_dir: str | Path | None = None) -> None:
+    def __init__(
+        self, output_dir: str | Path | None = None, iou_types: Sequence[str] = ("bbox",)
+    ) -> None:
+        if not iou_types or not set(iou_types) <= set(IOU_TYPES):
+            raise UserError(f"iou_types={list(iou_types)}: give one or more of {list(IOU_TYPES)}")
         self.output_dir = None if output_dir is None else Path(output_dir)
+        self.iou_types = tuple(iou_types)
         self._dataset: CocoDetection | None = None
 
     def result_names(self, class_names: Sequence[str]) -> list[str]:
-        """Names of the results of an evaluation: "AP" and the like, and "per_class/cat"."""
-        return [*METRIC_NAMES, *(f"per_class/{name}" for name in class_names)]
+        """Names of the results of an evaluation: "AP", "per_class/cat", "segm/AP" and so on."""
+        names = [*METRIC_NAMES, *(f"per_class/{name}" for name in class_names)]
+        return [
+            name if iou_type == "bbox" else f"{iou_type}/{name}"
+            for iou_type in self.iou_types
+            for name in names
+        ]
 
     def reset(self, dataset: CocoDetection) -> None:
-        """Forget everything and evaluate on ``dataset`` from now on."""
+        """Forget everything and evaluate on `dataset` from now on.
+
+        Raises:
+            UserError: masks are to be evaluated and the annotation file lacks some.
+        """
+        if "segm" in self.iou_types:
+            annotations = dataset.coco.dataset["annotations"]
+            maskless = [a["id"] for a in annotations if not a.get("segmentation")]
+            if maskless:
+                raise UserError(
+                    f"{dataset.annotation_file}: {len(maskless)} annotations have no"
+                    f" 'segmentation' (ids {first_names(maskless)}), so iou_types cannot have segm"
+                )
         self._dataset = dataset
         self._known_images = set(dataset.image_ids)
-        self._detections: dict[int, Detections] = {}
+        self._detections: dict[int, _Detections] = {}
         self._repeated: set[int] = set()
         self._dropped = 0
 
@@ -73,16 +111,18 @@ class CocoEvaluator:
         """Take the detections of a batch.
 
         Args:
-            inputs: samples; only ``image_id`` is read.
-            outputs: one dict per sample with ``instances``: ``pred_boxes`` (XYXY, pixels of the
-                original image), ``scores`` (N,), ``pred_classes`` (N,) int.
+            inputs: samples; only `image_id` is read.
+            outputs: one dict per sample with `instances`: `pred_boxes` (XYXY, pixels of the
+                original image), `scores` (n,), `pred_classes` (n,) int, and for "segm"
+                `pred_masks` (n, height, width) bool, pixels of the original image.
 
         Raises:
-            ValueError: ``reset`` was not called, the numbers of inputs and outputs differ, the
-                image is not in the data set, a box or score is not finite, a class is negative.
+            UserError: `reset` was not called, the numbers of inputs and outputs differ, the image
+                is not in the data set, a box or score is not finite, a class is negative, or
+                masks are missing or of another size than the image.
         """
         if len(inputs) != len(outputs):
-            raise ValueError(f"{len(inputs)} images but {len(outputs)} outputs of the model")
+            raise UserError(f"{len(inputs)} images but {len(outputs)} outputs of the model")
         for sample, output in zip(inputs, outputs, strict=True):
             image_id = int(sample["image_id"])
             detections = self._checked(image_id, output["instances"])
@@ -92,21 +132,21 @@ class CocoEvaluator:
                 self._detections[image_id] = detections
 
     def evaluate(self) -> dict[str, Any] | None:
-        """Merge the detections of all processes and compute the metrics on rank 0.
+        """Merge the detections of all ranks and compute the metrics on the main process.
 
         Returns:
-            On rank 0: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl as
-            pycocotools has them (0 to 1, -1 = no ground truth) and ``per_class``: {name: AP}.
-            None on the other ranks.
+            On the main process: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl of
+            the boxes as pycocotools has them (0 to 1, -1 = no ground truth) and `per_class`:
+            {name: AP}; the same of the masks in a dict under `segm`. None on the other ranks.
 
         Raises:
-            ValueError: ``reset`` was not called.
+            UserError: `reset` was not called.
         """
         dataset = self._require_dataset()
         gathered = gather_to_main((self._detections, self._repeated, self._dropped))
         if gathered is None:
             return None
-        merged: dict[int, Detections] = {}
+        merged: dict[int, _Detections] = {}
         repeated: set[int] = set()
         for detections, seen_twice, _ in gathered:
             repeated |= seen_twice | (merged.keys() & detections.keys())
@@ -114,17 +154,20 @@ class CocoEvaluator:
         self._warn(merged, repeated, sum(dropped for _, _, dropped in gathered))
         results = _to_results(merged, dataset.category_ids)
         self._write("predictions.json", results)
-        metrics = _coco_metrics(dataset, results)
+        metrics: dict[str, Any] = {}
+        for iou_type in self.iou_types:
+            found = _coco_metrics(dataset, results, iou_type)
+            logger.info("%s, %s\n%s", dataset.annotation_file, iou_type, format_results(found))
+            metrics.update(found if iou_type == "bbox" else {iou_type: found})
         self._write("metrics.json", metrics)
-        _logger.info("%s\n%s", dataset.annotation_file, format_results(metrics))
         return metrics
 
     def _require_dataset(self) -> CocoDetection:
         if self._dataset is None:
-            raise ValueError("call reset(dataset) before giving detections to the evaluator")
+            raise UserError("call reset(dataset) before giving detections to the evaluator")
         return self._dataset
 
-    def _checked(self, image_id: int, instances: Any) -> Detections:
+    def _checked(self, image_id: int, instances: Any) -> _Detections:
         dataset = self._require_dataset()
         boxes_xyxy = instances.pred_boxes.tensor.detach().double().cpu()
         scores = instances.scores.detach().double().cpu()
@@ -140,29 +183,43 @@ class CocoEvaluator:
                 " diverged, or overflows in half precision"
             )
         if (classes < 0).any():
-            raise ValueError(f"image id {image_id}: negative class index {int(classes.min())}")
+            raise UserError(f"image id {image_id}: negative class index {int(classes.min())}")
         known = classes < len(dataset.category_ids)
         self._dropped += int((~known).sum())
-        size = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
-        columns = [boxes_xyxy[:, :2], size, scores[:, None], classes[:, None].double()]
-        return torch.cat(columns, dim=1)[known].numpy()
+        boxes_xywh = boxes_xyxy.clone()
+        boxes_xywh[:, 2:] -= boxes_xyxy[:, :2]
+        masks = None
+        if "segm" in self.iou_types:
+            image = dataset.coco.imgs[image_id]
+            if not instances.has("pred_masks"):
+                raise UserError("iou_types has segm, but the model's instances have no pred_masks")
+            shape = (len(classes), image["height"], image["width"])
+            if instances.pred_masks.shape != shape:
+                raise UserError(
+                    f"image id {image_id}: pred_masks have shape"
+                    f" {tuple(instances.pred_masks.shape)}, expected {shape}"
+                )
+            masks = _encode(instances.pred_masks.detach().cpu()[known])
+        return _Detections(
+            boxes_xywh[known].numpy(), scores[known].numpy(), classes[known].numpy(), masks
+        )
 
     def _warn(self, merged: Mapping[int, Any], repeated: set[int], dropped: int) -> None:
         dataset = self._require_dataset()
         missing = [image_id for image_id in dataset.image_ids if image_id not in merged]
         if repeated:
-            _logger.warning(
+            logger.warning(
                 "%d images were evaluated more than once, the first result counts (image ids %s)",
                 len(repeated), first_names(sorted(repeated)),
             )  # fmt: skip
         if missing:
-            _logger.warning(
+            logger.warning(
                 "%d of %d images have no detections because the model never saw them; their"
                 " objects count as missed (image ids %s)",
                 len(missing), len(dataset), first_names(missing),
             )  # fmt: skip
         if dropped:
-            _logger.warning(
+            logger.warning(
                 "%d detections were dropped because %s has only %d classes and the model more",
                 dropped, dataset.annotation_file, len(dataset.category_ids),
             )  # fmt: skip
@@ -187,25 +244,44 @@ def _table(entries: Iterable[tuple[str, float]], columns: int) -> list[str]:
     return ["   ".join(cells[i : i + columns]) for i in range(0, len(cells), columns)]
 
 
+def _encode(masks: Tensor) -> list[dict[str, Any]]:
+    """Run-length encodings, which JSON can hold, of (n, height, width) masks."""
+    encodings = rle.encode(np.asfortranarray(masks.byte().permute(1, 2, 0).numpy()))
+    return [{**encoding, "counts": encoding["counts"].decode()} for encoding in encodings]
+
+
 def _to_results(
-    detections: Mapping[int, Detections], category_ids: Sequence[int]
+    detections: Mapping[int, _Detections], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Detections in COCO's result format, in order of image id."""
-    return [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[int(class_)],
-            "bbox": box_xywh,
-            "score": score,
-        }
-        for image_id in sorted(detections)
-        for *box_xywh, score, class_ in detections[image_id].tolist()
-    ]
+    results: list[dict[str, Any]] = []
+    for image_id in sorted(detections):
+        found = detections[image_id]
+        boxes, scores, classes = (
+            values.tolist() for values in (found.boxes_xywh, found.scores, found.classes)
+        )
+        masks = [None] * len(boxes) if found.masks is None else found.masks
+        for box, score, class_, mask in zip(boxes, scores, classes, masks, strict=True):
+            category_id = category_ids[class_]
+            result = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+            results.append(result if mask is None else {**result, "segmentation": mask})
+    return results
 
 
-def _coco_metrics(dataset: CocoDetection, results: list[dict[str, Any]]) -> dict[str, Any]:
+def _coco_metrics(
+    dataset: CocoDetection, results: list[dict[str, Any]], iou_type: str
+) -> dict[str, Any]:
+    """The metrics of results, which are numbered and given their area in place."""
+    # `COCO.loadRes` does the same, but fails when there are no results.
+    for number, result in enumerate(results, start=1):
+        _, _, width, height = result["bbox"]
+        area = width * height if iou_type == "bbox" else float(rle.area(result["segmentation"]))
+        result.update(id=number, area=area)
+    detections = COCO()
+    detections.dataset = {**dataset.coco.dataset, "annotations": results}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        evaluation = COCOeval(dataset.coco, _index(dataset, results), iouType="bbox")
+        detections.createIndex()
+        evaluation = COCOeval(dataset.coco, detections, iouType=iou_type)
         evaluation.params.imgIds = dataset.image_ids
         evaluation.evaluate()
         evaluation.accumulate()
@@ -213,28 +289,10 @@ def _coco_metrics(dataset: CocoDetection, results: list[dict[str, Any]]) -> dict
     metrics: dict[str, Any] = dict(zip(METRIC_NAMES, map(float, evaluation.stats), strict=True))
     # (IoU thresholds, recalls, classes, areas, numbers of detections); area 0 is "all"
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    # pycocotools marks undefined entries by -1
+    defined = [precision[:, :, c][precision[:, :, c] > -1] for c in range(precision.shape[2])]
     metrics["per_class"] = {
-        name: _mean_of_defined(precision[:, :, class_])
-        for class_, name in enumerate(dataset.class_names)
+        name: float(values.mean()) if values.size else -1.0
+        for name, values in zip(dataset.class_names, defined, strict=True)
     }
     return metrics
-
-
-def _mean_of_defined(values: NDArray[np.float64]) -> float:
-    """Mean without the entries that pycocotools marks as undefined; -1 if there are no others."""
-    defined = values[values > -1]
-    return float(defined.mean()) if defined.size else -1.0
-
-
-def _index(dataset: CocoDetection, results: list[dict[str, Any]]) -> COCO:
-    """Wrap results in pycocotools' class, numbering them in place.
-
-    ``COCO.loadRes`` does the same for boxes, but fails when there are none.
-    """
-    for number, result in enumerate(results, start=1):
-        _, _, width, height = result["bbox"]
-        result.update(id=number, area=width * height)
-    coco = COCO()
-    coco.dataset = {**dataset.coco.dataset, "annotations": results}
-    coco.createIndex()
-    return coco

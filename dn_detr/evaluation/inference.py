@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any, cast
 
 import torch
@@ -11,52 +11,53 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dn_detr.data.coco import CocoDetection, Sample
 from dn_detr.distributed import is_main, world_size
 
 from .coco import CocoEvaluator
 
-# How many batches lie between two questions whether to stop, which all processes answer together.
-_BATCHES_BETWEEN_QUESTIONS = 8
+# Batches between two checks for a stop request, which are collective.
+_BATCHES_BETWEEN_CHECKS = 8
 
 
 class EvaluationStopped(Exception):
-    """An evaluation was abandoned, on all processes, because one was asked to stop."""
+    """An evaluation was abandoned, on all ranks, because one was asked to stop."""
 
 
 def inference_on_dataset(
     model: nn.Module,
-    loader: DataLoader[Sample],
+    loader: DataLoader[Any],
     evaluator: CocoEvaluator,
     should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a model, in evaluation mode and without gradients; its mode is restored.
 
-    With several processes all of them call this, each with its share of the images.
+    With several ranks all of them call this, each with its share of the images.
 
     Args:
-        model: takes ``list[dict]`` and returns ``list[{"instances": Instances}]``.
-        loader: of ``build_test_loader``; its data set defines the ground truth.
+        model: takes `list[dict]` and returns `list[{"instances": Instances}]`.
+        loader: of `build_test_loader`; its data set defines the ground truth.
         evaluator: receives every prediction.
-        should_stop: asked now and then, equally often on all ranks, and before the metrics are
-            computed; it has to answer the same on all of them.
+        should_stop: asked every few batches, equally often on all ranks, and before the metrics
+            are computed; it has to answer the same on all of them.
 
     Returns:
-        Metrics of ``CocoEvaluator.evaluate`` on rank 0, None on the other ranks.
+        Metrics of `CocoEvaluator.evaluate` on the main process, None on the other ranks.
 
     Raises:
-        EvaluationStopped: ``should_stop`` said so.
+        EvaluationStopped: `should_stop` said so.
     """
     was_training = model.training
-    evaluator.reset(cast(CocoDetection, loader.dataset))
+    evaluator.reset(cast(Any, loader.dataset))
     # disable=None: a bar in a terminal, nothing in a log file
     disable = None if is_main() else True
+    share = math.ceil(len(cast(Sized, loader.dataset)) / world_size())  # of the largest rank
+    num_batches = math.ceil(share / cast(int, loader.batch_size))
     model.eval()
     try:
         with torch.no_grad():
             batches = iter(tqdm(loader, desc="evaluating", leave=False, disable=disable))
-            for number in range(_most_batches(loader)):
-                if number % _BATCHES_BETWEEN_QUESTIONS == 0:
+            for number in range(num_batches):
+                if number % _BATCHES_BETWEEN_CHECKS == 0:
                     _stop_if(should_stop)
                 if (inputs := next(batches, None)) is not None:
                     evaluator.process(inputs, model(inputs))
@@ -64,13 +65,6 @@ def inference_on_dataset(
         model.train(was_training)
     _stop_if(should_stop)
     return evaluator.evaluate()
-
-
-def _most_batches(loader: DataLoader[Sample]) -> int:
-    """The number of batches of the rank that has the most images."""
-    images = len(cast(CocoDetection, loader.dataset))
-    share = math.ceil(images / world_size())
-    return math.ceil(share / cast(int, loader.batch_size))
 
 
 def _stop_if(should_stop: Callable[[], bool] | None) -> None:
