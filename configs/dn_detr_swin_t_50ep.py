@@ -22,7 +22,7 @@ model.backbone = L(TimmBackbone)(
     drop_path=0.1,
     output_norm=True,
     weights="pretrained",
-    mask_padding=True,
+    arguments=dict(always_partition=True),  # windows of the last stage are shifted, too
 )
 model.neck.in_channels = [768]
 model.neck.in_strides = [32]

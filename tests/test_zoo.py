@@ -244,7 +244,10 @@ def test_config_prints_without_interpolations_left(name):
     assert "_target_: dn_detr.modeling.detector.Detector" in text and "${" not in text
 
 
-@pytest.mark.parametrize("name", _slow_but_for_families(_one_of_each_model()))
+_KEEP_PADDING_OUT = [n for n in _one_of_each_model() if "swin" not in n]  # timm's see padding
+
+
+@pytest.mark.parametrize("name", _slow_but_for_families(_KEEP_PADDING_OUT))
 def test_predictions_of_an_image_are_the_same_alone_and_in_a_batch(name):
     torch.manual_seed(0)
     model = instantiate(get_config(name).model).eval()

@@ -12,7 +12,6 @@ import torchvision
 
 from dn_detr.modeling import ResNet
 from dn_detr.modeling.backbones import resnet
-from dn_detr.modeling.backbones.padding import current_padding
 from dn_detr.structures import pad_images
 
 
@@ -86,14 +85,6 @@ def test_padding_is_seen_if_it_is_not_masked(published, weights_file):
     alone = backbone(small[None], _no_padding(small[None]))[-1]
     batch = backbone(*pad_images([small, large]))[-1][:1, :, : alone.shape[2], : alone.shape[3]]
     assert (batch - alone).abs().max() > 0.01
-
-
-def test_padding_is_forgotten_after_an_error():
-    backbone = ResNet("resnet18")
-    images = torch.randn(1, 3, 64, 64)
-    with pytest.raises(RuntimeError):
-        backbone(images[:, :1], ~_no_padding(images))
-    assert current_padding() is None
 
 
 def test_maps_without_padding_are_the_same_whether_it_is_looked_for(weights_file, monkeypatch):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -25,11 +24,37 @@ from dn_detr.checkpoint import describe_backbone, read_backbone
 from dn_detr.layers import run_checkpointed
 from dn_detr.structures import may_hold_padding
 
-from .padding import KnownPadding, current_padding, with_known_padding
-
 _STAGE_STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
 _PARTS = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
+
+class Padding:
+    """The padding of a batch, for filters that must read zeros there.
+
+    Zeros in padded cells do not stay zeros: biases and normalisations fill them, and the next 3x3
+    convolution would carry them into the image. Where such a filter finds zeros, as its own zero
+    padding shows them to an image that is alone, the features of an image are the same alone and
+    in any batch.
+
+    Args:
+        mask: (B, H, W) bool, True = padding.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self._factors: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def factors(self, x: Tensor, stride: int) -> Tensor:
+        """Factors (B, 1, h, w) of a map (B, C, h, w): 0 in the padding, 1 elsewhere."""
+        key = (stride, x.dtype)
+        if key not in self._factors:
+            # The map's size is not computed from the mask's: a traced graph would need a proof
+            # that the arithmetic of the filters gives the same.
+            rows, columns = (torch.arange(n, device=x.device) * stride for n in x.shape[-2:])
+            is_image = ~self.mask[:, None, rows[:, None], columns]
+            self._factors[key] = is_image.to(x.dtype)
+        return self._factors[key]
 
 
 class ResNet(nn.Module):
@@ -85,8 +110,15 @@ class ResNet(nn.Module):
         self.weights = weights
         self.mask_padding = mask_padding
         self.activation_checkpointing = False
-        _take_over_blocks(self.body)
-        self._freeze(frozen_stages)
+        stride = 4
+        for name, stage in self.body.items():
+            for index, block in stage.named_children() if name in _STAGE_STRIDES else ():
+                replacement = ResidualBlock(block, stride)
+                stage.set_submodule(index, replacement)
+                stride = replacement.out_stride
+        for part in sum(_PARTS[:frozen_stages], ()):
+            if part in self.body:
+                self.body[part].requires_grad_(False)
 
     def forward(self, images: Tensor, mask: Tensor) -> list[Tensor]:
         """Features of the chosen stages.
@@ -99,27 +131,27 @@ class ResNet(nn.Module):
             One (B, C_i, ceil(H / stride_i), ceil(W / stride_i)) per stage, finest first, with
             C_i in `out_channels` and stride_i in `out_strides`.
         """
-        known = self.mask_padding and may_hold_padding(mask)
+        is_masked = self.mask_padding and may_hold_padding(mask)
+        padding = Padding(mask) if is_masked else None
+        x = run_checkpointed(self, self._stem, images, padding)
         maps = []
-        with KnownPadding(mask) if known else nullcontext():
-            x = run_checkpointed(self, with_known_padding(self._stem), images)
-            for name, stage in self.body.items():
-                if name in _STAGE_STRIDES:
-                    x = run_checkpointed(self, with_known_padding(stage), x)
-                if name in self.body.return_layers:
-                    maps.append(x)
+        for name, stage in self.body.items():
+            if name in _STAGE_STRIDES:
+                x = run_checkpointed(self, _run_stage, stage, x, padding)
+            if name in self.body.return_layers:
+                maps.append(x)
         return maps
 
-    def _stem(self, images: Tensor) -> Tensor:
+    def _stem(self, images: Tensor, padding: Padding | None) -> Tensor:
         """(B, 3, H, W) -> (B, 64, ceil(H / 4), ceil(W / 4))."""
-        if (keep := _keep(images, 1)) is not None:
-            images = images * keep
+        if padding is not None:
+            images = images * padding.factors(images, 1)
         if images.device.type == "cpu":  # oneDNN's filters read and write this layout
             images = images.contiguous(memory_format=torch.channels_last)
         x = _normalised(self.body.conv1, self.body.bn1, images)
-        x = self.body.maxpool(_activated(x, _keep(x, 2)))
-        if (keep := _keep(x, 4)) is not None:  # windows beside an image have seen it
-            x *= keep
+        x = self.body.maxpool(_activated(x, 2, padding))
+        if padding is not None:  # windows beside an image have seen it
+            x *= padding.factors(x, 4)
         return x
 
     def load_pretrained(self) -> bool:
@@ -144,15 +176,9 @@ class ResNet(nn.Module):
         _load_fitting(self.body, state, f"backbone weights {self.weights!r}")
         return True
 
-    def _freeze(self, frozen_stages: int) -> None:
-        for names in _PARTS[:frozen_stages]:
-            for name in names:
-                if hasattr(self.body, name):
-                    getattr(self.body, name).requires_grad_(False)
-
 
 class ResidualBlock(nn.Module):
-    """A block of torchvision's, with its parts under their names, that touches its maps less often.
+    """torchvision's residual block with in-place normalisation and ReLU; parameter names are kept.
 
     Filters that read neighbours find zeros in the padding, also those of a block that follows.
 
@@ -165,45 +191,34 @@ class ResidualBlock(nn.Module):
         super().__init__()
         for name, part in block.named_children():
             self.add_module(name, part)
+        self.num_filters = sum(isinstance(part, nn.Conv2d) for part in block.children())
         self.in_stride = in_stride
+        self.out_stride = in_stride * math.prod(conv.stride[0] for conv, _ in self._filters())
 
-    @property
-    def out_stride(self) -> int:
-        """Stride of its output, in pixels."""
-        return self.in_stride * math.prod(conv.stride[0] for conv, _ in self._filters())
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padding: Padding | None = None) -> Tensor:
         """(B, C, H, W), zero in the padding if the first filter reads neighbours -> the same."""
         filters = self._filters()
         reads_neighbours = [conv.kernel_size != (1, 1) for conv, _ in filters]
         out, stride = x, self.in_stride
         for i, (conv, norm) in enumerate(filters):
             if i > 0:
-                out = _activated(out, _keep(out, stride) if reads_neighbours[i] else None)
+                out = _activated(out, stride, padding if reads_neighbours[i] else None)
             out = _normalised(conv, norm, out)
             stride *= conv.stride[0]
         downsample = getattr(self, "downsample", None)
         out += x if downsample is None else _normalised(downsample[0], downsample[1], x)
-        return _activated(out, _keep(out, stride) if reads_neighbours[0] else None)
+        return _activated(out, stride, padding if reads_neighbours[0] else None)
 
     def _filters(self) -> list[tuple[nn.Conv2d, nn.Module]]:
         """Each convolution and the normalisation after it."""
-        return [
-            (part, getattr(self, f"bn{name[-1]}"))
-            for name, part in self.named_children()
-            if isinstance(part, nn.Conv2d)
-        ]
+        numbers = range(1, self.num_filters + 1)
+        return [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in numbers]
 
 
-def _take_over_blocks(body: nn.ModuleDict) -> None:
-    """Put a `ResidualBlock` in the place of each block of torchvision's."""
-    stride = 4
-    for name, stage in body.items():
-        if name in _STAGE_STRIDES:
-            for index, block in stage.named_children():
-                taken = ResidualBlock(block, stride)
-                stage.set_submodule(index, taken)
-                stride = taken.out_stride
+def _run_stage(stage: nn.Module, x: Tensor, padding: Padding | None) -> Tensor:
+    for block in stage.children():
+        x = block(x, padding)
+    return x
 
 
 def _normalised(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
@@ -223,17 +238,11 @@ def _normalised(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     return conv(x).mul_(scale[:, None, None]).add_(bias[:, None, None])
 
 
-def _activated(x: Tensor, keep: Tensor | None) -> Tensor:
+def _activated(x: Tensor, stride: int, padding: Padding | None) -> Tensor:
     """ReLU, and zeros in the padding, both in place: no backward pass needs what was there."""
-    if keep is not None:
-        x *= keep
+    if padding is not None:
+        x *= padding.factors(x, stride)
     return F.relu_(x)
-
-
-def _keep(x: Tensor, stride: int) -> Tensor | None:
-    """Factors (B, 1, H, W) that make the padding zero, or None if there is none."""
-    padding = current_padding()
-    return None if padding is None else padding.keep(stride, *x.shape[-2:], dtype=x.dtype)[:, None]
 
 
 def _stage_channels(stage: nn.Module) -> int:
@@ -273,10 +282,10 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor] | None:
         return known[weights].get_state_dict(progress=False, check_hash=True)
     except OSError as error:  # no network, or a cache that cannot be written
         cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(known[weights].url).name
-        _logger.warning(
+        logger.warning(
             "THE BACKBONE STARTS FROM RANDOM WEIGHTS: torchvision's %s weights of %s could not be "
             "fetched (%s). For a real training put the file at %s, or name a file with "
-            "model.backbone.weights=FILE.",
+            "model.backbone.weights=FILE",
             weights,
             name,
             error,

@@ -1,15 +1,18 @@
 """Any hierarchical network of timm as a backbone: Swin, ConvNeXt, ResNet variants, EfficientNet.
 
-timm (https://github.com/huggingface/pytorch-image-models) is the extra `timm`. Its networks are
-used as they are, in the form that it calls `features_only`; what differs: stages that are not
-returned do not exist, any image size is accepted, and padding is kept out of the features.
+timm (https://github.com/huggingface/pytorch-image-models) is the extra `timm`. Its networks compute
+what timm publishes, in the form that it calls `features_only`. They see the padding of a batch:
+the features of an image near its padding depend on the other images. `ResNet` keeps padding out.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
+import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,28 +20,13 @@ from torch.nn import functional as F
 
 from dn_detr.layers import run_checkpointed
 
-from .padding import (
-    DryRun,
-    KnownPadding,
-    dry_run,
-    ignore_padding_in_max_pools,
-    with_known_padding,
-    zero_padding_before,
-)
-from .timm_weights import import_timm, load_weights
-
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _RESERVED = {"checkpoint_path", "cache_dir", "features_only", "out_indices", "feature_cls"}
+logger = logging.getLogger(__name__)
 
 
 class TimmBackbone(nn.Module):
     """A network of timm that returns the feature maps of some of its stages.
-
-    With `mask_padding` an image has the same features alone and in any batch where cells meet
-    only in convolutions, poolings and Swin's windows (Swin, ConvNeXt, ResNet, ResNeXt, RegNetX).
-    What looks at a whole map at once sees the padding too: squeeze-and-excitation (EfficientNet,
-    RegNetY, SE-ResNet), global response normalisation (ConvNeXt V2), attention other than Swin's,
-    trained batch statistics. There the filters still read zeros, but the features depend on the
-    batch.
 
     Args:
         name: timm's name, with or without the tag that says which weights: `convnext_tiny`,
@@ -53,14 +41,16 @@ class TimmBackbone(nn.Module):
             `pixel_mean` and `pixel_std` must be those of the weights.
         batch_norm: `frozen`, or `trainable` for training from scratch; of no effect on a
             network without batch normalisation.
-        mask_padding: keep padding out of the features, see above.
         drop_path: probability with which the last block's branch is skipped in training, falling
             linearly to 0 at the first; None: timm's choice for the network.
         output_norm: normalise the channels of each map by a trained LayerNorm, as detectors with a
             Swin Transformer do, whose maps have no norm of their own. Tensors `norms.{i}`.
-        arguments: further arguments of timm's constructor, such as `depths`.
+        arguments: further arguments of timm's constructor, such as `depths`. Networks that are
+            built for one size of images get `dynamic_img_size=True`.
 
     Attributes:
+        out_channels: channels of each returned map.
+        out_strides: pixels per cell of each returned map.
         activation_checkpointing: see `run_checkpointed`; stage by stage where timm builds the
             network as a list of stages, else the whole network. (With timm's own
             `set_grad_checkpointing` batch normalisation would count every image twice.)
@@ -79,75 +69,99 @@ class TimmBackbone(nn.Module):
         frozen_stages: int = 2,
         weights: str | None = None,
         batch_norm: str = "frozen",
-        mask_padding: bool = True,
         drop_path: float | None = None,
         output_norm: bool = False,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        timm = import_timm()
-        if not out_indices:
-            raise ValueError("out_indices is empty: name the stages to return, finest first")
+        timm = _import_timm()
+        if not timm.is_model(name):
+            near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+            raise ValueError(f"timm knows no network {name!r}; did you mean {', '.join(near)}?")
         if batch_norm not in ("frozen", "trainable"):
             raise ValueError(f"batch_norm {batch_norm!r}: choose from ['frozen', 'trainable']")
         self.name = name
         self.weights = weights
-        self.mask_padding = mask_padding
         self.activation_checkpointing = False
-        self._arguments = _constructor_arguments(name, drop_path, dict(arguments or {}))
-        body = _create(name, list(out_indices), self._arguments)
-        if batch_norm == "frozen":
-            body = timm.layers.freeze_batch_norm_2d(body)
+        self._arguments = dict(arguments or {})
+        reserved = [k for k in self._arguments if k in _RESERVED or k.startswith("pretrained")]
+        if reserved:
+            raise ValueError(f"arguments {reserved}: these are set by the backbone's own settings")
+        if drop_path is not None:
+            self._arguments["drop_path_rate"] = drop_path
+        try:
+            if timm.get_pretrained_cfg(name).fixed_input_size:
+                self._arguments.setdefault("dynamic_img_size", True)
+            body = timm.create_model(
+                name, features_only=True, out_indices=list(out_indices), **self._arguments
+            )
+        except TypeError as error:
+            raise ValueError(
+                f"timm's {name} does not take the arguments {self._arguments}: {error}"
+            ) from error
+        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"timm cannot give the stages out_indices={list(out_indices)} of {name}: {error!r}"
+            ) from error
+        self.out_channels: list[int] = list(body.feature_info.channels())
+        self.out_strides: list[int] = list(body.feature_info.reduction())
+        if not out_indices or sorted(set(self.out_strides)) != self.out_strides:
+            raise ValueError(
+                f"out_indices {list(out_indices)} of {name} have the strides {self.out_strides}: "
+                "name each stage once, finest first, of a hierarchical network (Swin, ConvNeXt, "
+                "ResNet, ...), whose strides grow from stage to stage"
+            )
         self._channels_last = str(getattr(body, "output_fmt", "NCHW")) == "Format.NHWC"
-        self.body = body
-        stages = [i % len(_stages(body)) for i in out_indices]  # from the front
-        if stages != sorted(set(stages)):
-            raise ValueError(f"out_indices {list(out_indices)}: name each stage once, finest first")
-        run = self._measure(stages)
+        self.body = timm.layers.freeze_batch_norm_2d(body) if batch_norm == "frozen" else body
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.out_channels if output_norm)
-        self._freeze(frozen_stages, last_stage=stages[-1])
-        self._hook(run)
+        self._freeze(frozen_stages)
 
     def forward(self, images: Tensor, mask: Tensor) -> list[Tensor]:
         """Features of the chosen stages.
 
         Args:
             images: (B, 3, H, W) normalised, of any size.
-            mask: (B, H, W) bool, True = padding.
+            mask: (B, H, W) bool, True = padding; not used, padding is seen as it is.
 
         Returns:
             One (B, C_i, ceil(H / stride_i), ceil(W / stride_i)) per stage, finest first, with
             C_i in `out_channels` and stride_i in `out_strides`.
+
+        Raises:
+            ValueError: the network's maps have other sizes.
         """
         height, width = images.shape[-2:]
         coarsest = self.out_strides[-1]
         # To whole cells of every stage: networks that halve odd sizes downwards would lose the
         # last rows, and those that pad by the parity of the size would shift their cells.
-        pad = (0, -width % coarsest, 0, -height % coarsest)
-        mask = F.pad(mask, pad, value=True)
-        with KnownPadding(mask) if self.mask_padding else nullcontext():
-            maps = self._stage_maps(F.pad(images, pad))
-        if self._channels_last:
-            maps = [features.permute(0, 3, 1, 2) for features in maps]
-        maps = [
-            features[..., : -(-height // stride), : -(-width // stride)]
-            for features, stride in zip(maps, self.out_strides, strict=True)
-        ]
-        for i, norm in enumerate(self.norms):
-            maps[i] = norm(maps[i].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        images = F.pad(images, (0, -width % coarsest, 0, -height % coarsest))
+        maps = []
+        for index, features in enumerate(self._stage_maps(images)):
+            stride = self.out_strides[index]
+            x = features.permute(0, 3, 1, 2) if self._channels_last else features
+            if (x.shape[2] * stride, x.shape[3] * stride) != images.shape[2:]:
+                raise ValueError(
+                    f"{self.name} cannot be a backbone: a map of stride {stride} has "
+                    f"{x.shape[2]} x {x.shape[3]} cells for an image of {images.shape[2]} x "
+                    f"{images.shape[3]} pixels"
+                )
+            x = x[:, :, : -(-height // stride), : -(-width // stride)]
+            if self.norms:
+                x = self.norms[index](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            maps.append(x)
         return maps
 
     def _stage_maps(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) of whole cells -> the chosen stages in the network's own layout."""
         body: Any = self.body
-        runs_in_order = isinstance(body, import_timm().models.FeatureListNet)
-        if not (self.activation_checkpointing and runs_in_order):
-            return run_checkpointed(self, with_known_padding(body), images)
+        is_list_of_stages = isinstance(body, _import_timm().models.FeatureListNet)
+        if not (self.activation_checkpointing and is_list_of_stages):
+            return run_checkpointed(self, body, images)
         x, maps = images, []
         for name, module in body.items():
-            # A single layer has nothing inside it to forget, and may work in place.
+            # A single layer keeps nothing inside, and may work in place.
             is_layer = next(module.children(), None) is None
-            x = module(x) if is_layer else run_checkpointed(self, with_known_padding(module), x)
+            x = module(x) if is_layer else run_checkpointed(self, module, x)
             if name in body.return_layers:
                 maps.append(x)
         return maps
@@ -168,179 +182,118 @@ class TimmBackbone(nn.Module):
         """
         if self.weights is None:
             return False
-        return load_weights(self.body, self.name, self.weights, self._arguments)
-
-    def _measure(self, stages: list[int]) -> DryRun:
-        """Set `out_channels` and `out_strides`; drop what the maps do not depend on."""
-        coarsest = _stages(self.body)[stages[-1]]["reduction"]
-        size = (3 * coarsest, 4 * coarsest)
-        run = self._dry_run(size)
-        dropped = _drop_unused(self.body, run.used)
+        timm = _import_timm()
+        source: dict[str, Any] = {}
+        if self.weights != "pretrained":
+            state = _read_file(self.weights)
+            classes = _count_classes(state, timm.get_pretrained_cfg(self.name).classifier)
+            source = dict(state_dict=state, num_classes=classes, label_offset=0)
         try:
-            run = self._dry_run(size)
-        except ValueError:  # a network of branches needs even those that lead nowhere
-            for name, module in dropped.items():
-                self.body.set_submodule(name, module)
-            run = self._dry_run(size)
-        axis = 1 if self._channels_last else -2
-        heights = [output.shape[axis] for output in run.outputs]
-        widths = [output.shape[axis + 1] for output in run.outputs]
-        self.out_channels = [output.shape[3 * axis if axis == 1 else 1] for output in run.outputs]
-        self.out_strides = [size[0] // height for height in heights]
-        whole = all(
-            s * h == size[0] and s * w == size[1]
-            for s, h, w in zip(self.out_strides, heights, widths, strict=True)
-        )
-        increasing = sorted(set(self.out_strides)) == self.out_strides
-        if not (whole and increasing and len(run.outputs) == len(stages)):
-            found = [f"{h} x {w}" for h, w in zip(heights, widths, strict=True)]
-            raise ValueError(
-                f"{self.name} gives maps of {', '.join(found)} for an image of {size[0]} x "
-                f"{size[1]}: a backbone needs strides that grow from map to map and divide the "
-                "image. Choose other out_indices, or a hierarchical network (Swin, ConvNeXt, "
-                "ResNet, ...)"
+            # timm is strict with whole networks only, and the backbone takes its part from one.
+            network = timm.create_model(
+                self.name, pretrained=True, pretrained_cfg_overlay=source, **self._arguments
             )
-        return run
-
-    def _dry_run(self, size: tuple[int, int]) -> DryRun:
-        try:
-            return dry_run(self.body, *size)
-        except Exception as error:  # whatever a foreign network does with a size it cannot take
+        except OSError as error:  # no network, or a cache that cannot be written
+            logger.warning(
+                "THE BACKBONE STARTS FROM RANDOM WEIGHTS: timm's weights of %s could not be "
+                "fetched (%s). For a real training fetch them on a machine with network, or name "
+                "a file with model.backbone.weights=FILE",
+                self.name,
+                error,
+            )
+            return False
+        except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+            reason = textwrap.shorten(str(error), 600)  # it lists every tensor
             raise ValueError(
-                f"{self.name} cannot be a backbone: it does not take an image of {size[0]} x "
-                f"{size[1]} pixels ({error})"
+                f"backbone weights {self.weights!r} do not fit {self.name}: {reason}"
             ) from error
+        loaded = {
+            spelling: tensor
+            for name, tensor in network.state_dict().items()
+            for spelling in _spellings(name)
+        }
+        own = [n for n in self.body.state_dict() if not n.endswith("num_batches_tracked")]
+        self.body.load_state_dict({name: loaded[name] for name in own}, strict=False)
+        if self.weights == "pretrained":
+            self._check_normalisation(network.pretrained_cfg)
+        return True
 
-    def _freeze(self, frozen_stages: int, last_stage: int) -> None:
-        parts = _parts(self.body)
-        if not 0 <= frozen_stages <= len(parts):
-            raise ValueError(f"frozen_stages {frozen_stages}: choose from 0 to {len(parts)}")
-        modules = [name for name, _ in self.body.named_modules()]
-        for stage in _stages(self.body)[: last_stage + 1]:
-            if frozen_stages and _span(modules, stage["module"])[0] == len(modules):
+    def _check_normalisation(self, pretrained: Mapping[str, Any]) -> None:
+        """Warn if the weights want other pixels than the configs give by default."""
+        mean, std = pretrained["mean"], pretrained["std"]
+        if (tuple(mean), tuple(std)) != _IMAGENET:
+            logger.warning(
+                "the weights of %s were trained with another normalisation: set "
+                "model.pixel_mean=%s model.pixel_std=%s",
+                self.name,
+                [round(255 * m, 3) for m in mean],
+                [round(255 * s, 3) for s in std],
+            )
+
+    def _freeze(self, frozen_stages: int) -> None:
+        """Freeze the first parts, and what comes after the last returned stage.
+
+        timm's networks register their modules in the order in which they use them.
+        """
+        names, parameters = zip(*self.body.named_parameters(), strict=True)
+        ends = [0]  # of the parts, as numbers of parameters
+        for stage in self.body.feature_info.info:
+            if not 4 <= stage["reduction"] <= self.out_strides[-1]:
+                continue
+            prefixes = tuple(f"{name}." for name in _spellings(stage["module"]))
+            inside = [i for i, name in enumerate(names) if name.startswith(prefixes)]
+            if not inside and frozen_stages:
                 raise ValueError(
                     f"frozen_stages {frozen_stages}: timm does not say which modules of "
                     f"{self.name} are its {stage['module']!r}; only 0 is possible"
                 )
-        for parameters in parts[:frozen_stages]:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-
-    def _hook(self, run: DryRun) -> None:
-        """Keep padding from what reads neighbouring cells."""
-        pools = {m: s for m, s in run.filters.items() if isinstance(m, nn.MaxPool2d)}
-        zero_padding_before((m, s) for m, s in run.filters.items() if m not in pools)
-        ignore_padding_in_max_pools(pools.items())
-        if _is_swin(self.name):
-            from .swin_windows import keep_windows_from_padding  # timm may not be imported before
-
-            strides = {s["module"].replace(".", "_"): s["reduction"] for s in _stages(self.body)}
-            keep_windows_from_padding(
-                [(m, strides[n]) for n, m in self.body.named_children() if n in strides]
-            )
+            if not inside:
+                return
+            ends += [inside[0], inside[-1] + 1] if len(ends) == 1 else [inside[-1] + 1]
+        if not 0 <= frozen_stages < len(ends):
+            raise ValueError(f"frozen_stages {frozen_stages}: choose from 0 to {len(ends) - 1}")
+        for parameter in (*parameters[: ends[frozen_stages]], *parameters[ends[-1] :]):
+            parameter.requires_grad_(False)
 
 
-def _constructor_arguments(
-    name: str, drop_path: float | None, arguments: dict[str, Any]
-) -> dict[str, Any]:
-    """What timm's constructor of this network gets, beside the stages."""
-    timm = import_timm()
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        raise ValueError(f"timm knows no network {name!r}; did you mean {', '.join(near)}?")
-    tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{name.partition('.')[0]}.*")]
-    if "." in name and name.partition(".")[2] not in tags:
-        raise ValueError(f"timm has no weights {name!r}; tags of this network: {sorted(tags)}")
-    reserved = [k for k in arguments if k in _RESERVED or k.startswith("pretrained")]
-    if reserved:
-        raise ValueError(f"arguments {reserved}: these are set by the backbone's own settings")
-    if drop_path is not None:
-        arguments["drop_path_rate"] = drop_path
-    if _is_swin(name):
-        # Detectors shift the windows of the last stage as well; at the size of pretraining, it
-        # holds a single window.
-        arguments = {"always_partition": True} | arguments
-    return arguments
+def _import_timm() -> ModuleType:
+    """The package timm, which this library needs for nothing else."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            "backbones other than ResNet come from timm, which is not installed: pip install timm"
+        ) from error
+    return timm
 
 
-def _is_swin(name: str) -> bool:
-    """Whether a network is a Swin Transformer (of the first version)."""
-    entrypoint = import_timm().models.model_entrypoint(name.partition(".")[0])
-    return entrypoint.__module__ == "timm.models.swin_transformer"
+def _spellings(name: str) -> tuple[str, ...]:
+    """A name in a whole network -> its possible names in a `features_only` network."""
+    return name, name.replace(".", "_", 1), f"model.{name}", f"body.{name}"
 
 
-def _create(name: str, out_indices: list[int], arguments: dict[str, Any]) -> nn.Module:
-    """A `features_only` network; `arguments` gains what makes it take any image size.
+def _read_file(path: str) -> dict[str, Tensor]:
+    """A state_dict; nothing in the file is executed."""
+    from timm.models import load_state_dict
 
-    Not every network whose size is fixed by default has an argument for that, so it is tried.
-    """
-    timm = import_timm()
-    tries: list[dict[str, Any]] = [{}]
-    if timm.get_pretrained_cfg(name).fixed_input_size:
-        tries.insert(0, {"dynamic_img_size": True})
-    for more in tries:
-        try:
-            body = timm.create_model(
-                name, features_only=True, out_indices=out_indices, **arguments, **more
-            )
-        except TypeError as error:
-            reason = error
-        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-            raise ValueError(
-                f"timm cannot give the stages out_indices={out_indices} of {name}: {error!r}"
-            ) from error
-        else:
-            arguments.update(more)
-            return body
-    raise ValueError(f"timm's {name} does not take the arguments {arguments}: {reason}")
+    if not Path(path).is_file():
+        raise ValueError(f"backbone weights {path!r}: no such file, and not 'pretrained'")
+    try:
+        state = load_state_dict(path, weights_only=True)
+    except Exception as error:  # of torch, of pickle or of safetensors
+        raise ValueError(
+            f"backbone weights {path!r}: not a file of tensors that torch can read safely"
+        ) from error
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not state:
+        raise ValueError(f"backbone weights {path!r}: holds no state_dict")
+    return state
 
 
-def _drop_unused(body: nn.Module, used: set[str]) -> dict[str, nn.Module]:
-    """Replace the modules whose parameters have no part in the maps, and return them by name.
-
-    Parameters without a gradient would make distributed training wait for them.
-    """
-    for name, parameter in body.named_parameters():
-        parameter.requires_grad_(name in used)
-    dropped: dict[str, nn.Module] = {}
-    for name, module in list(body.named_modules()):
-        owned = [f"{name}.{n}" for n, _ in module.named_parameters()]
-        replaceable = name and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
-        inside_dropped = any(name.startswith(f"{other}.") for other in dropped)
-        if replaceable and owned and not inside_dropped and not used.intersection(owned):
-            body.set_submodule(name, nn.Identity())
-            dropped[name] = module
-    return dropped
-
-
-def _stages(body: Any) -> list[dict[str, Any]]:
-    """timm's account of all stages, also of those that were not built."""
-    return list(body.feature_info.info)
-
-
-def _parts(body: nn.Module) -> list[list[nn.Parameter]]:
-    """Parameters of the stem, of the stage of stride 4, of the stage of stride 8, and so on.
-
-    timm's networks register their modules in the order in which they use them.
-    """
-    modules = [name for name, _ in body.named_modules()]
-    stages = [s for s in _stages(body) if s["reduction"] >= 4]
-    stem = [s for s in _stages(body) if s["reduction"] < 4]
-    ends = [_span(modules, stage["module"])[1] for stage in stages]
-    first = (
-        _span(modules, stem[-1]["module"])[1] if stem else _span(modules, stages[0]["module"])[0]
-    )
-    parts: list[list[nn.Parameter]] = [[] for _ in range(1 + len(stages))]
-    for name, parameter in body.named_parameters():
-        owner = modules.index(name.rpartition(".")[0])
-        parts[sum(owner >= end for end in [first, *ends[:-1]])].append(parameter)
-    return parts
-
-
-def _span(modules: list[str], feature: str) -> tuple[int, int]:
-    """First and one past the last of the modules that make a stage; the end if it is not built."""
-    names = {feature, feature.replace(".", "_", 1), f"model.{feature}"}
-    inside = [
-        i for i, n in enumerate(modules) if any(n == m or n.startswith(m + ".") for m in names)
-    ]
-    return (inside[0], inside[-1] + 1) if inside else (len(modules), len(modules))
+def _count_classes(state: Mapping[str, Tensor], classifier: Any) -> int:
+    """Rows of the classifier in a file, under timm's or the original name; 0 if it has none."""
+    names = [classifier] if isinstance(classifier, str) else list(classifier or ())
+    for name in [*names, *(name.partition(".")[0] for name in names)]:
+        if f"{name}.weight" in state:
+            return len(state[f"{name}.weight"])
+    return 0
