@@ -1,5 +1,5 @@
 # make demo    train a small detector on the embedded digits and draw what it finds
-# make test    the fast tests          make test-slow   the others
+# make test    the fast tests          make test-slow   the others      make test-all   both
 # make lint    ruff and mypy
 # make env     .venv with everything   make cuda        compile the CUDA kernels, or fail
 # make fuzz    random calls of the compiled operators under sanitizers; needs GCC
@@ -36,7 +36,7 @@ FUZZ_LIBRARY := C
 FUZZ_SECONDS := 20
 FUZZ_SEED :=
 
-.PHONY: env cuda demo test test-slow lint fuzz gpu-check clean
+.PHONY: env cuda demo test test-slow test-all lint fuzz fuzz-library gpu-check clean
 
 env: $(INSTALLED)
 
@@ -73,16 +73,22 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	@$(PYTEST) -m slow
 
+# One process more than there are cores: many of the slow tests wait for others that they start.
+test-all: $(INSTALLED)
+	@$(PYTEST) -m "slow or not slow" --numprocesses $$(( $$(nproc 2>/dev/null || echo 2) + 1 ))
+
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy --no-error-summary
 
-fuzz: $(INSTALLED)
-	@$(MAKE) --silent -j 4 -f tests/fuzz/library.mk PYTHON=$(BIN)/python \
-		build/sanitized/$(FUZZ_LIBRARY).so
+fuzz: fuzz-library
 	@$(BIN)/python tests/fuzz/fuzz.py --library build/sanitized/$(FUZZ_LIBRARY).so \
 		--seconds $(FUZZ_SECONDS) $(FUZZ_SEED:%=--seed=%)
+
+fuzz-library: $(INSTALLED)
+	@$(MAKE) --silent -j 4 -f tests/fuzz/library.mk PYTHON=$(BIN)/python \
+		build/sanitized/$(FUZZ_LIBRARY).so
 
 # Builds, tests and measures the CUDA operators where there is an NVIDIA GPU, with a Python that has
 # PyTorch; downloads nothing. GPU_WHEELS names a folder of wheels of the packages that it lacks.
