@@ -3,8 +3,8 @@
     python tools/make_pictures.py --run output/demo
     python tools/make_pictures.py --run output/demo --images 4 --score-threshold 0.2
 
-Reads `config.yaml`, the last checkpoint and `metrics.jsonl` of the run; writes `predictions.png`
-and `curves.png` beside them.
+Reads `config.yaml`, the best checkpoint (the last, where none is best) and `metrics.jsonl` of the
+run; writes `predictions.png` and `curves.png` beside them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dn_detr.checkpoint import load_model_weights
 from dn_detr.config import LazyConfig, instantiate
-from dn_detr.data import CocoDetection
+from dn_detr.predictor import load
 from dn_detr.structures import Instances
 
 CORRECT, WRONG, MISSED, FOUND = "#2fd35d", "#ff3b30", "#ff9f0a", "#ffffff"
@@ -272,23 +271,29 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--score-threshold", type=float, default=0.4, help="lowest score to draw (0.4)"
     )
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="let a YAML config name classes and functions of this package; may be repeated",
+    )
     return parser.parse_args(argv)
 
 
-def draw_predictions(run: Path, count: int, score_threshold: float) -> Image.Image:
-    """Draw the first `count` test images with the last weights of a run, on the CPU."""
-    cfg = LazyConfig.load(str(run / "config.yaml"))
-    model = instantiate(cfg.model).eval()
-    load_model_weights(model, run)
-    inputs = instantiate(cfg.dataloader.test, num_workers=0, limit=count).dataset
-    # The same images as they are in the file, with their objects.
-    truth = CocoDetection(inputs.image_dir, inputs.annotation_file, train=True)
-    with torch.inference_mode():
-        predictions = [model([inputs[i]])[0]["instances"] for i in range(len(inputs))]
-    samples = [truth[i] for i in range(len(inputs))]
+def draw_predictions(
+    run: Path, count: int, score_threshold: float, trust: Sequence[str] = ()
+) -> Image.Image:
+    """Draw the first `count` test images with the best weights of a run, on the CPU."""
+    predictor = load(run, trust=trust)
+    cfg = LazyConfig.load(run / "config.yaml", allow=tuple(trust))
+    # The test images as they are in the file, with their objects.
+    truth = instantiate(cfg.dataloader.test.dataset, train=True, transforms=None)
+    samples = [truth[i] for i in range(min(count, len(truth)))]
+    images = [sample["image"] for sample in samples]
     return mosaic(
-        [to_pil_image(sample["image"]) for sample in samples],
-        predictions,
+        [to_pil_image(image) for image in images],
+        predictor.predict(images, score_threshold),
         [sample["instances"] for sample in samples],
         truth.class_names,
         score_threshold=score_threshold,
@@ -302,7 +307,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         evaluations = [r for r in read_metrics(run / "metrics.jsonl") if "eval/AP50" in r]
         curves = plot_curves(run / "metrics.jsonl", run / "curves.png")
-        picture = draw_predictions(run, arguments.images, arguments.score_threshold)
+        picture = draw_predictions(
+            run, arguments.images, arguments.score_threshold, arguments.trust
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -43,22 +43,7 @@ def read_image(path: str | Path, expected_size: tuple[int, int] | None = None) -
         ImageError: the file is missing, empty, truncated or no image, its pixels have no 8-bit
             meaning, or its size contradicts `expected_size` in either orientation.
     """
-    stored, orientation = _decode(Path(path))
-    upright = stored.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else stored
-    if expected_size is None:
-        return upright
-    for image in (upright, stored):
-        if (image.height, image.width) == tuple(expected_size):
-            return image
-    raise ImageError(
-        f"{path}: the image is {stored.width}x{stored.height} (width x height), the annotation"
-        f" file says {expected_size[1]}x{expected_size[0]}; correct 'width' and 'height' (and"
-        " the boxes, if the image was resized) or restore the original file"
-    )
-
-
-def _decode(path: Path) -> tuple[Image.Image, int]:
-    """RGB pixels as they are stored, and the EXIF orientation."""
+    path = Path(path)
     if not path.is_file():
         raise ImageError(f"{path}: image file is missing")
     if path.stat().st_size == 0:
@@ -66,13 +51,37 @@ def _decode(path: Path) -> tuple[Image.Image, int]:
     try:
         with Image.open(path) as image:
             image.load()
-            return _to_rgb(image), _orientation(image)
+            stored = _to_rgb(image)
+            upright = _turned(stored, _orientation(image))
     except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
         raise ImageError(
             f"{path}: cannot be read as an 8-bit RGB image ({type(error).__name__}: {error});"
             " it is truncated, damaged or of an unusual kind: fetch it again, convert it, or"
             " remove it from the annotation file"
         ) from error
+    if expected_size is None:
+        return upright
+    for candidate in (upright, stored):
+        if (candidate.height, candidate.width) == tuple(expected_size):
+            return candidate
+    raise ImageError(
+        f"{path}: the image is {stored.width}x{stored.height} (width x height), the annotation"
+        f" file says {expected_size[1]}x{expected_size[0]}; correct 'width' and 'height' (and"
+        " the boxes, if the image was resized) or restore the original file"
+    )
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to 8-bit RGB as `read_image` does, with its EXIF orientation applied.
+
+    Raises:
+        ValueError: its pixels have no 8-bit meaning.
+    """
+    return _turned(_to_rgb(image), _orientation(image))
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _orientation(image: Image.Image) -> int:

@@ -242,7 +242,8 @@ def run_folder(digits_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     LazyConfig.save(cfg, folder / "config.yaml")
     torch.manual_seed(0)
     model = instantiate(cfg.model)
-    save(folder, Snapshot(10, 1.0, model.state_dict()))
+    config = LazyConfig.to_yaml(cfg)
+    save(folder, Snapshot(10, 1.0, model.state_dict()), config=config)
     records = [
         {"iteration": 10, "loss": 3.0, "loss/loss_ce": 2.0, "loss/loss_ce_dn": 1.0},
         {"iteration": 10, "eval/AP": 0.25, "eval/AP50": 0.5},
