@@ -1,9 +1,10 @@
 """Maps the folders of the repository to packages and builds the compiled operators.
 
-`configs/` and `tools/` lie beside the library, where people look for them, and are installed as
-`dn_detr.configs` and `dn_detr.tools`, so that a wheel holds the zoo and the console command. The
-configs are read as files, never imported by name, and have no `__init__.py`; `tools/` has one,
-because an editable installation finds no namespace package inside a package.
+`configs/`, `tools/` and `projects/NAME/` lie beside the library, where people look for them. They
+are installed as `dn_detr.configs`, `dn_detr.tools` and `dn_detr.projects.NAME`, so that a wheel
+holds the zoo, the console command and the projects. The configs are read as files, never imported
+by name, and have no `__init__.py`; `tools/` has one, because an editable installation finds no
+namespace package inside a package.
 
 The operators are two shared libraries: `dn_detr/_C.so` for CPUs, and `dn_detr/_C_cuda.so`, which is
 loaded when a CUDA tensor arrives, so that one wheel serves machines with and without CUDA. They use
@@ -33,7 +34,10 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-PACKAGE_FOLDERS = {"dn_detr": "dn_detr", "dn_detr.configs": "configs", "dn_detr.tools": "tools"}
+PACKAGE_FOLDERS = {"dn_detr": "dn_detr", "dn_detr.configs": "configs", "dn_detr.tools": "tools"} | {
+    f"dn_detr.projects.{path.parent.name}": f"projects/{path.parent.name}"
+    for path in ROOT.glob("projects/*/__init__.py")
+}
 
 CPU, CUDA = "dn_detr._C", "dn_detr._C_cuda"
 CPU_SOURCES = [

@@ -7,14 +7,7 @@ Weights: DAB_DETR/R50/checkpoint.pth (authors), dab_detr_r50_50ep.pth (detrex's 
 Licence: Apache-2.0
 """
 
-from dn_detr.config import LazyCall as L
-from dn_detr.engine import multi_step
-
 from .common.coco import dataloader
 from .common.optimizer import optimizer
-from .common.train import train
+from .common.schedule_50ep import lr_schedule, train
 from .models.dab_detr_r50 import model
-
-lr_schedule = L(multi_step)(milestones=[40], gamma=0.1)
-train.epochs = 50
-train.output_dir = "output/dab_detr_r50_50ep"

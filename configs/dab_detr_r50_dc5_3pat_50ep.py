@@ -7,18 +7,11 @@ Weights: converted_dab_detr_r50_dc5_3patterns.pth (detrex),
 Licence: Apache-2.0
 """
 
-from dn_detr.config import LazyCall as L
-from dn_detr.engine import multi_step
-
 from .common.coco import dataloader
 from .common.optimizer import optimizer
-from .common.train import train
+from .common.schedule_50ep import lr_schedule, train
 from .models.dab_detr_r50 import model
 
 model.backbone.dilation = True
 model.neck.in_strides = [16]
 model.num_patterns = 3
-
-lr_schedule = L(multi_step)(milestones=[40], gamma=0.1)
-train.epochs = 50
-train.output_dir = "output/dab_detr_r50_dc5_3pat_50ep"

@@ -55,4 +55,3 @@ train.epochs = 5
 train.eval_period = "1ep"
 train.checkpoint.period = "1ep"
 train.clip_grad.max_norm = 1.0
-train.output_dir = "output/digits_dn_deformable_detr"

@@ -15,4 +15,3 @@ from .models.dn_deformable_detr_r50 import model
 
 lr_schedule = L(multi_step)(milestones=[20], gamma=0.1)  # not published for 24 epochs
 train.epochs = 24
-train.output_dir = "output/dn_deformable_detr_r50_24ep"

@@ -6,19 +6,12 @@ Weights: a folder of the authors' model zoo on Google Drive (file name not known
 Licence: Apache-2.0
 """
 
-from dn_detr.config import LazyCall as L
-from dn_detr.engine import multi_step
-
 from .common.coco import dataloader
 from .common.optimizer import optimizer
-from .common.train import train
+from .common.schedule_12ep import lr_schedule, train
 from .models.dn_deformable_encoder_only_r50 import model
 
 model.backbone.name = "resnet101"
 # Section 5.1 of the paper; the README's command leaves the code's five groups.
 model.denoising.num_groups = 10
 model.denoising.max_queries = 1000
-
-lr_schedule = L(multi_step)(milestones=[11], gamma=0.1)
-train.epochs = 12
-train.output_dir = "output/dn_deformable_encoder_only_r101_12ep"

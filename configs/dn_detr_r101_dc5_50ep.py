@@ -5,18 +5,11 @@ Source: DN-DETR paper, https://arxiv.org/abs/2203.01305
 Weights: none published
 """
 
-from dn_detr.config import LazyCall as L
-from dn_detr.engine import multi_step
-
 from .common.coco import dataloader
 from .common.optimizer import optimizer
-from .common.train import train
+from .common.schedule_50ep import lr_schedule, train
 from .models.dn_detr_r50 import model
 
 model.backbone.name = "resnet101"
 model.backbone.dilation = True
 model.neck.in_strides = [16]
-
-lr_schedule = L(multi_step)(milestones=[40], gamma=0.1)
-train.epochs = 50
-train.output_dir = "output/dn_detr_r101_dc5_50ep"

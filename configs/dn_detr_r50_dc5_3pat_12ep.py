@@ -6,18 +6,11 @@ Weights: a folder of the authors' model zoo on Google Drive (file name not known
 Licence: Apache-2.0
 """
 
-from dn_detr.config import LazyCall as L
-from dn_detr.engine import multi_step
-
 from .common.coco import dataloader
 from .common.optimizer import optimizer
-from .common.train import train
+from .common.schedule_12ep import lr_schedule, train
 from .models.dn_detr_r50 import model
 
 model.backbone.dilation = True
 model.neck.in_strides = [16]
 model.num_patterns = 3
-
-lr_schedule = L(multi_step)(milestones=[11], gamma=0.1)
-train.epochs = 12
-train.output_dir = "output/dn_detr_r50_dc5_3pat_12ep"

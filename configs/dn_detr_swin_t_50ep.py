@@ -7,12 +7,11 @@ Weights: none published
 """
 
 from dn_detr.config import LazyCall as L
-from dn_detr.engine import multi_step
 from dn_detr.modeling import TimmBackbone
 
 from .common.coco import dataloader
 from .common.optimizer import optimizer
-from .common.train import train
+from .common.schedule_50ep import lr_schedule, train
 from .models.dn_detr_r50 import model
 
 model.backbone = L(TimmBackbone)(
@@ -26,7 +25,3 @@ model.backbone = L(TimmBackbone)(
 )
 model.neck.in_channels = [768]
 model.neck.in_strides = [32]
-
-lr_schedule = L(multi_step)(milestones=[40], gamma=0.1)
-train.epochs = 50
-train.output_dir = "output/dn_detr_swin_t_50ep"

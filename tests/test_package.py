@@ -18,7 +18,8 @@ from packaging.version import Version
 import dn_detr
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "dn_detr", "configs", "tools")
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
+FOLDERS = ("dn_detr", "configs", "projects", "tools")
 Run = Callable[..., str]
 
 
@@ -45,7 +46,7 @@ def run_installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp(request.param)
     checkout, environment = folder / "checkout", folder / "environment"
     checkout.mkdir()
-    for name in SOURCES:
+    for name in (*SOURCES, *FOLDERS):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, checkout / name)
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=folder)
@@ -90,7 +91,7 @@ def test_installed_package_holds_every_file_of_the_sources(run_installed: Run) -
         "print(*dn_detr.__path__, zoo_root(), *dn_detr.tools.__path__, sep='\\n')"
     )
     places = map(Path, run_installed("python", "-c", program).splitlines())
-    for source, place in zip(("dn_detr", "configs", "tools"), places, strict=True):
+    for source, place in zip(("dn_detr", "configs", "tools", "projects"), places, strict=True):
         expected = {path.relative_to(ROOT / source) for path in (ROOT / source).rglob("*.py")}
         assert expected
         assert expected <= {path.relative_to(place) for path in place.rglob("*.py")}

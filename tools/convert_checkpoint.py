@@ -32,8 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    cfg = LazyConfig.load(resolve_config_file(arguments.config_file))
-    cfg = LazyConfig.apply_overrides(cfg, arguments.overrides)
+    cfg = LazyConfig.load(
+        resolve_config_file(arguments.config_file),
+        allow=arguments.trust,
+        overrides=arguments.overrides,
+    )
     report = convert_checkpoint(
         instantiate(cfg.model),
         arguments.input,
@@ -56,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--config-file", required=True, metavar="F", help="path of a config, or a name of the zoo"
+    )
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="let a YAML config name classes and functions of this package; may be repeated",
     )
     parser.add_argument(
         "--input", required=True, metavar="FILE", help="file or folder with the weights"

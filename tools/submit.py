@@ -50,7 +50,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     from dn_detr.engine.cluster_job import ClusterJob
 
     config_file = resolve_config_file(arguments.config_file).resolve()
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(config_file), arguments.overrides)
+    cfg = LazyConfig.load(config_file, allow=arguments.trust, overrides=arguments.overrides)
     settings = TrainSettings.from_config(cfg)
     options = {name: getattr(arguments, name) for name in PASSED_ON}
     resources = Resources(
@@ -67,7 +67,8 @@ def _submit(arguments: argparse.Namespace) -> int:
     batch_size = _batch_size(cfg)
     if batch_size is not None:
         resources.check_batch_size(batch_size)
-    command = ("--config-file", str(config_file), *arguments.overrides)
+    trust = [f"--trust={package}" for package in arguments.trust]
+    command = ("--config-file", str(config_file), *trust, *arguments.overrides)
     job = ClusterJob(str(SCRIPT), command, arguments.max_requeues)
     folder = Path(settings.output_dir).absolute() / "slurm"
     submitted = submit(job, resources, folder, cluster=arguments.cluster)
@@ -108,6 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--config-file", required=True, metavar="F", help="path of a config, or a name of the zoo"
+    )
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="let a YAML config name classes and functions of this package; may be repeated",
     )
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
     processes = parser.add_mutually_exclusive_group(required=True)

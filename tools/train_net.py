@@ -7,6 +7,11 @@ Ten iterations on a CPU, with small images:
 
     python tools/train_net.py --config-file dn_deformable_detr_r50_50ep.py train.device=cpu \\
         train.max_iter=10 dataloader.train.total_batch_size=2 dataloader.image_scale=0.4
+
+Again what a run did, with the code of a project of yours that its config names:
+
+    python tools/train_net.py --config-file output/run1/config.yaml --trust my_project \\
+        train.output_dir=output/run2
 """
 
 from __future__ import annotations
@@ -64,8 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    cfg = LazyConfig.load(resolve_config_file(arguments.config_file))
-    cfg = LazyConfig.apply_overrides(cfg, arguments.overrides)
+    cfg = LazyConfig.load(
+        resolve_config_file(arguments.config_file),
+        allow=arguments.trust,
+        overrides=arguments.overrides,
+    )
     if arguments.print_config:
         print(LazyConfig.to_yaml(cfg, resolve=True), end="")
         return
@@ -87,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--config-file", required=True, metavar="F", help="path of a config, or a name of the zoo"
+    )
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="let a YAML config name classes and functions of this package; may be repeated",
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(

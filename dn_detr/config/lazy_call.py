@@ -40,7 +40,7 @@ class LazyCall:
         Args:
             args: none are allowed; they only exist for the message.
             kwargs: arguments of the call: plain data, nodes, interpolations or any object; and
-                `_partial_`, `_shared_` (see `instantiate`).
+                `_partial_` (see `instantiate`).
 
         Raises:
             TypeError: an argument was given by position.

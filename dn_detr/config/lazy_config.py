@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import Container, DictConfig
+from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import ConfigError, did_you_mean
-from .nodes import has_key, to_node
+from .nodes import to_node
 from .overrides import apply_overrides
+from .packages import find_trusted
 from .python_file import read_python
-from .serialize import to_plain
-from .targets import mark_data
+from .yaml_check import check_data
 from .yaml_file import read_yaml, write_yaml
 from .zoo import near_files, zoo_path
 
@@ -25,43 +24,58 @@ class LazyConfig:
 
     @staticmethod
     def load(
-        path: str | Path, keys: str | Sequence[str] | None = None, allow: Iterable[str] = ()
+        path: str | Path,
+        keys: str | Sequence[str] | None = None,
+        allow: Iterable[str] = (),
+        overrides: Sequence[str] = (),
     ) -> Any:
         """Load a config file.
 
-        A .py file is code and runs. A .yaml or .yml file is data: instantiating it can only
-        reach classes and functions of `targets.DATA_PACKAGES` and of `allow`.
+        A .py file is code and runs. A .yaml or .yml file is data: it can only name classes and
+        functions of `yaml_check.DATA_PACKAGES` and of `allow`, which is checked here, after the
+        overrides.
 
         Args:
             path: the file.
             keys: a name, or several, to return instead of the whole config.
-            allow: further packages that a YAML file may instantiate from, such as "my_project".
+            allow: further packages that a YAML file may name, such as "my_project"; one that
+                cannot be imported is looked for in the current folder.
+            overrides: see `apply_overrides`.
 
         Returns:
             The root: DictConfig of all public data of the file. With `keys`, the value of that
             name or a tuple of values, still in their tree, so that interpolations resolve.
+            A `train.output_dir` that a whole config leaves open is `output/<name of the file>`.
 
         Raises:
-            ConfigError: the file is missing, of another type or wrong, or has no such key.
+            ConfigError: the file is missing, of another type or wrong, or has no such key, or an
+                override is wrong.
         """
-        root = _read(Path(path), tuple(allow))
+        path = Path(path)
+        if not path.is_file():
+            raise ConfigError(f"config file {path} does not exist{near_files(path)}")
+        if path.suffix in (".yaml", ".yml"):
+            find_trusted(allow)
+            root = apply_overrides(read_yaml(path), overrides)
+            check_data(root, path, allow)
+        elif path.suffix == ".py":
+            try:
+                root = to_node(read_python(path))
+            except OmegaConfBaseException as error:
+                raise ConfigError(f"{path}: {error}") from error
+            _name_output(root, path.stem)
+            root = apply_overrides(root, overrides)
+        else:
+            raise ConfigError(f"config file {path}: is neither a .py nor a .yaml file")
         if keys is None:
             return root
         names = [keys] if isinstance(keys, str) else list(keys)
         for name in names:
-            if not has_key(root, name):
+            if name not in root:
                 near = did_you_mean(name, map(str, root.keys()))
                 raise ConfigError(f"{path}: has no {name!r}{near}")
         values = tuple(root[name] for name in names)
         return values[0] if isinstance(keys, str) else values
-
-    @staticmethod
-    def load_rel(
-        filename: str, keys: str | Sequence[str] | None = None, allow: Iterable[str] = ()
-    ) -> Any:
-        """`load` with a path relative to the folder of the calling file."""
-        caller = Path(sys._getframe(1).f_code.co_filename)
-        return LazyConfig.load(caller.parent / filename, keys, allow)
 
     @staticmethod
     def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -85,8 +99,7 @@ class LazyConfig:
 
         Args:
             cfg: the config.
-            resolve: replace interpolations by their values (references to nodes with
-                `_shared_: true` stay references).
+            resolve: replace interpolations by their values.
 
         Returns:
             The text; `_target_` and other callables are dotted names.
@@ -95,7 +108,7 @@ class LazyConfig:
             ConfigError: a lambda or another object without an importable name, or a broken
                 interpolation; names the key.
         """
-        return write_yaml(to_plain(cfg, resolve=resolve))
+        return write_yaml(cfg, resolve=resolve)
 
     @staticmethod
     def save(cfg: DictConfig, path: str | Path, *, resolve: bool = False) -> None:
@@ -109,11 +122,11 @@ class LazyConfig:
 
 
 def get_config(name: str) -> DictConfig:
-    """Load a config of the zoo.
+    """Load a config of the zoo or of a project of `dn_detr.projects`.
 
     Args:
         name: `dn_deformable_detr_r50_50ep.py` (with or without `.py`), or a file of a sub-folder
-            such as `common/train.py`.
+            of the zoo such as `common/train.py`.
 
     Returns:
         Root of a private copy of the config.
@@ -125,17 +138,8 @@ def get_config(name: str) -> DictConfig:
     return root
 
 
-def _read(path: Path, allow: tuple[str, ...]) -> DictConfig:
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist{near_files(path)}")
-    if path.suffix in (".yaml", ".yml"):
-        root = read_yaml(path)
-        mark_data(root, allow)
-        return root
-    if path.suffix != ".py":
-        raise ConfigError(f"config file {path}: is neither a .py nor a .yaml file")
-    try:
-        root = to_node(read_python(path))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return root
+def _name_output(root: DictConfig, name: str) -> None:
+    """Name the output folder of a whole config that leaves it open."""
+    train = root.get("train")
+    if "model" in root and OmegaConf.is_dict(train) and OmegaConf.is_missing(train, "output_dir"):
+        train.output_dir = f"output/{name}"

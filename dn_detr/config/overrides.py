@@ -6,46 +6,20 @@ The rules are listed in docs/configs.md. hydra's parser reads the tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
+import re
+from collections.abc import Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, QuotedString
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from omegaconf import Container, DictConfig, ListConfig, Node
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from .errors import ConfigError, did_you_mean_key
-from .nodes import (
-    child,
-    children,
-    follow,
-    is_tuple,
-    join_path,
-    key_path,
-    key_paths,
-    mark_tuple,
-    plain,
-    to_node,
-)
+from .nodes import join_path, key_path, plain, to_node, value_of, walk
 from .value_types import fit_value
-
-
-class _Action(Enum):
-    SET = OverrideType.CHANGE
-    ADD = OverrideType.ADD
-    SET_OR_ADD = OverrideType.FORCE_ADD
-    DELETE = OverrideType.DEL
-
-
-@dataclass(frozen=True)
-class _Command:
-    token: str
-    action: _Action
-    key: str
-    value: Any
-    has_value: bool
 
 
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -54,46 +28,42 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     parser = OverridesParser.create()
     for token in overrides:
         try:
-            _apply(changed, _parse(parser, token))
+            _Edit(changed, _parse(parser, token)).apply()
+        except OmegaConfBaseException as error:  # from a node with a type of its own
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"override {token!r}: {reason} ({error.full_key})") from error
         except ConfigError as error:
             raise ConfigError(f"override {token!r}: {error}") from error
     return changed
 
 
-def _apply(root: DictConfig, command: _Command) -> None:
-    parent, key = _parent_of(root, command)
-    if command.action is _Action.DELETE:
-        _delete(parent, key, command)
-    else:
-        _assign(parent, key, command.value, command)
-
-
-# --- reading a token -----------------------------------------------------------------------
-
-
-def _parse(parser: OverridesParser, token: str) -> _Command:
+def _parse(parser: OverridesParser, token: str) -> Override:
     if token.startswith("-"):
         raise ConfigError("looks like an option, but there is none so named")
     try:
-        parsed = parser.parse_override(token)
+        override = parser.parse_override(token)
     except HydraException as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{_syntax_remedy(token)} ({reason})") from error
-    if parsed.package is not None or "/" in parsed.key_or_group or not parsed.key_or_group:
+    key = override.key_or_group
+    if override.package is not None or "/" in key or not key:
         raise ConfigError("write key=value with a key such as train.seed")
-    if parsed.is_sweep_override():
+    if override.type is OverrideType.FORCE_ADD:
+        raise ConfigError(f"write {key}=value to change a key, +{key}=value to add one")
+    if override.is_sweep_override():
         raise ConfigError(
-            "is a sweep over several values, which cannot be trained at once; "
-            f"a list is {parsed.key_or_group}=[1,2], a text with a comma needs quotes"
+            "is a sweep over several values, which cannot be trained together; "
+            f"a list is {key}=[1,2], a text with a comma needs quotes"
         )
-    _refuse_python_none(parsed)
-    return _Command(
-        token=token,
-        action=_Action(parsed.type),
-        key=parsed.key_or_group,
-        value=parsed.value(),
-        has_value=parsed.value_type is not None,
-    )
+    if override.type is OverrideType.DEL and override.value_type is not None:
+        raise ConfigError(f"write ~{key} to delete a key, without a value")
+    unquoted = re.sub(r"'(\\.|[^'\\])*'|\"(\\.|[^\"\\])*\"", "", token.partition("=")[2])
+    if "None" in re.split(r"[\[\]{},:\s]+", unquoted):
+        raise ConfigError(
+            "None is the text 'None' here; write null for no value, or 'None' "
+            "in quotes for the text"
+        )
+    return override
 
 
 def _syntax_remedy(token: str) -> str:
@@ -103,7 +73,7 @@ def _syntax_remedy(token: str) -> str:
     if "[" in key:
         return "write a list index as a part of the key: list.0=value"
     if value.startswith("("):
-        return f"write a list, {key}=[1,2]; where the config has a tuple it becomes a tuple"
+        return f"write a list, {key}=[1,2]"
     quote = '"' if "'" in value else "'"
     shell_quote = "'" if quote == '"' else '"'
     text = value.strip("'\"")
@@ -113,38 +83,82 @@ def _syntax_remedy(token: str) -> str:
     )
 
 
-def _refuse_python_none(parsed: Override) -> None:
-    if any(value == "None" for value in _unquoted_texts(parsed._value)):
-        raise ConfigError(
-            "None is the text 'None' here; write null for no value, or 'None' "
-            "in quotes for the text"
-        )
+class _Edit:
+    """One override on its way into a config."""
 
+    def __init__(self, root: DictConfig, override: Override) -> None:
+        self.root = root
+        self.key = override.key_or_group
+        self.value = override.value()
+        self.adds = override.type is OverrideType.ADD
+        self.deletes = override.type is OverrideType.DEL
 
-def _unquoted_texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _unquoted_texts(item)
-    else:
-        assert isinstance(value, (int, float, QuotedString, type(None)))
-
-
-# --- finding the place ---------------------------------------------------------------------
-
-
-def _parent_of(root: DictConfig, command: _Command) -> tuple[Container, Any]:
-    *outer, last = command.key.split(".")
-    container: Container = root
-    for part in outer:
-        key = _existing_key(container, part)
-        if key is None:
-            container = _add_dict(container, part, command)
+    def apply(self) -> None:
+        *outer, last = self.key.split(".")
+        container: Container = self.root
+        path = ""
+        for part in outer:
+            key = _existing_key(container, part)
+            if key is None and self.adds and _takes_new_keys(container):
+                container[part] = {}
+                key = part
+            if key is None:
+                raise self._unknown_key(container, part, path)
+            path = join_path(path, part)
+            container = _enter(container, key, path)
+        if self.deletes:
+            key = _existing_key(container, last)
+            if key is None:
+                raise self._unknown_key(container, last, path)
+            del container[key]
         else:
-            container = _enter(child(container, key))
-    key = _existing_key(container, last)
-    return container, last if key is None else key
+            self._assign(container, last, self.value, path)
+
+    def _assign(self, container: Container, part: str, value: Any, outer_path: str) -> None:
+        key = _existing_key(container, part)
+        path = join_path(outer_path, part)
+        if key is None:
+            if not self.adds or not _takes_new_keys(container):
+                raise self._unknown_key(container, part, outer_path)
+            container[part] = to_node(value)
+            return
+        if self.adds:
+            raise ConfigError(f"{path} exists; change it with key=value, without the +")
+        old = _type_example(container, key)
+        if not (isinstance(value, dict) and isinstance(old, dict)):
+            if _has_reference(value):  # it has the type of what it refers to
+                container[key] = to_node(value)
+                value = _plain_value(container, key, path)
+                fit_value(path, old, value)
+            else:
+                container[key] = to_node(fit_value(path, old, value))
+            return
+        mapping = _enter(container, key, path)
+        assert isinstance(mapping, DictConfig)
+        if not value and mapping:
+            raise ConfigError(
+                f"{path}={{}} would change nothing: a dict sets the keys that it names; delete a "
+                f"key with ~{path}.{next(iter(mapping))!s}"
+            )
+        for name, item in value.items():
+            self._assign(mapping, str(name), item, path)
+
+    def _unknown_key(self, container: Container, part: str, path: str) -> ConfigError:
+        if isinstance(container, ListConfig):
+            return ConfigError(
+                f"{path} is a list with indices 0 to {len(container) - 1}; there is no {part!r}"
+            )
+        missing = join_path(path, part)
+        key = self.key if self.key.startswith(f"{missing}.") else missing
+        near = did_you_mean_key(key, [known for known, _ in walk(plain(self.root))])
+        can_add = not self.deletes and _takes_new_keys(container)
+        how_to_add = f"; to add a key write +{key}=value" if can_add else ""
+        return ConfigError(f"there is no key {key}{near}{how_to_add}")
+
+
+def _takes_new_keys(container: Container) -> bool:
+    """Whether it is a dict whose keys no dataclass decides."""
+    return isinstance(container, DictConfig) and not is_dataclass(OmegaConf.get_type(container))
 
 
 def _existing_key(container: Container, part: str) -> Any:
@@ -152,129 +166,46 @@ def _existing_key(container: Container, part: str) -> Any:
     if isinstance(container, ListConfig):
         index = int(part) if part.isdecimal() else len(container)
         return index if index < len(container) else None
-    return next((key for key, _ in children(container) if str(key) == part), None)
+    assert isinstance(container, DictConfig)
+    return next((key for key in container if str(key) == part), None)
 
 
-def _add_dict(container: Container, part: str, command: _Command) -> Container:
-    if command.action not in (_Action.ADD, _Action.SET_OR_ADD):
-        raise _unknown_key(container, part, command)
-    _insert(container, part, {}, command)
-    added = child(container, _existing_key(container, part))
-    assert isinstance(added, Container)
-    return added
-
-
-def _enter(node: Node) -> Container:
-    """A node on the way to the key, if something can lie below it."""
-    path = key_path(node)
-    if node._is_interpolation():
-        target = key_path(follow(node))
-        raise ConfigError(f"{path} refers to {target} ({node._value()}); override that instead")
-    if node._is_none():
+def _enter(container: Container, key: Any, path: str) -> Container:
+    """The container on the way to a key, if something can lie below it."""
+    if OmegaConf.is_interpolation(container, key):
+        text = plain(container)[key]
+        found = value_of(container, key, path)
+        target = key_path(found) if isinstance(found, Container) else text
+        raise ConfigError(f"{path} refers to {target} ({text}); override that instead")
+    value = value_of(container, key, path)
+    if value is None:
         raise ConfigError(f"{path} is null, so nothing lies below it; set it to a dict first")
-    if not isinstance(node, Container):
-        value = node._value()
+    if not isinstance(value, Container):
         raise ConfigError(
             f"{path} is {value!r} of type {type(value).__name__}, so nothing lies below it"
         )
-    return node
+    return value
 
 
-def _unknown_key(container: Container, part: Any, command: _Command) -> ConfigError:
-    if isinstance(container, ListConfig):
-        return ConfigError(
-            f"{key_path(container)} is a list with indices 0 to {len(container) - 1}; "
-            f"there is no {part!r}"
-        )
-    missing = join_path(key_path(container), part)
-    key = command.key if command.key.startswith(f"{missing}.") else missing
-    root = container._get_root()
-    assert isinstance(root, Container)
-    how_to_add = "" if command.action is _Action.DELETE else f"; to add a key write +{key}=value"
-    return ConfigError(f"there is no key {key}{did_you_mean_key(key, key_paths(root))}{how_to_add}")
-
-
-# --- changing it ---------------------------------------------------------------------------
-
-
-def _assign(container: Container, key: Any, value: Any, command: _Command) -> None:
-    existing = _existing_key(container, str(key))
-    if existing is None:
-        if command.action is _Action.SET:
-            raise _unknown_key(container, key, command)
-        _insert(container, key, value, command)
-        return
-    node = child(container, existing)
-    if command.action is _Action.ADD:
-        raise ConfigError(f"{key_path(node)} exists; change it with key=value, without the +")
-    if isinstance(value, dict) and isinstance(_current_value(node), dict):
-        mapping = _enter(node)
-        names = [str(name) for name, _ in children(mapping)]
-        if names and not value:
-            path = key_path(node)
-            raise ConfigError(
-                f"{path}={{}} would change nothing: a dict sets the keys that it names; delete a "
-                f"key with ~{path}.{names[0]}"
-            )
-        for name, item in value.items():
-            _assign(mapping, name, item, command)
-    else:
-        _replace(container, existing, value, command)
-
-
-def _insert(container: Container, key: Any, value: Any, command: _Command) -> None:
-    if isinstance(container, ListConfig):
-        if str(key) != str(len(container)):
-            raise ConfigError(
-                f"{key_path(container)} has {len(container)} elements; the next one is "
-                f"+{join_path(key_path(container), len(container))}=value"
-            )
-        container.append(to_node(value))
-    else:
-        container[key] = to_node(value)
-
-
-def _replace(container: Container, key: Any, value: Any, command: _Command) -> None:
-    """Set an existing key to a value that fits the type of the old one."""
-    old = _current_value(child(container, key))
-    path = key_path(child(container, key))
-    container[key] = to_node(value)
-    fitted = value if old is None else fit_value(path, old, plain(child(container, key)))
-    if not _has_interpolation(value):
-        container[key] = to_node(fitted)
-    elif isinstance(value, list) and isinstance(fitted, tuple):
-        new = child(container, key)
-        assert isinstance(new, ListConfig)
-        mark_tuple(new)
-
-
-def _current_value(node: Node) -> Any:
+def _type_example(container: Container, key: Any) -> Any:
     """The old value that decides on the type; None where there is none yet (null, ???, broken).
 
     A dict comes out empty: its keys are checked one by one.
     """
     try:
-        target = follow(node)
+        value = value_of(container, key, "")
     except ConfigError:
         return None
-    if isinstance(target, ListConfig) and not target._is_none():
-        items = [_current_value(item) for _, item in children(target)]
-        return tuple(items) if is_tuple(target) else items
-    return {} if isinstance(target, DictConfig) and not target._is_none() else target._value()
+    if isinstance(value, ListConfig):
+        return [_type_example(value, index) for index in range(len(value))]
+    return {} if isinstance(value, DictConfig) else value
 
 
-def _has_interpolation(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(map(_has_interpolation, value))
-    if isinstance(value, dict):
-        return any(map(_has_interpolation, value.values()))
-    return isinstance(value, str) and "${" in value
+def _plain_value(container: Container, key: Any, path: str) -> Any:
+    value = value_of(container, key, path)
+    return OmegaConf.to_container(value, resolve=True) if isinstance(value, Container) else value
 
 
-def _delete(container: Container, key: Any, command: _Command) -> None:
-    if _existing_key(container, str(key)) is None:
-        raise _unknown_key(container, key, command)
-    node = child(container, key)
-    if command.has_value and plain(node) != command.value:
-        raise ConfigError(f"{key_path(node)} is {plain(node)!r}, so it was not deleted")
-    del container[key]
+def _has_reference(value: Any) -> bool:
+    texts = [value, *(item for _, item in walk(value))]
+    return any(isinstance(text, str) and "${" in text for text in texts)

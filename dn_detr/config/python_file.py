@@ -1,9 +1,10 @@
 """Run a Python config file and collect its public data.
 
-A config imports its neighbours by file path (`from .models.x import model`), without packages.
-Each config file gets its own run of every file that it imports, so that changing an imported node
-never reaches another config. The import rule lives in the private `__builtins__` of the executed
-file; the interpreter's own import is never replaced, so nothing has to be restored.
+Each config file gets its own run of every config file that it imports, so that changing an imported
+node never reaches another config. Which files are configs: those that lie in no package, and those
+of a package's folder `configs`. All other files of a package are modules, and are imported as
+always. The import rule lives in the private `__builtins__` of the executed file; the interpreter's
+own import is never replaced, so nothing has to be restored.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from omegaconf import DictConfig, ListConfig
 
 from .errors import ConfigError, did_you_mean
 from .nodes import to_node
+from .packages import configs_folder, make_importable, module_name
 
 _PLAIN_DATA = (dict, list, tuple, str, int, float, bool, type(None))
 
@@ -41,8 +43,9 @@ def read_python(path: Path) -> dict[str, Any]:
         ConfigError: syntax error, or an exception while the file ran; names file and line.
     """
     tree = _parse(path)
+    make_importable(path)
     namespace = _run(path, compile(tree, str(path), "exec", dont_inherit=True), importers=())
-    foreign = _absolute_imports(tree)
+    foreign = _absolute_imports(tree, path)
     return {
         name: value
         for name, value in vars(namespace).items()
@@ -56,11 +59,13 @@ def _is_data(value: Any, *, foreign: bool) -> bool:
     return isinstance(value, _PLAIN_DATA) and not foreign
 
 
-def _absolute_imports(tree: ast.Module) -> set[str]:
+def _absolute_imports(tree: ast.Module, path: Path) -> set[str]:
+    """Names that a file has from modules; those from other configs are data of the config."""
     return {
         alias.asname or alias.name
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.level == 0
+        if configs_folder(node.module or "", path) is None
         for alias in node.names
     }
 
@@ -82,7 +87,7 @@ def _run(path: Path, code: CodeType, importers: tuple[Path, ...]) -> ModuleType:
         raise ConfigError(f"{path}: imports itself: {cycle}")
     module = ModuleType(f"config_file.{path.stem}")
     module.__file__ = str(path)
-    finder = _NeighbourImport(path, (*importers, path.resolve()))
+    finder = _ConfigImport(path, (*importers, path.resolve()))
     module.__dict__["__builtins__"] = {**vars(builtins), "__import__": finder}
     try:
         exec(code, module.__dict__)
@@ -97,7 +102,8 @@ def _line_in(path: Path, error: Exception) -> int:
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    text = " ".join(line.strip() for line in str(error).splitlines() if "object_type=" not in line)
+    return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"
 
 
 def _make_nodes(module: ModuleType) -> None:
@@ -107,8 +113,8 @@ def _make_nodes(module: ModuleType) -> None:
             setattr(module, name, to_node(value))
 
 
-class _NeighbourImport:
-    """The `__import__` of one config file: relative imports run neighbouring files."""
+class _ConfigImport:
+    """The `__import__` of one config file: it runs other config files, and imports modules."""
 
     def __init__(self, path: Path, importers: tuple[Path, ...]) -> None:
         self._path = path
@@ -123,13 +129,32 @@ class _NeighbourImport:
         fromlist: Sequence[str] | None = (),
         level: int = 0,
     ) -> ModuleType:
-        if level == 0:
-            return builtins.__import__(name, globals, locals, fromlist or (), level)
-        folder = self._path.resolve().parents[level - 1]
-        target = folder.joinpath(*name.split(".")) if name else folder
-        if name and target.with_suffix(".py").is_file():
-            return self._load(target.with_suffix(".py"))
-        return self._load_folder(target, fromlist or ())
+        names = fromlist or ()
+        if level > 0:
+            folder = self._path.resolve().parents[level - 1]
+            target = folder.joinpath(*name.split(".")) if name else folder
+        elif names and (found := configs_folder(name, self._path)) is not None:
+            target = found
+        else:
+            return builtins.__import__(name, globals, locals, names, level)
+        module = module_name(target)
+        if module is not None:
+            return self._import_module(module, target, names)
+        file = target.with_suffix(".py")
+        return self._load(file) if file.is_file() else self._load_folder(target, names)
+
+    def _import_module(self, name: str, target: Path, names: Sequence[str]) -> ModuleType:
+        """Import a module of the package that the config belongs to."""
+        if not target.is_dir() and not target.with_suffix(".py").is_file():
+            raise ConfigError(f"relative import: there is no module {target}.py")
+        module = builtins.__import__(name, fromlist=names or ("*",))
+        found = getattr(module, "__file__", None) or next(iter(module.__path__))
+        if not Path(found).resolve().is_relative_to(target.parent):
+            raise ConfigError(
+                f"relative import: {name} is the name of another package, {found}, "
+                f"and not of {target}; rename the folder of the package"
+            )
+        return module
 
     def _load(self, path: Path) -> ModuleType:
         if path not in self._modules:
@@ -146,6 +171,6 @@ class _NeighbourImport:
             if not path.is_file():
                 near = did_you_mean(name, [file.stem for file in folder.glob("*.py")])
                 missing = path if folder.is_dir() else folder.with_suffix(".py")
-                raise ConfigError(f"relative import: there is no file {missing}{near}")
+                raise ConfigError(f"import of a config: there is no file {missing}{near}")
             setattr(namespace, name, self._load(path))
         return namespace

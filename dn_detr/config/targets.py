@@ -1,44 +1,14 @@
-"""Dotted names of callables: naming, finding, and what a data-only config may find.
-
-A Python config is code and may name anything. A YAML config is data: it may name classes and
-functions that are defined inside `DATA_PACKAGES` or inside the packages that the caller of
-`LazyConfig.load` allows. The place where the object was really defined decides, so a foreign object
-that is reached through an attribute of an allowed module does not pass; and nothing is imported
-from a library that has no allowed package.
-"""
+"""Dotted names of callables: naming and finding them, and the parameters that they take."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from omegaconf import Container, Node
-
 from .errors import ConfigError
-from .nodes import children
-
-# Not here: what takes a config, overrides, or a path or address to load code from and acts on it,
-# since data would then be run as code after all: dn_detr.config, the training loop, torch.hub, and
-# torchvision.models, whose weights are fetched and unpickled.
-DATA_PACKAGES = (
-    "dn_detr.data",
-    "dn_detr.engine.optimizer",
-    "dn_detr.engine.schedule",
-    "dn_detr.evaluation",
-    "dn_detr.layers",
-    "dn_detr.modeling",
-    "dn_detr.ops",
-    "dn_detr.structures",
-    "torch.nn",
-    "torch.optim",
-    "torch._C._nn",  # where functions of torch.nn.functional such as gelu are defined
-    "torchvision.ops",
-    "torchvision.transforms",
-)
-_DATA_FLAG = "data_only"
 
 
 def dotted_name(target: Any) -> str | None:
@@ -90,7 +60,7 @@ def locate(name: str) -> Any:
     return found
 
 
-def _import_longest(parts: list[str]) -> tuple[types.ModuleType, list[str]]:
+def _import_longest(parts: list[str]) -> tuple[Any, list[str]]:
     module: types.ModuleType | None = None
     for count in range(1, len(parts) + 1):
         name = ".".join(parts[:count])
@@ -104,78 +74,7 @@ def _import_longest(parts: list[str]) -> tuple[types.ModuleType, list[str]]:
             if module is None:
                 raise ConfigError(f"{'.'.join(parts)!r}: there is no module {name!r}") from error
             return module, parts[count - 1 :]
-    assert module is not None
     return module, []
-
-
-def mark_data(root: Container, allow: Iterable[str]) -> None:
-    """Mark a config and every node in it as data, which may name allow-listed targets only.
-
-    Every node carries the mark, so it stays when a part is moved into another config.
-    """
-    flags = [_DATA_FLAG, *(f"allow:{package}" for package in allow)]
-    for node in _walk(root):
-        node._set_flag(flags, True)
-
-
-def _walk(node: Node) -> Iterator[Node]:
-    yield node
-    if isinstance(node, Container):
-        for _, item in children(node):
-            yield from _walk(item)
-
-
-def is_data(node: Node) -> bool:
-    """Whether a node came from a data-only (YAML) config."""
-    return bool(node._get_flag(_DATA_FLAG))
-
-
-def locate_data(name: str, source: Node) -> Any:
-    """`locate` for a target named by a data-only config.
-
-    Args:
-        name: dotted name.
-        source: a node of that config; it knows the packages that the caller allowed.
-
-    Returns:
-        A class, function or class method that is defined in an allowed package.
-
-    Raises:
-        ConfigError: the target is not allowed, or does not exist.
-    """
-    library = name.partition(".")[0]
-    is_known = any(package.partition(".")[0] == library for package in DATA_PACKAGES)
-    if not (is_known or _is_allowed(name, source)) or "._" in name:
-        raise _forbidden(name, name)
-    found = locate(name)
-    if isinstance(found, types.MethodType):
-        home = found.__func__.__module__
-    elif isinstance(found, (type, types.FunctionType, types.BuiltinFunctionType)):
-        home = found.__module__
-    else:
-        raise ConfigError(f"{name} is neither a class nor a function; YAML may not name it")
-    if isinstance(found, types.FunctionType) and found.__qualname__ != found.__name__:
-        # Called with a `self` of the file's choice it could do what no constructor does.
-        raise ConfigError(f"{name} is a method without its object; YAML may not name it")
-    if not _is_allowed(str(home), source):
-        raise _forbidden(name, str(home))
-    return found
-
-
-def _forbidden(name: str, home: str) -> ConfigError:
-    return ConfigError(
-        f"a YAML config may not instantiate {name} (defined in {home}): it may name classes "
-        f"and functions of {', '.join(DATA_PACKAGES)} only; if you trust the file, load it "
-        f"with LazyConfig.load(path, allow=({home.partition('.')[0]!r},))"
-    )
-
-
-def _is_allowed(name: str, source: Node) -> bool:
-    parts = name.split(".")
-    packages = [".".join(parts[: count + 1]) for count in range(len(parts))]
-    return any(
-        package in DATA_PACKAGES or source._get_flag(f"allow:{package}") for package in packages
-    )
 
 
 def signature_text(target: Callable[..., Any]) -> str:

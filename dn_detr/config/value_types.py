@@ -14,9 +14,9 @@ _EPOCHS = re.compile(r"\d+(\.\d+)?ep")
 def fit_value(key: str, old: Any, new: Any) -> Any:
     """Fit a new value to the type of the old one.
 
-    An int may replace a float and becomes one; a list replaces a tuple and becomes one; null
-    replaces anything and is replaced by anything. A list's elements must each fit one of the old
-    elements. A key named `period` or `..._period` that holds an int or "Nep" takes either.
+    An int may replace a float and becomes one; null replaces anything and is replaced by
+    anything. A list's elements must each fit one of the old elements. A key named `period` or
+    `..._period` that holds an int or "Nep" takes either.
 
     Args:
         key: dotted key, for the period rule and the message.
@@ -35,22 +35,17 @@ def fit_value(key: str, old: Any, new: Any) -> Any:
         if not _is_period(new):
             raise _mismatch(key, 'an int (iterations) or "Nep" such as 1ep or 0.5ep (epochs)', new)
         return new
-    if isinstance(old, (list, tuple)):
-        return _fit_sequence(key, old, new)
+    if isinstance(old, list):
+        if not isinstance(new, list):
+            raise _mismatch(key, f"a list as in {reprlib.repr(old)}", new)
+        examples = [example for example in old if example is not None]
+        return [_fit_element(f"{key}.{index}", examples, item) for index, item in enumerate(new)]
     if type(old) is float and type(new) is int:
         return float(new)
     if not _same_kind(old, new):
         example = f" as in {reprlib.repr(old)}" if old != {} else ""
         raise _mismatch(key, f"{_kind(old)}{example}", new)
     return new
-
-
-def _fit_sequence(key: str, old: list[Any] | tuple[Any, ...], new: Any) -> Any:
-    if not isinstance(new, (list, tuple)):
-        raise _mismatch(key, f"a list as in {reprlib.repr(list(old))}", new)
-    examples = [example for example in old if example is not None]
-    items = [_fit_element(f"{key}.{index}", examples, item) for index, item in enumerate(new)]
-    return tuple(items) if isinstance(old, tuple) else items
 
 
 def _fit_element(key: str, examples: list[Any], new: Any) -> Any:

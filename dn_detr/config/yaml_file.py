@@ -1,98 +1,23 @@
-"""YAML of configs: a safe reader and the writer that it reads back.
+"""YAML of configs, read and written by OmegaConf.
 
-Differences from PyYAML's safe schema: `1e-4` is a float, dates stay text, `!tuple [..]` is a
-tuple, and a key written twice is an error.
+OmegaConf reads `1e-4` as a float and a date as text, and refuses tags of Python objects and a key
+that is written twice.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig
+from omegaconf import Container, DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import ConfigError
-from .nodes import to_node
-
-_TUPLE_TAG = "!tuple"
-_FLOAT_TAG = "tag:yaml.org,2002:float"
-_FLOAT = re.compile(
-    r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
-    |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
-    |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
-    |[-+]?\.(?:inf|Inf|INF)
-    |\.(?:nan|NaN|NAN))$""",
-    re.VERBOSE,
-)
-
-
-class _Reader(yaml.SafeLoader):
-    """Safe loader of configs."""
-
-
-class _Writer(yaml.SafeDumper):
-    """Safe dumper of configs."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _without_float_and_date(resolvers: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    replaced = (_FLOAT_TAG, "tag:yaml.org,2002:timestamp")
-    return {
-        first: [(tag, pattern) for tag, pattern in entries if tag not in replaced]
-        for first, entries in resolvers.items()
-    }
-
-
-for _schema in (_Reader, _Writer):
-    _schema.yaml_implicit_resolvers = _without_float_and_date(_schema.yaml_implicit_resolvers)
-    _schema.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+0123456789."))
-
-
-def _construct_mapping(reader: _Reader, node: yaml.MappingNode) -> dict[Any, Any]:
-    written: set[tuple[str, str]] = set()
-    for key, _ in node.value:
-        name = (key.tag, str(key.value))
-        if name in written:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {key.value!r} is written twice", key.start_mark
-            )
-        written.add(name)
-    return reader.construct_mapping(node, deep=True)
-
-
-def _construct_tuple(reader: _Reader, node: yaml.SequenceNode) -> tuple[Any, ...]:
-    return tuple(reader.construct_sequence(node, deep=True))
-
-
-def _represent_text(writer: _Writer, text: str) -> yaml.Node:
-    # PyYAML writes these line breaks unescaped, and reads them back as a space.
-    breaks = any(character in text for character in "\x85\u2028\u2029")
-    return writer.represent_scalar("tag:yaml.org,2002:str", text, style='"' if breaks else None)
-
-
-def _represent_list(writer: _Writer, items: list[Any]) -> yaml.Node:
-    return _represent_items(writer, "tag:yaml.org,2002:seq", items)
-
-
-def _represent_tuple(writer: _Writer, items: tuple[Any, ...]) -> yaml.Node:
-    return _represent_items(writer, _TUPLE_TAG, items)
-
-
-def _represent_items(writer: _Writer, tag: str, items: Any) -> yaml.Node:
-    on_one_line = not any(isinstance(item, (dict, list, tuple)) for item in items)
-    return writer.represent_sequence(tag, items, flow_style=on_one_line)
-
-
-_Reader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
-_Reader.add_constructor(_TUPLE_TAG, _construct_tuple)
-_Writer.add_representer(str, _represent_text)
-_Writer.add_representer(list, _represent_list)
-_Writer.add_representer(tuple, _represent_tuple)
+from .nodes import join_path, plain, to_node
+from .targets import dotted_name
 
 
 def read_yaml(path: Path) -> DictConfig:
@@ -105,22 +30,97 @@ def read_yaml(path: Path) -> DictConfig:
         The root of the config.
 
     Raises:
-        ConfigError: the file is not YAML, has tags other than `!tuple`, a doubled key, or a top
-            level that is no mapping; names file and line.
+        ConfigError: the file is not YAML, has tags, a key that is written twice, or a top level
+            that is no mapping; names the file.
     """
     try:
-        with path.open("rb") as file:
-            data = yaml.load(file, Loader=_Reader)
-        root = to_node(data)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        data = OmegaConf.load(path)
+        if not isinstance(data, DictConfig):
+            raise ConfigError(f"{path}: the top level must be a mapping, not a list")
+        root: DictConfig = to_node(plain(data))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not a valid YAML config: {error}") from error
     except RecursionError as error:
-        raise ConfigError(f"{path}: is nested too deep") from error
-    if not isinstance(root, DictConfig):
-        raise ConfigError(f"{path}: the top level must be a mapping, not {type(data).__name__}")
+        raise ConfigError(f"{path}: is nested too deep, or in itself") from error
     return root
 
 
-def write_yaml(data: dict[Any, Any]) -> str:
-    """Write plain data (dict, list, tuple, str, int, float, bool, None) as YAML text."""
-    return yaml.dump(data, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=100)
+def write_yaml(cfg: Container, *, resolve: bool) -> str:
+    """Write a config as YAML that `read_yaml` reads back.
+
+    Args:
+        cfg: root of a config, or a part of one.
+        resolve: replace interpolations by their values; a mandatory value `???` stays.
+
+    Returns:
+        The text; callables are written by their dotted names.
+
+    Raises:
+        ConfigError: a value has no form in YAML, or an interpolation is broken or circular;
+            names the key.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(_convert(_contents(cfg, resolve), resolve)))
+
+
+def _contents(cfg: Container, resolve: bool) -> Any:
+    """Dicts, lists and leaves of a config; nodes that were made from a dataclass stay nodes."""
+    try:
+        return OmegaConf.to_container(
+            cfg, resolve=resolve, structured_config_mode=SCMode.DICT_CONFIG
+        )
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{error.full_key}: cannot resolve the interpolation: {reason}"
+        ) from error
+    except RecursionError as error:
+        raise ConfigError("an interpolation refers to a node that contains it") from error
+
+
+def _convert(value: Any, resolve: bool, path: str = "", *, is_argument: bool = False) -> Any:
+    if isinstance(value, DictConfig):
+        kind = OmegaConf.get_type(value)
+        assert kind is not None and is_dataclass(kind)
+        fields = OmegaConf.to_container(value, resolve=resolve)
+        assert isinstance(fields, dict)
+        value = {"_target_": dotted_name(kind), **fields} if is_argument else fields
+    if isinstance(value, dict):
+        is_call = is_argument or "_target_" in value
+        items = {
+            key: _convert(item, resolve, join_path(path, key), is_argument=is_call)
+            for key, item in value.items()
+        }
+        if isinstance(items.get("_target_"), dict):  # a callable was stored as an object
+            items["_target_"] = items["_target_"]["_target_"]
+        return items
+    if isinstance(value, (list, tuple)):
+        return [
+            _convert(item, resolve, join_path(path, index), is_argument=is_argument)
+            for index, item in enumerate(value)
+        ]
+    if isinstance(value, str):
+        if any(line_break in value for line_break in "\x85\u2028\u2029"):
+            raise ConfigError(f"{path}: {value!r} has a line break that YAML does not keep")
+        # Text that reads as an interpolation when all are resolved was written escaped.
+        escape = re.compile(r"(\\*)\$\{")
+        return escape.sub(lambda match: f"{match[1] * 2}\\${{", value) if resolve else str(value)
+    for kind in (bool, int, float):  # also their subclasses, such as numpy.float64
+        if isinstance(value, kind):
+            return kind(value)
+    return None if value is None else _name(value, path)
+
+
+def _name(value: Any, path: str) -> dict[str, Any]:
+    name = dotted_name(value) if callable(value) else None
+    if name is not None:
+        return {"_target_": name, "_partial_": True}
+    if callable(value):
+        raise ConfigError(
+            f"{path}: {value!r} cannot be written to YAML because it cannot be imported by a "
+            "name; use a named function or class of an importable module: a file beside a config "
+            "is one if its folder is a package, with a file __init__.py in it"
+        )
+    raise ConfigError(
+        f"{path}: {value!r} of type {type(value).__name__} cannot be written to YAML; use plain "
+        "data (a str for a path or a dtype), or a LazyCall that makes the object"
+    )

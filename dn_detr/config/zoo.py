@@ -1,8 +1,10 @@
-"""Where the configs of the zoo lie, and how a name finds its file."""
+"""Where the configs of the zoo and of the projects lie, and how a name finds its file."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import dn_detr.projects
 
 from .errors import ConfigError, did_you_mean
 
@@ -23,17 +25,28 @@ def zoo_root() -> Path:
     raise ConfigError(f"the config zoo is missing: tried {tried}; install dn_detr again")
 
 
+def project_folders() -> list[Path]:
+    """Folders of the projects of `dn_detr.projects`, sorted by name."""
+    below = [path for root in dn_detr.projects.__path__ for path in Path(root).glob("*/")]
+    found = [path for path in below if (path / "__init__.py").is_file()]
+    return sorted(found, key=lambda path: path.name)
+
+
 def list_configs() -> list[str]:
-    """Names of the runnable configs, sorted: the zoo's files outside `common/` and `models/`."""
-    return sorted(path.name for path in zoo_root().glob("*.py") if path.name[0] != "_")
+    """Names of the runnable configs, sorted: files of the zoo and of the projects' `configs`.
+
+    Those of sub-folders such as `common/` and `models/` are parts of them.
+    """
+    folders = [zoo_root(), *(project / "configs" for project in project_folders())]
+    return sorted(path.name for root in folders for path in root.glob("[!_]*.py"))
 
 
 def zoo_path(name: str) -> Path:
-    """File of a config of the zoo.
+    """File of a config of the zoo or of a project.
 
     Args:
         name: `dn_deformable_detr_r50_50ep.py`, the same without `.py`, or a file of a sub-folder
-            such as `common/train.py`.
+            of the zoo such as `common/train.py`.
 
     Returns:
         The existing file.
@@ -41,22 +54,24 @@ def zoo_path(name: str) -> Path:
     Raises:
         ConfigError: there is no such config; the message has the nearest name.
     """
-    root = zoo_root()
-    for candidate in (root / name, root / f"{name}.py"):
-        inside = candidate.resolve().is_relative_to(root.resolve())
-        if inside and candidate.suffix == ".py" and candidate.is_file():
-            return candidate
+    zoo = zoo_root()
+    for root in (zoo, *(project / "configs" for project in project_folders())):
+        for candidate in (root / name, root / f"{name}.py"):
+            inside = candidate.resolve().is_relative_to(root.resolve())
+            if inside and candidate.suffix == ".py" and candidate.is_file():
+                return candidate
     near = did_you_mean(name, zoo_names()) or f", which has {', '.join(list_configs())}"
-    raise ConfigError(f"no config {name!r} in the zoo {root}{near}")
+    raise ConfigError(f"no config {name!r} in the zoo {zoo}{near}")
 
 
 def zoo_names() -> list[str]:
     """Names of all files of the zoo, those of sub-folders included; empty without a zoo."""
     try:
         root = zoo_root()
+        names = [path.relative_to(root).as_posix() for path in root.rglob("*.py")]
+        return sorted({*names, *list_configs()})
     except ConfigError:
         return []
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
 
 
 def near_files(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dn_detr.errors import UserError
@@ -100,7 +100,7 @@ class TrainSettings:
     """The `train` section of a config.
 
     Attributes:
-        output_dir: folder of the run.
+        output_dir: folder of the run; `output/<name>` in a config file that leaves it open.
         init_checkpoint: weights to start from, or to evaluate; "" for none.
         device: "auto", "cpu", "cuda" or "cuda:1".
         seed: of the global random number generators, in [0, 2**63); samples draw from it by
@@ -121,7 +121,7 @@ class TrainSettings:
             written, before the process ends anyway.
     """
 
-    output_dir: str = "output"
+    output_dir: str = MISSING
     init_checkpoint: str = ""
     device: str = "auto"
     seed: int = 42

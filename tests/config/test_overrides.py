@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dn_detr.config import ConfigError, LazyConfig
 from dn_detr.config import LazyCall as L
-from dn_detr.config.nodes import plain, to_node
+from dn_detr.config.nodes import to_node
 
 
 def example() -> DictConfig:
@@ -41,8 +41,13 @@ def example() -> DictConfig:
 
 
 def apply(*tokens: str) -> dict[str, Any]:
-    data: dict[str, Any] = plain(LazyConfig.apply_overrides(example(), ["train.must=1", *tokens]))
+    cfg = LazyConfig.apply_overrides(example(), ["train.must=1", *tokens])
+    data: dict[str, Any] = resolved(cfg)
     return data
+
+
+def resolved(cfg: DictConfig) -> Any:
+    return OmegaConf.to_container(cfg, resolve=True)
 
 
 def lookup(data: Any, key: str) -> Any:
@@ -69,7 +74,7 @@ def lookup(data: Any, key: str) -> Any:
         ("optimizer.lr=2", 2.0),
         ("optimizer.lr=1e-5", 1e-5),
         ("optimizer.lr=inf", float("inf")),
-        ("optimizer.betas=[0.8,1]", (0.8, 1.0)),
+        ("optimizer.betas=[0.8,1]", [0.8, 1.0]),
         ("optimizer.betas.0=0.5", 0.5),
         ("optimizer.milestones=[1,2,3]", [1, 2, 3]),
         ("optimizer.milestones=[]", []),
@@ -84,9 +89,6 @@ def lookup(data: Any, key: str) -> Any:
         ("train.checkpoint.period=2ep", "2ep"),
         ("+train.new=1", 1),
         ("+new.deep.key=[1,{a:b}]", [1, {"a": "b"}]),
-        ("++train.seed=1", 1),
-        ("++train.new=1", 1),
-        ("+optimizer.milestones.2=50", 50),
     ],
 )
 def test_value_is_set(token: str, expected: Any) -> None:
@@ -96,11 +98,6 @@ def test_value_is_set(token: str, expected: Any) -> None:
 
 def test_integer_stays_a_float_where_the_config_has_one() -> None:
     assert type(apply("optimizer.betas=[1,1]")["optimizer"]["betas"][0]) is float
-
-
-def test_list_of_references_for_a_tuple_is_a_tuple() -> None:
-    cfg = apply("optimizer.betas=['${optimizer.lr}',0.9]")
-    assert cfg["optimizer"]["betas"] == (1e-4, 0.9)
 
 
 def test_tokens_are_applied_in_order() -> None:
@@ -122,7 +119,6 @@ def test_dict_changes_exactly_its_keys() -> None:
 def test_deleting_keys_and_elements() -> None:
     assert "seed" not in apply("~train.seed", "~dataloader")["train"]
     assert apply("~optimizer.milestones.0")["optimizer"]["milestones"] == [45]
-    assert "device" not in apply("~train.device=auto")["train"]
 
 
 @pytest.mark.parametrize(
@@ -140,9 +136,10 @@ def test_deleting_keys_and_elements() -> None:
         ("model.same={in_features:2}", r"model\.same refers to model\.denoising"),
         ("optimizer.milestones.2=1", r"list with indices 0 to 1"),
         ("optimizer.milestones.x=1", r"list with indices 0 to 1"),
-        ("+optimizer.milestones.5=1", r"next one is \+optimizer\.milestones\.2=value"),
+        ("+optimizer.milestones.2=1", r"list with indices 0 to 1"),
+        ("++train.seed=1", r"train\.seed=value to change a key, \+train\.seed=value to add"),
         ("+train.seed=1", r"train\.seed exists"),
-        ("~train.seed=1", r"train\.seed is 42, so it was not deleted"),
+        ("~train.seed=1", r"write ~train\.seed to delete"),
         ("train.seed=None", r"write null"),
         ("train.device=None", r"write null"),
         ("optimizer.milestones=[None]", r"write null"),
@@ -193,12 +190,6 @@ WRONG_TYPES = {
 def test_value_of_another_type_is_an_error(key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"{key}(\.\d)* takes |no key {key}\.a"):
         apply(f"{key}={value}")
-
-
-@pytest.mark.parametrize("key", WRONG_TYPES)
-def test_forced_value_of_another_type_is_an_error(key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{key}(\.\d)* takes "):
-        apply(f"++{key}={WRONG_TYPES[key][0]}")
 
 
 @pytest.mark.parametrize(("text", "value"), [("2024_11_25", "20241125"), ("1e3", "1000.0")])
@@ -271,7 +262,7 @@ def model_set(tree: Any, parts: list[str], prefix: str, value: Any) -> bool:
 @given(
     tree=TREES,
     parts=st.lists(NAMES, min_size=1, max_size=3),
-    prefix=st.sampled_from(["", "+", "++"]),
+    prefix=st.sampled_from(["", "+"]),
     text=st.sampled_from(sorted(LEAVES)),
 )
 def test_overrides_agree_with_a_model_on_plain_dicts(
@@ -280,7 +271,7 @@ def test_overrides_agree_with_a_model_on_plain_dicts(
     expected = copy.deepcopy(tree)
     token = f"{prefix}{'.'.join(parts)}={text}"
     if model_set(expected, parts, prefix, LEAVES[text]):
-        changed = plain(LazyConfig.apply_overrides(to_node(tree), [token]))
+        changed = resolved(LazyConfig.apply_overrides(to_node(tree), [token]))
         assert changed == expected and repr(changed) == repr(expected)
     else:
         with pytest.raises(ConfigError):

@@ -10,27 +10,29 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch import nn
 
 from dn_detr.config import ConfigError, LazyConfig, instantiate
 from dn_detr.config import LazyCall as L
-from dn_detr.config.nodes import plain, to_node
+from dn_detr.config.nodes import to_node
 
-TRICKY = ["1e-4", "1", "0x1f", "1:30", "yes", "null", "~", "2020-01-01", "", " ", "!tuple", "inf"]
+TRICKY = ["1e-4", "1", "0x1f", "1:30", "yes", "null", "~", "2020-01-01", "", " ", "inf"]
+# Without line breaks that YAML does not keep; see below.
+TEXT = st.text().filter(lambda text: not set(text) & set("\x85\u2028\u2029"))
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(),
     st.floats(allow_nan=False),
-    st.text().filter(lambda text: "${" not in text and text != "???"),
-    st.sampled_from([*TRICKY, "é", "漢字 🙂", "a: b", "# c", "line\nbreak\r\n", "\x85\u2028", "-"]),
+    TEXT.filter(lambda text: "${" not in text and text != "???"),
+    st.sampled_from([*TRICKY, "é", "漢字 🙂", "a: b", "# c", "line\nbreak\r\n", "-"]),
 )
-KEYS = st.one_of(st.text(min_size=1, max_size=5).filter(lambda key: "${" not in key), st.integers())
+KEYS = st.one_of(TEXT.filter(lambda key: 0 < len(key) < 6 and "${" not in key), st.integers())
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
-        st.lists(inner, max_size=3).map(tuple),
         st.dictionaries(KEYS, inner, max_size=3),
     ),
     max_leaves=12,
@@ -38,14 +40,18 @@ VALUES = st.recursive(
 
 
 def same(left: Any, right: Any) -> bool:
-    """Equality that tells 1 from True and 1.0, list from tuple, and the order of keys."""
+    """Equality that tells 1 from True and 1.0, and the order of keys."""
     if type(left) is not type(right):
         return False
     if isinstance(left, dict):
         return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
+    if isinstance(left, list):
         return len(left) == len(right) and all(map(same, left, right))
     return bool(left == right)
+
+
+def plain(cfg: Any) -> Any:
+    return OmegaConf.to_container(cfg, resolve=True)
 
 
 def reload(cfg: Any, path: Path, *, resolve: bool = False) -> Any:
@@ -84,10 +90,10 @@ def test_interpolation_is_kept_or_resolved_on_request(tmp_path: Path) -> None:
     cfg = to_node({"a": 1, "b": "${a}", "c": ("${a}", "x${a}"), "d": "${e}", "e": {"f": "${a}"}})
     kept = reload(cfg, tmp_path / "kept.yaml")
     kept.a = 5
-    assert plain(kept) == {"a": 5, "b": 5, "c": (5, "x5"), "d": {"f": 5}, "e": {"f": 5}}
+    assert plain(kept) == {"a": 5, "b": 5, "c": [5, "x5"], "d": {"f": 5}, "e": {"f": 5}}
     resolved = reload(cfg, tmp_path / "resolved.yaml", resolve=True)
     resolved.a = 5
-    assert plain(resolved) == {"a": 5, "b": 1, "c": (1, "x1"), "d": {"f": 1}, "e": {"f": 1}}
+    assert plain(resolved) == {"a": 5, "b": 1, "c": [1, "x1"], "d": {"f": 1}, "e": {"f": 1}}
 
 
 def test_mandatory_value_stays_mandatory(tmp_path: Path) -> None:
@@ -130,11 +136,17 @@ def test_object_without_a_yaml_form_cannot_be_saved(value: Any) -> None:
         LazyConfig.to_yaml(to_node({"model": {"thing": value}}))
 
 
+@pytest.mark.parametrize("text", ["a\x85b", "\u2028", "\u2029"])
+def test_line_break_that_yaml_does_not_keep_is_an_error(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"a\.b: .*line break that YAML does not keep"):
+        LazyConfig.to_yaml(to_node({"a": {"b": text}}))
+
+
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
-        ({"a": "${nope}"}, r"a: cannot resolve '\$\{nope\}'"),
-        ({"a": {"b": "${c}"}, "c": {"d": "${a}"}}, r"refers to a node that contains it"),
+        ({"a": "${nope}"}, r"a: cannot resolve .*'nope' not found"),
+        ({"a": {"b": "${c}"}, "c": {"d": "${a}"}}, r"a\.b: cannot resolve"),
         ({"a": "${b}", "b": "${a}"}, r"a: cannot resolve"),
     ],
 )
@@ -148,14 +160,13 @@ def test_broken_interpolation_is_named_when_resolving(cfg: Any, message: str) ->
     [
         ("a: [1\n", "c.yaml"),
         ("a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
-        ("a: 1\nb: 2\na: 3\n", "'a' is written twice"),
+        ("a: 1\nb: 2\na: 3\n", "duplicate key a"),
         ("- 1\n", "must be a mapping"),
-        ("", "must be a mapping"),
-        ("a: &x [*x]\n", "recursive"),
+        ("a: &x [*x]\n", "in itself"),
         ("a: '${'\n", "not a valid YAML config"),
         ("null: 1\n", "not a valid YAML config"),
         ("? [1]\n: 2\n", "not a valid YAML config"),
-        ("a: !tuple 3\n", "not a valid YAML config"),
+        ("a: !tuple [3]\n", "could not determine a constructor"),
         ("\x00", "not a valid YAML config"),
     ],
 )
@@ -169,29 +180,9 @@ def test_bad_yaml_is_an_error_with_its_file(tmp_path: Path, text: str, message: 
 
 def test_hand_written_yaml_reads_as_expected(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text(
-        "base: &base {a: 1, b: 1e-4}\nover: {<<: *base, b: 2}\nday: 2020-01-01\n"
-        "shape: !tuple [1, [2, !tuple []]]\n"
-    )
+    path.write_text("base: &base {a: 1, b: 1e-4}\nover: {<<: *base, b: 2}\nday: 2020-01-01\n")
     assert plain(LazyConfig.load(path)) == {
         "base": {"a": 1, "b": 1e-4},
         "over": {"a": 1, "b": 2},
         "day": "2020-01-01",
-        "shape": (1, [2, ()]),
     }
-
-
-def test_reference_to_a_shared_node_survives_resolving(tmp_path: Path) -> None:
-    cfg = to_node(
-        {
-            "parts": [{"matcher": L(nn.ReLU)(_shared_=True)}],
-            "outer": {"inner": {"matcher": "${...parts.0.matcher}", "other": "${n}"}},
-            "copy": "${outer}",
-            "n": 1,
-        }
-    )
-    again = reload(cfg, tmp_path / "c.yaml", resolve=True)
-    built = instantiate(again)
-    assert built["parts"][0]["matcher"] is built["outer"]["inner"]["matcher"]
-    assert built["copy"]["inner"]["matcher"] is built["parts"][0]["matcher"]
-    assert LazyConfig.to_yaml(again.outer, resolve=True).count("${") == 0

@@ -9,4 +9,4 @@ from ..engine.tiny_config import dataloader, lr_schedule, optimizer, train  # no
 model = L(SlowDetector)(num_classes=2, dropout=0.1, nan_at=-1, nan_rank=0, pause=0.0)
 train.update(epochs=20, eval_period=None, log_period=2)  # 60 iterations
 # Saved are only the end and what a test asks for.
-train["checkpoint"].update(period=None)
+train.checkpoint.period = None
