@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dn_detr.modeling import DetectionCriterion, HungarianMatcher, QueryDenoising
+from dn_detr.modeling import BoxQueryEmbedding, DetectionCriterion, QueryDenoising
 
 DIM, HEADS, CLASSES, QUERIES, LAYERS = 64, 4, 3, 10, 2
 
@@ -32,12 +32,12 @@ class MinimalDetector(nn.Module):
         )
         self.class_head = nn.Linear(DIM, CLASSES)
         self.box_head = nn.Linear(DIM, 4)
-        self.criterion = DetectionCriterion(HungarianMatcher())
-        self.denoising = QueryDenoising(CLASSES, DIM, indicator=False)
+        self.criterion = DetectionCriterion()
+        self.denoising = QueryDenoising(CLASSES, BoxQueryEmbedding(CLASSES, DIM, indicator=False))
 
     def decode(
         self, images: Tensor, content: Tensor, anchors: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> dict[str, Tensor]:
         """Logits (N, B, Q, K) and boxes (N, B, Q, 4) of all layers."""
         memory = self.stem(images).flatten(2).transpose(1, 2) + self.cell_pos
         if mask is not None:
@@ -49,16 +49,18 @@ class MinimalDetector(nn.Module):
             logits.append(self.class_head(content))
             boxes.append(anchors.sigmoid())
             anchors = anchors.detach()
-        return torch.stack(logits), torch.stack(boxes)
+        return {"pred_logits": torch.stack(logits), "pred_boxes": torch.stack(boxes)}
 
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         content = self.content.weight.expand(len(images), -1, -1)
         anchors = self.anchors.weight.expand(len(images), -1, -1)
         noised = self.denoising(targets, content, anchors)  # 1
-        outputs = self.decode(images, noised.content, noised.anchors, noised.attention_mask)
-        denoised, matching = noised.split(*outputs)  # 2
-        losses = self.criterion(*matching, targets)
-        return losses | self.denoising.loss(*denoised, noised)  # 3
+        outputs = self.decode(images, noised.content, noised.position, noised.attention_mask)
+        denoised, matching = noised.split(outputs)  # 2
+        pairs = self.criterion.matcher(matching, targets)
+        losses = self.criterion(matching, targets, pairs, count=len(pairs))  # 3, twice
+        pairs = noised.pairs
+        return losses | self.criterion(denoised, targets, pairs, count=len(pairs), suffix="_dn")
 
 
 def draw_batch(size: int = 16) -> tuple[Tensor, list[dict[str, Tensor]]]:

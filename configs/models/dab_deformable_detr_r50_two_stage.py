@@ -16,5 +16,6 @@ model.queries = L(ProposalQueries)(
     embed_dim="${model.transformer.embed_dim}",
     base_size=0.05,
     mask_padding=True,
+    classification="${model.classification}",
 )
 model.heads.size_bias = 0.0

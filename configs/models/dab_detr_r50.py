@@ -21,7 +21,7 @@ from dn_detr.modeling.transformers import (
     DenseEncoderLayer,
 )
 
-from .parts import backbone, criterion
+from .parts import backbone, classification, criterion
 
 _layer = dict(
     embed_dim="${model.transformer.embed_dim}",
@@ -35,6 +35,7 @@ model = L(Detector)(
     num_classes=80,
     num_queries=300,
     num_patterns=0,
+    classification=classification,
     backbone=backbone,
     neck=L(ChannelMapper)(
         in_channels=[2048],
@@ -75,10 +76,11 @@ model = L(Detector)(
         num_layers="${model.transformer.decoder.num_layers}",
         shared=True,
         size_bias=0.0,
+        classification="${model.classification}",
     ),
     denoising=None,
     criterion=criterion,
-    postprocess=L(PostProcess)(num_select=300),
+    postprocess=L(PostProcess)(num_select=300, classification="${model.classification}"),
     pixel_mean=[123.675, 116.28, 103.53],
     pixel_std=[58.395, 57.12, 57.375],
 )

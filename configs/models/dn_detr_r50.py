@@ -10,4 +10,4 @@ from .parts import denoising
 model.queries.content = "shared"  # the label table's "no object" row
 model.queries.indicator = True
 model.denoising = denoising
-model.denoising.no_object_label = False
+model.denoising.embed.no_object_label = False

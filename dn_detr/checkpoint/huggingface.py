@@ -90,7 +90,7 @@ def huggingface_rules(traits: Traits) -> KeyRules:
         ("backbone.body.*", "backbone.body.*"),
         ("queries.anchors.*", "query_refpoint_embeddings.*"),
         ("queries.patterns.*", "patterns.*"),
-        ("denoising.label_embed.*", "label_enc.*"),
+        ("denoising.embed.label_embed.*", "label_enc.*"),
         ("transformer.level_embed", "level_embed"),
         (our_encoder + "norm.*", encoder + "self_attn_layer_norm.*"),
         (our_encoder + "self_attn.*", encoder + "self_attn.*"),

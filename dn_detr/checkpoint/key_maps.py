@@ -67,7 +67,7 @@ def official_rules(traits: Traits) -> KeyRules:
         ("backbone.body.*", "backbone.0.body.*"),
         ("queries.anchors.*", "refpoint_embed.*"),
         ("queries.patterns.*", "transformer.patterns.*"),
-        ("denoising.label_embed.*", "label_enc.*"),
+        ("denoising.embed.label_embed.*", "label_enc.*"),
         (encoder + "self_attn.*", encoder + "self_attn.*"),
         (encoder + "norm.*", encoder + "norm1.*"),
         (encoder + "ffn.norm.*", encoder + "norm2.*"),
@@ -145,7 +145,7 @@ def detrex_rules(traits: Traits, *, torchvision_backbone: bool = False) -> KeyRu
         ]
     pairs += [
         ("queries.patterns.*", "transformer.patterns.*"),
-        ("denoising.label_embed.*", "denoising_generator.label_encoder.*"),
+        ("denoising.embed.label_embed.*", "denoising_generator.label_encoder.*"),
         (encoder + "self_attn.*", f"{encoder}attentions.0.{dense_in_encoder}*"),
         (encoder + "norm.*", encoder + "norms.0.*"),
         (encoder + "ffn.norm.*", encoder + "norms.1.*"),

@@ -32,7 +32,7 @@ DETECTRON2 = "detectron2"
 BACKBONE_ONLY = (TORCHVISION, DETECTRON2)
 WRITABLE = (OFFICIAL, DETREX)
 
-LABEL_TABLE = "denoising.label_embed.weight"
+LABEL_TABLE = "denoising.embed.label_embed.weight"
 CONTENT = "queries.content.weight"
 _CLASS_HEAD = re.compile(r"(heads\.class_embed\.[0-9]+|queries\.class_embed)\.(weight|bias)")
 _UNUSED_BIAS = -100.0  # of a row that must never be detected

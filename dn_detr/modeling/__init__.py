@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from .backbones import ResNet, TimmBackbone
-from .criterion import DetectionCriterion
-from .denoising import NoisedQueries, QueryDenoising
+from .classification import (
+    NOTHING,
+    Classification,
+    FocalClassification,
+    SoftmaxClassification,
+)
+from .criterion import DetectionCriterion, ObjectCounts, mean_over_ranks
+from .denoising import Noise, NoisedBoxes, NoisedQueries, QueryDenoising
 from .detector import Detector, Diagnostics
 from .heads import DetectionHeads
-from .losses import ObjectCounts, mean_over_ranks
-from .matcher import HungarianMatcher, Matching
+from .losses import BoxGIoULoss, BoxL1Loss, ClassificationLoss, LossTerm
+from .matcher import BoxGIoUCost, BoxL1Cost, ClassificationCost, HungarianMatcher, MatchingCost
 from .necks import ChannelMapper
+from .pairs import Outputs, Pairs, Targets, pad_targets
 from .postprocess import PostProcess
-from .queries import AnchorQueries, ProposalQueries, Proposals, Queries
+from .queries import (
+    AnchorQueries,
+    BoxQueryEmbedding,
+    PositionKind,
+    ProposalQueries,
+    Proposals,
+    Queries,
+)
 from .transformers import (
     BoxDecoder,
     DeformableDecoder,
@@ -23,9 +37,18 @@ from .transformers import (
 )
 
 __all__ = [
+    "NOTHING",
     "AnchorQueries",
     "BoxDecoder",
+    "BoxGIoUCost",
+    "BoxGIoULoss",
+    "BoxL1Cost",
+    "BoxL1Loss",
+    "BoxQueryEmbedding",
     "ChannelMapper",
+    "Classification",
+    "ClassificationCost",
+    "ClassificationLoss",
     "DeformableDecoder",
     "DeformableEncoder",
     "DenseDecoder",
@@ -34,18 +57,28 @@ __all__ = [
     "DetectionHeads",
     "Detector",
     "Diagnostics",
+    "FocalClassification",
     "HungarianMatcher",
-    "Matching",
+    "LossTerm",
+    "MatchingCost",
     "Memory",
+    "Noise",
+    "NoisedBoxes",
     "NoisedQueries",
     "ObjectCounts",
+    "Outputs",
+    "Pairs",
+    "PositionKind",
     "PostProcess",
     "ProposalQueries",
     "Proposals",
     "Queries",
     "QueryDenoising",
     "ResNet",
+    "SoftmaxClassification",
+    "Targets",
     "TimmBackbone",
     "Transformer",
     "mean_over_ranks",
+    "pad_targets",
 ]

@@ -1,89 +1,116 @@
-"""The set-prediction loss of the matching queries.
+"""The set-prediction loss: a sum of terms over pairs of a query and an object.
 
-Carion et al., "End-to-End Object Detection with Transformers", 2020, section 3.1 and appendix A.2,
-with the focal loss of Zhu et al., "Deformable DETR", 2021.
+Carion et al., "End-to-End Object Detection with Transformers", 2020, section 3.1 and appendix A.2.
+One criterion serves the matching queries, the denoising queries and the encoder's proposals.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from .losses import box_losses, complete_weights, count_per_rank, focal_loss, weigh_and_name
-from .matcher import HungarianMatcher, Matching, Targets
+from dn_detr.distributed import is_distributed, world_size
 
-_CERTAINLY_NOTHING = -100.0  # a logit without loss or gradient
+from .losses import BoxGIoULoss, BoxL1Loss, ClassificationLoss, LossTerm
+from .matcher import HungarianMatcher
+from .pairs import Outputs, Pairs, Targets
 
 
 class DetectionCriterion(nn.Module):
-    """Match every decoder layer's predictions, then compare classes and boxes.
+    """Weighted losses of given pairs, layer by layer.
 
     Args:
-        matcher: assigns queries to objects.
-        weights: factors of ``loss_ce`` (focal), ``loss_bbox`` (L1) and ``loss_giou``.
-        alpha: focal weight of a positive.
-        gamma: focal exponent.
+        losses: name -> term; by default those of Deformable DETR with their published weights.
+        matcher: finds the pairs of the matching queries and of the encoder's proposals, for the
+            detector that asks it; by default Deformable DETR's.
     """
 
     def __init__(
         self,
-        matcher: HungarianMatcher,
-        *,
-        weights: Mapping[str, float] | None = None,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
+        losses: Mapping[str, LossTerm] | None = None,
+        matcher: HungarianMatcher | None = None,
     ) -> None:
         super().__init__()
-        self.matcher = matcher
-        self.weights = complete_weights(weights)
-        self.alpha = alpha
-        self.gamma = gamma
+        if losses is None:
+            losses = {
+                "loss_ce": ClassificationLoss(),
+                "loss_bbox": BoxL1Loss(),
+                "loss_giou": BoxGIoULoss(),
+            }
+        self.losses = nn.ModuleDict(losses)
+        self.matcher = matcher or HungarianMatcher()
 
     def forward(
         self,
-        logits: Tensor,
-        boxes: Tensor,
+        outputs: Outputs,
         targets: Targets,
+        pairs: Pairs,
         *,
-        count: Tensor | float | None = None,
-        matching: Matching | None = None,
+        count: Tensor | float,
         suffix: str = "",
-        ignored: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Weighted losses of all layers.
 
-        Without any object the box losses are zeros that still belong to the graph.
+        Without any pair the terms of the pairs are zeros that still belong to the graph.
 
         Args:
-            logits: (N, B, Q, K) float32.
-            boxes: (N, B, Q, 4) float32 as (cx, cy, w, h) in [0, 1].
+            outputs: see `Outputs`; (N, B, Q, ...) each.
             targets: of B images.
-            count: what every term is divided by, see ``mean_over_ranks``; by default the number of
-                objects per rank (over all ranks, at least one).
-            matching: by default what the matcher finds.
-            suffix: appended to the names of the losses.
-            ignored: (B, Q) bool, True = a query that is neither matched nor trained.
+            pairs: which query is to predict which object.
+            count: number of pairs by which the sums are divided, see `mean_over_ranks`.
+            suffix: appended to the names of the terms.
 
         Returns:
-            Scalars ``loss_ce``, ``loss_bbox``, ``loss_giou`` of the last layer, and the same with
-            suffix ``_i`` of each layer i before it.
+            Scalars `<term><suffix>` of the last layer and `<term><suffix>_<i>` of each layer i
+            before it.
         """
-        if matching is None:
-            matching = self.matcher(logits, boxes, targets, ignored)
-        if ignored is not None:
-            logits = logits.masked_fill(ignored[..., None], _CERTAINLY_NOTHING)
-        labels = torch.cat([t["labels"] for t in targets])
-        target_boxes = torch.cat([t["boxes"] for t in targets])
-        layer = torch.arange(len(logits), device=logits.device)[:, None]
-        matched = (layer, matching.image, matching.query)  # each broadcasts to (N, M)
-        one_hot = torch.zeros_like(logits)
-        one_hot[(*matched, labels[matching.target])] = 1.0
-        losses = {
-            "loss_ce": focal_loss(logits, one_hot, alpha=self.alpha, gamma=self.gamma),
-            **box_losses(boxes[matched], target_boxes[matching.target]),
-        }
-        if count is None:
-            count = count_per_rank(len(labels), logits.device)
-        return weigh_and_name(losses, self.weights, count, suffix=suffix)
+        losses = {}
+        for name, term in self.losses.items():
+            *early, last = term(outputs, targets, pairs, count).unbind()
+            losses[name + suffix] = last
+            losses |= {f"{name}{suffix}_{i}": value for i, value in enumerate(early)}
+        return losses
+
+
+@dataclass(frozen=True)
+class ObjectCounts:
+    """Normalisers of the matching and the denoising losses, or the counts that they come from.
+
+    Counts of several batches add up, also with `sum(counts, ObjectCounts())`.
+
+    Attributes:
+        matching: number of objects.
+        denoising: number of noised boxes.
+    """
+
+    matching: float | Tensor = 0
+    denoising: float | Tensor = 0
+
+    def __add__(self, other: ObjectCounts) -> ObjectCounts:
+        return ObjectCounts(self.matching + other.matching, self.denoising + other.denoising)
+
+
+def mean_over_ranks(counts: ObjectCounts, device: torch.device) -> ObjectCounts:
+    """The counts of all ranks, each at least 1, divided by the number of ranks.
+
+    Gradients are averaged over ranks, so losses that every rank divides by these numbers are sums
+    over all ranks divided by the whole count: a step does not depend on how images are spread.
+    With several processes this is a collective call, a single all-reduce.
+
+    Args:
+        counts: of this rank, over all images of the step.
+        device: where the process group communicates.
+
+    Returns:
+        Divisors: floats in a single process, else () float32 tensors on `device`.
+    """
+    numbers = [float(counts.matching), float(counts.denoising)]
+    if not is_distributed():
+        return ObjectCounts(*(max(number, 1.0) for number in numbers))
+    totals = torch.tensor(numbers, device=device)
+    dist.all_reduce(totals)
+    return ObjectCounts(*(totals.clamp(min=1) / world_size()).unbind())

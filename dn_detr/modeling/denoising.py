@@ -1,72 +1,35 @@
-"""Query denoising: noised ground truth as extra decoder queries that must find their way back.
+"""Query denoising: noised ground-truth boxes as extra queries, trained to restore the originals.
 
 Li et al., "DN-DETR: Accelerate DETR Training by Introducing Query DeNoising", 2022, section 4
-(https://arxiv.org/abs/2203.01305). Usable in any detector whose decoder takes content and anchor
-boxes; see docs/denoising.md. It differs from the published code where that made a step depend on
-which images share a batch: slots that stay empty are masked, the loss is normalised over all
-ranks, each image draws its own noise, and the number of queries is bounded.
+(https://arxiv.org/abs/2203.01305). Usable in any detector whose decoder takes an attention mask;
+see docs/denoising.md. It differs from the published code where that made a step depend on which
+images share a batch: slots that stay empty are masked, each image draws its own noise, and the
+number of queries is bounded.
 
-Legend: B batch, D denoising slots, Q matching queries, C channels, N decoder layers, K classes,
-M noised boxes of the batch, n objects of one image, G groups.
+Legend: B batch, D denoising slots, Q matching queries, C channels, P coordinates of a position,
+K classes, M noised boxes of the batch, n objects of one image, G groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dn_detr.structures import inverse_sigmoid
+from .pairs import Outputs, Pairs, Targets
 
-from .losses import box_losses, complete_weights, count_per_rank, focal_loss, weigh_and_name
-from .matcher import Targets
+Embed = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Labels (M,), boxes (M, 4) and groups (M,) -> content (M, C) and position (M, P) of queries."""
 
 _EMPTY = -1  # group of a slot that holds no noised box
 _MATCHING = -2  # group of a matching query
 
 
 @dataclass(frozen=True)
-class NoisedQueries:
-    """Denoising queries before the matching queries, and what they are to predict.
-
-    Attributes:
-        content: (B, D + Q, C).
-        anchors: (B, D + Q, 4) boxes (cx, cy, w, h) before the sigmoid.
-        attention_mask: (B, D + Q, D + Q) bool, True = blocked: nobody but its own group sees a
-            denoising query, and nobody sees an empty slot.
-        image: (M,) int64, image of each noised box.
-        slot: (M,) int64, its slot in [0, D).
-        labels: (M,) int64, its true class.
-        boxes: (M, 4) its true box (cx, cy, w, h) in [0, 1].
-        num_slots: D, 0 if no image has an object.
-    """
-
-    content: Tensor
-    anchors: Tensor
-    attention_mask: Tensor
-    image: Tensor
-    slot: Tensor
-    labels: Tensor
-    boxes: Tensor
-    num_slots: int
-
-    def split(self, *outputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Separate decoder outputs (..., D + Q, channels).
-
-        Returns:
-            The denoising parts (..., D, channels), and the matching parts (..., Q, channels).
-        """
-        denoising = tuple(x[..., : self.num_slots, :] for x in outputs)
-        matching = tuple(x[..., self.num_slots :, :] for x in outputs)
-        return denoising, matching
-
-
-@dataclass(frozen=True)
 class Noise:
-    """The random draws of one image: G repetitions of its n objects, all on the CPU.
+    """The random draws of one image: G repetitions of its n noised boxes, all on the CPU.
 
     Attributes:
         flip: (G, n) in [0, 1); a label is replaced where this is less than the label noise.
@@ -80,30 +43,67 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class _Placement:
-    """Where the M noised boxes of a batch go, all on the CPU.
-
-    ``image`` and ``slot`` are those of ``NoisedQueries``.
+class NoisedBoxes:
+    """The M noised boxes of a batch, and their slots among the decoder's queries.
 
     Attributes:
-        source: (M,) int64, index into the objects of all images, concatenated.
-        noise: of each of them, without the group dimension.
-        group: (B, D) int64, the group that each slot belongs to; -1 for an empty, hidden one.
+        labels: (M,) int64, noised.
+        boxes: (M, 4) noised (cx, cy, w, h) in [0, 1].
+        image: (M,) int64, index in [0, B).
+        slot: (M,) int64, index in [0, D).
+        group: (M,) int64, index in [0, G).
+        group_of_slot: (B, D) int64, the group whose queries see each slot; -1 for an empty slot
+            that is hidden.
+        pairs: which of them is to predict which object; the others are to predict nothing.
     """
 
+    labels: Tensor
+    boxes: Tensor
     image: Tensor
     slot: Tensor
-    source: Tensor
-    noise: Noise
     group: Tensor
+    group_of_slot: Tensor
+    pairs: Pairs
+
+
+@dataclass(frozen=True)
+class NoisedQueries:
+    """Denoising queries before the matching queries, and what they are to predict.
+
+    Attributes:
+        content: (B, D + Q, C).
+        position: (B, D + Q, P).
+        attention_mask: (B, D + Q, D + Q) bool, True = blocked: a denoising query is seen by its
+            own group only, an empty slot by no query.
+        num_slots: D, 0 if no image has an object.
+        pairs: of the denoising queries and the objects.
+    """
+
+    content: Tensor
+    position: Tensor
+    attention_mask: Tensor
+    num_slots: int
+    pairs: Pairs
+
+    def split(self, outputs: Outputs) -> tuple[Outputs, Outputs]:
+        """Separate predictions (N, B, D + Q, ...).
+
+        Returns:
+            Those of the denoising queries (N, B, D, ...) and of the matching queries
+            (N, B, Q, ...).
+        """
+        denoising = {name: x[:, :, : self.num_slots] for name, x in outputs.items()}
+        matching = {name: x[:, :, self.num_slots :] for name, x in outputs.items()}
+        return denoising, matching
 
 
 class QueryDenoising(nn.Module):
-    """Builds denoising queries from ground truth and computes their loss.
+    """Makes noised labels and boxes of the ground truth, their slots, attention mask and pairs.
 
     Args:
         num_classes: K.
-        embed_dim: C.
+        embed: makes content and position of queries of noised labels, boxes and groups, such as
+            `BoxQueryEmbedding`; None where only `noise` is called.
         num_groups: how often each object is noised; groups do not see each other.
         label_noise: probability that a label is replaced by a random one.
         box_noise: largest shift of a centre in half box sizes, and largest change of a side in
@@ -112,36 +112,31 @@ class QueryDenoising(nn.Module):
             groups; with n > max_queries one group of a random choice of its objects. The default
             leaves all five groups to every image of up to 100 objects, as published. (Where
             empty slots are visible, a group of the fullest image is never cut.)
-        indicator: the last content channel is 1 instead of learned; matching queries have 0 there.
-        no_object_label: the table of labels has one row more than there are classes, as the
-            published deformable models have it, which never use it. (The dense ones use it as
-            content of the matching queries; here those own it, see ``AnchorQueries``.)
         mask_empty_slots: hide the slots that images with fewer objects leave empty. False is the
             published behaviour: a group has as many slots as the fullest image has objects, and
             its queries see the empty ones (all-zero content, a box of half the image).
-        weights: factors of ``loss_ce``, ``loss_bbox`` and ``loss_giou``.
-        alpha: focal weight of a positive.
-        gamma: focal exponent.
+
+    Attributes:
+        num_negatives: noised boxes that each object has in a group beside the one that is to
+            become it; these are to predict nothing. 0 but in a subclass (contrastive denoising),
+            whose `add_noise` tells them apart.
 
     Raises:
         ValueError: a number of groups or queries below 1, or a probability outside [0, 1].
     """
 
+    num_negatives = 0
+
     def __init__(
         self,
         num_classes: int,
-        embed_dim: int = 256,
+        embed: Embed | None = None,
         *,
         num_groups: int = 5,
         label_noise: float = 0.2,
         box_noise: float = 0.4,
         max_queries: int = 500,
-        indicator: bool = True,
-        no_object_label: bool = True,
         mask_empty_slots: bool = True,
-        weights: Mapping[str, float] | None = None,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
     ) -> None:
         super().__init__()
         if num_groups < 1 or max_queries < 1:
@@ -154,177 +149,156 @@ class QueryDenoising(nn.Module):
                 f"label_noise {label_noise} must lie in [0, 1] and box_noise {box_noise} be >= 0"
             )
         self.num_classes = num_classes
+        self.embed = embed
         self.num_groups = num_groups
         self.label_noise = label_noise
         self.box_noise = box_noise
         self.max_queries = max_queries
-        self.indicator = indicator
         self.mask_empty_slots = mask_empty_slots
-        num_labels = num_classes + int(no_object_label)
-        self.label_embed = nn.Embedding(num_labels, embed_dim - int(indicator))
-        self.weights = complete_weights(weights)
-        self.alpha = alpha
-        self.gamma = gamma
 
     def forward(
         self,
         targets: Targets,
         content: Tensor,
-        anchors: Tensor,
+        position: Tensor,
         seeds: Sequence[int] | None = None,
     ) -> NoisedQueries:
         """Put noised ground truth before the matching queries.
 
         Args:
-            targets: per image ``labels`` (n,) int64 in [0, K) and ``boxes`` (n, 4) as (cx, cy,
-                w, h) in [0, 1].
+            targets: see `noise`.
             content: (B, Q, C) of the matching queries.
-            anchors: (B, Q, 4) of the matching queries, before the sigmoid.
-            seeds: one integer per image; its noise is a function of it. By default they are drawn
-                from torch's global generator.
+            position: (B, Q, P) of the matching queries.
+            seeds: see `noise`.
 
         Raises:
-            ValueError: not one target (and seed) per image of ``content``.
+            ValueError: not one target (and seed) per image of `content`.
         """
         if len(targets) != len(content):
             raise ValueError(f"{len(targets)} targets for a batch of {len(content)} images")
+        noised = self.noise(targets, seeds, dtype=position.dtype)
+        num_slots = noised.group_of_slot.shape[1]
+        joint = []
+        assert self.embed is not None, "QueryDenoising was built without `embed`"
+        embedded = self.embed(noised.labels, noised.boxes, noised.group)
+        for x, matching in zip(embedded, (content, position), strict=True):
+            slots = matching.new_zeros(len(targets), num_slots, matching.shape[-1])
+            slots[noised.image, noised.slot] = x.to(matching.dtype)
+            joint.append(torch.cat([slots, matching], dim=1))
+        mask = _attention_mask(noised.group_of_slot, content.shape[1])
+        return NoisedQueries(joint[0], joint[1], mask, num_slots, noised.pairs)
+
+    def noise(
+        self,
+        targets: Targets,
+        seeds: Sequence[int] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> NoisedBoxes:
+        """Noise the ground truth.
+
+        Args:
+            targets: per image `labels` (n,) int64 in [0, K) and `boxes` (n, 4) as (cx, cy, w, h)
+                in [0, 1].
+            seeds: one integer per image; its noise is a function of it. By default they are drawn
+                from torch's global generator.
+            dtype: of the noised boxes.
+        """
         if seeds is None:
             seeds = torch.randint(2**62, (len(targets),)).tolist()
-        device = content.device
-        placed = self._place([len(t["labels"]) for t in targets], seeds)
-        image, slot, source = (x.to(device) for x in (placed.image, placed.slot, placed.source))
-        labels = torch.cat([t["labels"] for t in targets])[source]
-        boxes = torch.cat([t["boxes"] for t in targets])[source].to(anchors.dtype)
-        noised_labels, noised_boxes = self._add_noise(labels, boxes, placed.noise)
-        num_slots = placed.group.shape[1]
-        content_BDC = content.new_zeros(len(targets), num_slots, content.shape[-1])
-        content_BDC[image, slot] = self._embed(noised_labels).to(content.dtype)
-        anchors_BD4 = anchors.new_zeros(len(targets), num_slots, 4)
-        anchors_BD4[image, slot] = inverse_sigmoid(noised_boxes)
-        return NoisedQueries(
-            content=torch.cat([content_BDC, content], dim=1),
-            anchors=torch.cat([anchors_BD4, anchors], dim=1),
-            attention_mask=_attention_mask(placed.group.to(device), content.shape[1]),
-            image=image,
-            slot=slot,
-            labels=labels,
-            boxes=boxes,
-            num_slots=num_slots,
-        )
+        # Slots and draws are made on the CPU: nothing waits for the device.
+        counts = [len(target["labels"]) for target in targets]
+        sizes = self._slots_per_group(counts)
+        parts: list[tuple[Tensor, ...]] = []
+        offset = 0
+        for image, (count, size, seed) in enumerate(zip(counts, sizes, seeds, strict=True)):
+            generator = torch.Generator().manual_seed(seed)
+            draws = self.draw_noise(count * self._copies, generator)
+            chosen = torch.arange(count)
+            if count > self._most_objects:
+                chosen = torch.randperm(count, generator=generator)[: self._most_objects]
+            entries = torch.cat([chosen + copy * count for copy in range(self._copies)])
+            groups = self._groups(size)
+            group = torch.arange(groups)[:, None].expand(-1, len(entries))
+            slot = group * size + torch.arange(len(entries))
+            target = (chosen + offset).repeat(self._copies).expand_as(slot)
+            negative = (entries >= count).expand_as(slot)
+            fields = (torch.full_like(slot, image), slot, group, target, negative)
+            noise = (x[:groups, entries] for x in (draws.flip, draws.label, draws.box))
+            parts.append(tuple(x.flatten(0, 1) for x in (*fields, *noise)))
+            offset += count
+        placed = [torch.cat(x) for x in zip(*parts, strict=True)]
+        image_M, slot_M, group_M, _, negative_M, *_ = placed
+        num_slots = max(size * self._groups(size) for size in sizes)
+        if self.mask_empty_slots:
+            group_BD = torch.full((len(counts), num_slots), _EMPTY)
+            group_BD[image_M, slot_M] = group_M
+        else:
+            group_BD = (torch.arange(num_slots) // max(sizes[0], 1)).expand(len(counts), -1)
+        positives = (~negative_M).nonzero()[:, 0]
 
-    def loss(
-        self,
-        logits: Tensor,
-        boxes: Tensor,
-        noised: NoisedQueries,
-        *,
-        count: Tensor | float | None = None,
-    ) -> dict[str, Tensor]:
-        """Weighted reconstruction losses of all layers.
+        device = targets[0]["labels"].device
+        image_M, slot_M, group_M, target_M, negative_M, *draws_M = (x.to(device) for x in placed)
+        labels = torch.cat([t["labels"] for t in targets])[target_M]
+        boxes = torch.cat([t["boxes"] for t in targets])[target_M].to(dtype)
+        labels, boxes = self.add_noise(labels, boxes, Noise(*draws_M), negative_M)
+        image_P, slot_P, target_P = (x[positives.to(device)] for x in (image_M, slot_M, target_M))
+        pairs = Pairs(image_P, slot_P[None], target_P[None], classified=(image_M, slot_M))
+        return NoisedBoxes(labels, boxes, image_M, slot_M, group_M, group_BD.to(device), pairs)
 
-        Without any object all terms are zeros that still belong to the graph.
-
-        Args:
-            logits: (N, B, D, K) float32, the denoising part.
-            boxes: (N, B, D, 4) float32 as (cx, cy, w, h) in [0, 1], the denoising part.
-            noised: what ``forward`` returned.
-            count: what every term is divided by, see ``mean_over_ranks``; by default the number of
-                noised boxes per rank (over all ranks, at least one).
-
-        Returns:
-            Scalars ``loss_ce_dn``, ``loss_bbox_dn``, ``loss_giou_dn`` of the last layer, and the
-            same with suffix ``_i`` of each layer i before it.
-        """
-        pair_logits = logits[:, noised.image, noised.slot]  # (N, M, K)
-        one_hot = torch.zeros_like(pair_logits)
-        one_hot.scatter_(-1, noised.labels.expand(len(logits), -1)[..., None], 1.0)
-        losses = {
-            "loss_ce": focal_loss(pair_logits, one_hot, alpha=self.alpha, gamma=self.gamma),
-            **box_losses(boxes[:, noised.image, noised.slot], noised.boxes),
-        }
-        if count is None:
-            count = count_per_rank(len(noised.labels), logits.device)
-        return weigh_and_name(losses, self.weights, count, suffix="_dn")
-
-    @torch.no_grad()
-    def count_correct(self, logits: Tensor, noised: NoisedQueries) -> Tensor:
-        """How many noised boxes the last layer gives their true class; () int64.
+    def add_noise(
+        self, labels: Tensor, boxes: Tensor, noise: Noise, negative: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Noise labels and boxes; sides stay non-negative, values in [0, 1].
 
         Args:
-            logits: (N, B, D, K), the denoising part.
-            noised: what ``forward`` returned.
+            labels: (M,) int64.
+            boxes: (M, 4) as (cx, cy, w, h) in [0, 1].
+            noise: draws for them, without the group dimension.
+            negative: (M,) bool, True = to predict nothing; without effect on this noise.
         """
-        predicted = logits[-1, noised.image, noised.slot].argmax(-1)
-        return (predicted == noised.labels).sum()
+        labels = torch.where(noise.flip < self.label_noise, noise.label, labels)
+        reach = torch.cat([boxes[:, 2:] / 2, boxes[:, 2:]], dim=-1) * self.box_noise
+        return labels, (boxes + (noise.box.to(boxes) * 2 - 1) * reach).clamp(0, 1)
 
-    def num_noised(self, counts: Sequence[int]) -> int:
-        """How many noised boxes a batch gives whose images have these numbers of objects.
-
-        With visible empty slots the number depends on which images share a batch, because the
-        fullest one decides how many groups fit for all.
-        """
-        strides = self._slots_per_group(counts)
-        chosen = [min(count, self.max_queries) for count in counts]
-        return sum(n * self._groups(stride) for n, stride in zip(chosen, strides, strict=True))
-
-    def draw_noise(self, num_objects: int, generator: torch.Generator) -> Noise:
-        """Draw for one image with ``num_objects`` objects; ``generator`` is on the CPU."""
-        shape = (self.num_groups, num_objects)
+    def draw_noise(self, num_boxes: int, generator: torch.Generator) -> Noise:
+        """Draw for one image with `num_boxes` boxes to noise; `generator` is on the CPU."""
+        shape = (self.num_groups, num_boxes)
         return Noise(
             flip=torch.rand(shape, generator=generator),
             label=torch.randint(self.num_classes, shape, generator=generator),
             box=torch.rand(*shape, 4, generator=generator),
         )
 
-    def _groups(self, num_objects: int) -> int:
-        """Groups that ``max_queries`` leaves for an image."""
-        return min(self.num_groups, max(1, self.max_queries // max(num_objects, 1)))
+    def num_noised(self, counts: Sequence[int]) -> int:
+        """Number of pairs of a batch whose images have these numbers of objects.
 
-    def _place(self, counts: Sequence[int], seeds: Sequence[int]) -> _Placement:
-        """Give each noised box of each image a slot; everything stays on the CPU."""
-        parts: list[tuple[Tensor, ...]] = []
-        strides = self._slots_per_group(counts)
-        offset = 0
-        for image, (count, stride, seed) in enumerate(zip(counts, strides, seeds, strict=True)):
-            generator = torch.Generator().manual_seed(seed)
-            noise = self.draw_noise(count, generator)
-            chosen = torch.arange(count)
-            if count > self.max_queries:
-                chosen = torch.randperm(count, generator=generator)[: self.max_queries]
-            groups = self._groups(stride)
-            group = torch.arange(groups)[:, None].expand(-1, len(chosen))
-            slot = group * stride + torch.arange(len(chosen))
-            fields = (torch.full_like(slot, image), slot, group, (chosen + offset).expand_as(slot))
-            draws = (x[:groups, chosen].flatten(0, 1) for x in (noise.flip, noise.label, noise.box))
-            parts.append((*(field.flatten() for field in fields), *draws))
-            offset += count
-        image_M, slot_M, group_M, source_M, *draws_M = map(torch.cat, zip(*parts, strict=True))
-        num_slots = max(stride * self._groups(stride) for stride in strides)
-        if self.mask_empty_slots:
-            group_BD = torch.full((len(counts), num_slots), _EMPTY)
-            group_BD[image_M, slot_M] = group_M
-        else:
-            group_BD = (torch.arange(num_slots) // max(strides[0], 1)).expand(len(counts), -1)
-        return _Placement(image_M, slot_M, source_M, Noise(*draws_M), group_BD)
+        With visible empty slots the number depends on which images share a batch, because the
+        fullest one decides how many groups fit for all.
+        """
+        sizes = self._slots_per_group(counts)
+        chosen = [min(count, self._most_objects) for count in counts]
+        return sum(n * self._groups(size) for n, size in zip(chosen, sizes, strict=True))
+
+    @property
+    def _copies(self) -> int:
+        """Noised boxes of an object in a group."""
+        return 1 + self.num_negatives
+
+    @property
+    def _most_objects(self) -> int:
+        """Objects of an image that are noised."""
+        return max(1, self.max_queries // self._copies)
 
     def _slots_per_group(self, counts: Sequence[int]) -> list[int]:
         """Slots of one group of each image; as published all have those of the fullest."""
         if self.mask_empty_slots:
-            return [min(count, self.max_queries) for count in counts]
-        return [max(counts)] * len(counts)
+            return [min(count, self._most_objects) * self._copies for count in counts]
+        return [max(counts) * self._copies] * len(counts)
 
-    def _add_noise(self, labels: Tensor, boxes: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
-        """Noise (M,) labels and (M, 4) boxes; sides stay non-negative, values in [0, 1]."""
-        device = labels.device
-        flipped = noise.flip.to(device) < self.label_noise
-        labels = torch.where(flipped, noise.label.to(device), labels)
-        reach = torch.cat([boxes[:, 2:] / 2, boxes[:, 2:]], dim=-1) * self.box_noise
-        return labels, (boxes + (noise.box.to(boxes) * 2 - 1) * reach).clamp(0, 1)
-
-    def _embed(self, labels: Tensor) -> Tensor:
-        """(M,) labels -> (M, C) content."""
-        content = self.label_embed(labels)
-        return F.pad(content, (0, 1), value=1.0) if self.indicator else content
+    def _groups(self, slots_per_group: int) -> int:
+        """Groups that `max_queries` leaves for an image."""
+        return min(self.num_groups, max(1, self.max_queries // max(slots_per_group, 1)))
 
 
 def _attention_mask(group_BD: Tensor, num_matching: int) -> Tensor:

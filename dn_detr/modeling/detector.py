@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from dn_detr.structures import Instances, box_xyxy_to_cxcywh, pad_images
 
-from .criterion import DetectionCriterion
+from .classification import Classification, FocalClassification
+from .criterion import DetectionCriterion, ObjectCounts, mean_over_ranks
 from .denoising import NoisedQueries, QueryDenoising
 from .heads import DetectionHeads
-from .losses import ObjectCounts, mean_over_ranks
-from .matcher import Matching, Targets
+from .pairs import Outputs, Pairs, Targets
 from .postprocess import PostProcess
-from .queries import AnchorQueries, ProposalQueries
+from .queries import AnchorQueries, ProposalQueries, Queries
 from .transformers import Memory, Transformer
 
 
@@ -30,7 +30,7 @@ class Diagnostics(NamedTuple):
 
     Attributes:
         queries: of each image the query that each object was matched with in the last decoder
-            layer, see ``Matching.found_by``.
+            layer, see `Pairs.query_of_object`.
         denoising_correct: () int64 on the model's device, noised boxes whose most likely class
             after the last layer is the true one; 0 without denoising.
         denoising_total: noised boxes; 0 without denoising.
@@ -42,22 +42,25 @@ class Diagnostics(NamedTuple):
 
 
 class Detector(nn.Module):
-    """A DETR-like detector. DN-DETR with ``denoising=None`` is DAB-DETR.
+    """A DETR-like detector. DN-DETR with `denoising=None` is DAB-DETR.
 
     Args:
         backbone: (images, mask) -> feature maps.
         neck: (feature maps, mask) -> maps of one width, and their masks.
         position_embedding: mask of a map -> its position embedding.
-        queries: memory -> content and anchors of the matching queries.
+        queries: memory -> content and position of the matching queries.
         transformer: maps -> memory, and queries -> states and references of every decoder layer.
-        heads: states and references -> logits and boxes.
-        criterion: loss of the matching queries.
-        postprocess: logits and boxes -> instances.
-        denoising: noised queries and their loss, or None.
+        heads: states, references and memory -> outputs of every decoder layer, see `Outputs`.
+        criterion: losses of pairs of a query and an object, and the matcher that finds pairs.
+        postprocess: outputs -> instances.
+        denoising: ground truth -> noised queries before the matching ones; None: no denoising.
         num_classes: K; classes of the data are contiguous in [0, K).
         num_queries: learned anchors or chosen proposals, as the queries have it.
         num_patterns: learned patterns, as the queries have it; with P of them the decoder has
             Q = num_queries * P matching queries.
+        classification: what the logits mean, as all parts have it.
+        target_fields: further fields of the ground truth that the losses need, such as `gt_masks`;
+            the targets have them without `gt_`.
         pixel_mean: mean of R, G, B in [0, 255].
         pixel_std: standard deviation of R, G, B.
 
@@ -65,8 +68,8 @@ class Detector(nn.Module):
         diagnostics: of the last forward pass in training, or None before the first.
 
     Raises:
-        ValueError: no class; a part has another number of queries, patterns or classes; the neck
-            expects other maps than the backbone gives.
+        ValueError: no class; parts do not agree about queries, patterns, classes, classification
+            or the kind of position; the neck expects other maps than the backbone gives.
     """
 
     pixel_mean: Tensor
@@ -87,6 +90,8 @@ class Detector(nn.Module):
         num_classes: int,
         num_queries: int,
         num_patterns: int = 0,
+        classification: Classification | None = None,
+        target_fields: Sequence[str] = (),
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
     ) -> None:
@@ -98,9 +103,15 @@ class Detector(nn.Module):
                 f"num_patterns is {num_patterns}, but queries that the encoder proposes "
                 "(two-stage) have no patterns; set model.num_patterns=0"
             )
+        classification = classification or FocalClassification()
+        embed = getattr(denoising, "embed", None)
+        classifying = [heads, queries, postprocess, *criterion.modules()]
         _check_agreement("num_queries", num_queries, queries)
         _check_agreement("num_patterns", num_patterns, queries)
-        _check_agreement("num_classes", num_classes, heads, denoising, queries)
+        _check_agreement("num_classes", num_classes, heads, denoising, embed, queries)
+        _check_agreement("classification", classification, *classifying)
+        if (kind := getattr(queries, "position_kind", None)) is not None:
+            _check_agreement("position_kind", kind, getattr(transformer, "decoder", None), embed)
         for kind in ("channels", "strides"):
             given = getattr(backbone, f"out_{kind}", None)
             expected = getattr(neck, f"in_{kind}", None)
@@ -121,6 +132,8 @@ class Detector(nn.Module):
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.num_patterns = num_patterns
+        self.classification = classification
+        self.target_fields = tuple(target_fields)
         self.diagnostics: Diagnostics | None = None
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
@@ -158,8 +171,7 @@ class Detector(nn.Module):
             (int(s.get("height", s["image"].shape[-2])), int(s.get("width", s["image"].shape[-1])))
             for s in samples
         ]
-        instances = self.postprocess(outputs["pred_logits"], outputs["pred_boxes"], sizes)
-        return [{"instances": found} for found in instances]
+        return [{"instances": found} for found in self.postprocess(outputs, sizes)]
 
     def count_objects(self, samples: Sequence[dict[str, Any]]) -> ObjectCounts:
         """Number of objects and of noised boxes that a training batch gives in this process.
@@ -207,10 +219,11 @@ class Detector(nn.Module):
             samples: see ``forward``.
 
         Returns:
-            Per image ``labels`` (n,) int64 and ``boxes`` (n, 4) as (cx, cy, w, h) in [0, 1].
+            Per image `labels` (n,) int64, `boxes` (n, 4) as (cx, cy, w, h) in [0, 1], and the
+            `target_fields`, as they are.
 
         Raises:
-            ValueError: no ``instances``, a class outside [0, num_classes), a box that is not
+            ValueError: no `instances` or field, a class outside [0, num_classes), a box that is not
                 finite or has its corners swapped, or not one class per box.
         """
         device = self.pixel_mean.device
@@ -223,13 +236,20 @@ class Detector(nn.Module):
             self._check_ground_truth(sample, boxes_xyxy, labels)
             height, width = sample["image"].shape[-2:]
             norm = box_xyxy_to_cxcywh(boxes_xyxy / boxes_xyxy.new_tensor([width, height] * 2))
-            targets.append({"labels": labels.to(device), "boxes": norm.to(device)})
+            target = {"labels": labels.to(device), "boxes": norm.to(device)}
+            for field in self.target_fields:
+                if not truth.has(field):
+                    raise ValueError(f"{_name(sample)}: the ground truth has no {field}")
+                value = truth.get(field)
+                value = torch.as_tensor(getattr(value, "tensor", value))
+                target[field.removeprefix("gt_")] = value.to(device)
+            targets.append(target)
         return targets
 
     def _check_ground_truth(
         self, sample: dict[str, Any], boxes_xyxy: Tensor, labels: Tensor
     ) -> None:
-        """Raise ValueError for what would give a wrong loss without a word."""
+        """Raise ValueError for ground truth that would silently give a wrong loss."""
         if len(boxes_xyxy) != len(labels):
             raise ValueError(f"{_name(sample)}: {len(boxes_xyxy)} boxes, {len(labels)} classes")
         sound = boxes_xyxy.isfinite().all(1) & (boxes_xyxy[:, 2:] >= boxes_xyxy[:, :2]).all(1)
@@ -264,34 +284,32 @@ class Detector(nn.Module):
         if counts is None:
             own = self._count([len(target["labels"]) for target in targets])
             counts = mean_over_ranks(own, images.device)
-        memory = self._encode(images, mask)
-        queries = self.queries(memory)
-        outputs: tuple[Tensor, ...]
+        memory = self.encode(images, mask)
+        queries: Queries = self.queries(memory)
+        noised: NoisedQueries | None = None
         if self.denoising is None:
-            outputs = self._decode(memory, queries.content, queries.anchors)
-            denoising_losses: dict[str, Tensor] = {}
-            correct, total = torch.zeros((), dtype=torch.long, device=images.device), 0
+            outputs = self.decode(memory, queries.content, queries.position)
         else:
-            noised: NoisedQueries = self.denoising(targets, queries.content, queries.anchors, seeds)
-            joint = self._decode(memory, noised.content, noised.anchors, noised.attention_mask)
-            (logits, boxes), outputs = noised.split(*joint)
-            denoising_losses = self.denoising.loss(logits, boxes, noised, count=counts.denoising)
-            correct, total = self.denoising.count_correct(logits, noised), len(noised.labels)
-        matching: Matching = self.criterion.matcher(*outputs, targets)
-        losses: dict[str, Tensor] = self.criterion(
-            *outputs, targets, count=counts.matching, matching=matching
-        )
-        losses |= denoising_losses
-        if (found := queries.proposals) is not None:
+            noised = self.denoising(targets, queries.content, queries.position, seeds)
+            joint = self.decode(memory, noised.content, noised.position, noised.attention_mask)
+            denoised, outputs = noised.split(joint)
+        pairs: Pairs = self.criterion.matcher(outputs, targets)
+        losses: dict[str, Tensor] = self.criterion(outputs, targets, pairs, count=counts.matching)
+        correct, total = torch.zeros((), dtype=torch.long, device=images.device), 0
+        if noised is not None:
             losses |= self.criterion(
-                found.logits[None],
-                found.boxes[None],
-                targets,
-                count=counts.matching,
-                suffix="_enc",
-                ignored=found.padding,
+                denoised, targets, noised.pairs, count=counts.denoising, suffix="_dn"
             )
-        self.diagnostics = Diagnostics(matching.found_by, correct, total)
+            logits = noised.pairs.predictions(denoised["pred_logits"][-1:].detach())
+            predicted = logits[..., : self.num_classes].argmax(-1)
+            correct = (predicted == noised.pairs.objects(targets, "labels")).sum()
+            total = len(noised.pairs)
+        if (proposals := queries.proposals) is not None:
+            found = self.criterion.matcher(proposals.outputs, targets, proposals.padding)
+            losses |= self.criterion(
+                proposals.outputs, targets, found, count=counts.matching, suffix="_enc"
+            )
+        self.diagnostics = Diagnostics(pairs.query_of_object, correct, total)
         return losses
 
     def forward_tensors(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -302,13 +320,40 @@ class Detector(nn.Module):
             mask: (B, H, W) bool, True = padding.
 
         Returns:
-            ``pred_logits`` (B, Q, K) and ``pred_boxes`` (B, Q, 4) as (cx, cy, w, h) in [0, 1] of
-            each unpadded image.
+            `pred_logits` (B, Q, L), `pred_boxes` (B, Q, 4) as (cx, cy, w, h) in [0, 1] of each
+            unpadded image, and what else the heads predict, (B, Q, ...).
         """
-        memory = self._encode(images, mask)
+        memory = self.encode(images, mask)
         queries = self.queries(memory)
-        logits, boxes = self._decode(memory, queries.content, queries.anchors)
-        return {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
+        outputs = self.decode(memory, queries.content, queries.position)
+        return {name: layers[-1] for name, layers in outputs.items()}
+
+    def encode(self, images: Tensor, mask: Tensor) -> Memory:
+        """Images (B, 3, H, W) and their padding (B, H, W) -> encoded feature maps."""
+        maps, masks = self.neck(self.backbone(images, mask), mask)
+        positions = [self.position_embedding(level_mask) for level_mask in masks]
+        return self.transformer.encode(maps, masks, positions)
+
+    def decode(
+        self,
+        memory: Memory,
+        content: Tensor,
+        position: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Outputs:
+        """Predictions of all decoder layers.
+
+        Args:
+            memory: the encoded feature maps.
+            content: (B, Q, C).
+            position: (B, Q, P), see `PositionKind`.
+            attention_mask: (B, Q, Q) bool, True = blocked; None: every query sees every other.
+        """
+        states, references = self.transformer.decoder(
+            content, position, memory, self.heads, attention_mask
+        )
+        outputs: Outputs = self.heads(states, references, memory)
+        return outputs
 
     def checkpoint_activations(
         self, *, backbone: bool = False, encoder: bool = False, decoder: bool = False
@@ -345,31 +390,17 @@ class Detector(nn.Module):
     def class_tensors(self) -> list[str]:
         """Names, in the state_dict, of the tensors that have a row per class.
 
-        They cannot come from a checkpoint of other classes.
+        They cannot come from a checkpoint of other classes. Each part names its own.
         """
-        prefixes = ("heads.class_embed.", "queries.class_embed.", "denoising.label_embed.")
-        return [name for name in self.state_dict() if name.startswith(prefixes)]
-
-    def _encode(self, images: Tensor, mask: Tensor) -> Memory:
-        maps, masks = self.neck(self.backbone(images, mask), mask)
-        positions = [self.position_embedding(level_mask) for level_mask in masks]
-        return self.transformer.encode(maps, masks, positions)
-
-    def _decode(
-        self,
-        memory: Memory,
-        content: Tensor,
-        anchors: Tensor,
-        attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits (N, B, Q, K) and boxes (N, B, Q, 4) of all decoder layers."""
-        states, references = self.transformer.decoder(
-            content, anchors, memory, self.heads, attention_mask
-        )
-        return self.heads(states, references)
+        return [
+            f"{name}.{tensor}"
+            for name, part in self.named_modules()
+            if part is not self
+            for tensor in getattr(part, "class_tensors", list)()
+        ]
 
 
-def _check_agreement(name: str, value: int, *parts: nn.Module | None) -> None:
+def _check_agreement(name: str, value: Any, *parts: Any) -> None:
     for part in parts:
         if getattr(part, name, value) != value:
             raise ValueError(f"{name} is {value}, {type(part).__name__} has {getattr(part, name)}")

@@ -8,15 +8,26 @@ Legend: B batch, S cells of all levels, Q queries, P patterns, C channels, K cla
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dn_detr.structures import at_least_float32
+from dn_detr.structures import at_least_float32, inverse_sigmoid
 
-from .heads import box_head, class_head
+from .classification import Classification, FocalClassification
+from .heads import box_head
+from .pairs import Outputs
 from .transformers.levels import Memory
+
+PositionKind = Literal["box", "point", "vector"]
+"""What the position of a query is: a box (cx, cy, w, h) before the sigmoid, a point (x, y) in
+[0, 1], or a vector of C channels. The decoder must expect what the queries give."""
+
+
+_MARGIN = 0.01  # of the image: where a proposal's centre or side is not used
+_SATURATED = 100.0  # its sigmoid is 1
 
 
 @dataclass(frozen=True)
@@ -24,13 +35,11 @@ class Proposals:
     """What the encoder itself detects where it chose a query; the only cells that it trains.
 
     Attributes:
-        logits: (B, Q, K) float32 or wider.
-        boxes: (B, Q, 4) as (cx, cy, w, h) in [0, 1].
+        outputs: `pred_logits` (1, B, Q, L) and `pred_boxes` (1, B, Q, 4), float32 or wider.
         padding: (B, Q) bool, True = no cell of the image, or None where padding takes part.
     """
 
-    logits: Tensor
-    boxes: Tensor
+    outputs: Outputs
     padding: Tensor | None
 
 
@@ -40,13 +49,66 @@ class Queries:
 
     Attributes:
         content: (B, Q, C).
-        anchors: (B, Q, 4) boxes (cx, cy, w, h) before the sigmoid.
+        position: (B, Q, P), see `PositionKind`.
         proposals: predictions that became the queries, to be trained too, or None.
     """
 
     content: Tensor
-    anchors: Tensor
+    position: Tensor
     proposals: Proposals | None = None
+
+
+class BoxQueryEmbedding(nn.Module):
+    """How a noised label and box become a query like those of the classes below.
+
+    The content is a learned row of the label, the position the box. Queries of another kind bring
+    their own; `QueryDenoising` calls it.
+
+    Args:
+        num_classes: K.
+        embed_dim: channels C of the content.
+        indicator: the last channel is 1 instead of learned, see `AnchorQueries`.
+        no_object_label: the table has one row more than there are classes, as the published
+            deformable models have it, which never use it. (The dense ones use it as content of
+            the matching queries; here those own it, see `AnchorQueries`.)
+        eps: see `inverse_sigmoid`.
+    """
+
+    position_kind: PositionKind = "box"
+
+    def __init__(
+        self,
+        num_classes: int,
+        embed_dim: int = 256,
+        *,
+        indicator: bool = True,
+        no_object_label: bool = True,
+        eps: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.indicator = indicator
+        self.eps = eps
+        num_labels = num_classes + int(no_object_label)
+        self.label_embed = nn.Embedding(num_labels, embed_dim - int(indicator))
+
+    def forward(self, labels: Tensor, boxes: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed noised objects.
+
+        Args:
+            labels: (M,) int64 in [0, K).
+            boxes: (M, 4) as (cx, cy, w, h) in [0, 1].
+            groups: (M,) int64, index of the denoising group; without effect here.
+
+        Returns:
+            content (M, C) and position (M, 4) of a query for each.
+        """
+        content = F.pad(self.label_embed(labels), (0, int(self.indicator)), value=1.0)
+        return content, inverse_sigmoid(boxes, self.eps)
+
+    def class_tensors(self) -> list[str]:
+        """Names of the tensors that have a row per class."""
+        return ["label_embed.weight"]
 
 
 class AnchorQueries(nn.Module):
@@ -55,16 +117,21 @@ class AnchorQueries(nn.Module):
     Args:
         num_queries: number of anchors A.
         embed_dim: channels C of the content.
-        content: ``per_query`` learns one content for each anchor (deformable models), ``shared``
-            one for all of them (dense DN models), ``zero`` none (dense DAB models).
+        content: `per_query` learns one content for each anchor (deformable models), `shared` one
+            for all of them (dense DN models), `zero` none (dense DAB models).
         num_patterns: P learned patterns; each is added to the content of a copy of all queries
             (Wang et al., "Anchor DETR", 2022, section 3.3). 0: none, and one copy.
         indicator: the last channel is not learned but 0, which tells matching queries from
             denoising queries, whose last channel is 1 (DN-DETR, section 4). Patterns have it.
 
+    Attributes:
+        position_kind: see `PositionKind`.
+
     Raises:
         ValueError: no query, a negative number of patterns, or an unknown kind of content.
     """
+
+    position_kind: PositionKind = "box"
 
     def __init__(
         self,
@@ -85,12 +152,12 @@ class AnchorQueries(nn.Module):
             raise ValueError(f"content {content!r}: choose from {sorted(rows)}")
         self.num_queries = num_queries
         self.num_patterns = num_patterns
+        self.embed_dim = embed_dim
         self.indicator = indicator
         width = embed_dim - int(indicator)
         self.content = nn.Embedding(rows[content], width) if rows[content] else None
         self.anchors = nn.Embedding(num_queries, 4)
         self.patterns = nn.Embedding(num_patterns, embed_dim) if num_patterns else None
-        self.embed_dim = embed_dim
 
     def forward(self, memory: Memory) -> Queries:
         """The queries of a batch, A * max(P, 1) of them, pattern after pattern."""
@@ -117,12 +184,17 @@ class ProposalQueries(nn.Module):
             image; it doubles with every level.
         mask_padding: cells of the padding are neither chosen nor trained. False is the published
             behaviour, where they compete.
+        classification: what the logits of a cell mean.
+
+    Attributes:
+        position_kind: see `PositionKind`.
 
     Raises:
         ValueError: no query.
     """
 
     num_patterns = 0
+    position_kind: PositionKind = "box"
 
     def __init__(
         self,
@@ -132,6 +204,7 @@ class ProposalQueries(nn.Module):
         *,
         base_size: float = 0.05,
         mask_padding: bool = True,
+        classification: Classification | None = None,
     ) -> None:
         super().__init__()
         if num_queries < 1:
@@ -142,20 +215,21 @@ class ProposalQueries(nn.Module):
         self.mask_padding = mask_padding
         self.output = nn.Linear(embed_dim, embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
-        self.class_embed = class_head(embed_dim, num_classes)
+        self.classification = classification or FocalClassification()
+        self.class_embed = self.classification.class_head(embed_dim, num_classes)
         self.bbox_embed = box_head(embed_dim)
         nn.init.xavier_uniform_(self.output.weight)
 
     def forward(self, memory: Memory) -> Queries:
         """The Q proposals of each image with the highest class logit, best first.
 
-        Content and anchors carry no gradient; the proposals are trained by their own loss.
+        Content and position carry no gradient; the proposals are trained by their own loss.
         """
         cells, boxes, padding = self._grid(memory)
         features = self.norm(self.output(cells))
         logits = at_least_float32(self.class_embed(features))
         moved = at_least_float32(self.bbox_embed(features)) + boxes
-        score = logits.detach().amax(-1)
+        score = logits.detach()[..., : self.num_classes].amax(-1)
         if self.mask_padding:
             score = score.masked_fill(padding, -torch.inf)
         chosen = score.topk(self.num_queries, dim=1).indices
@@ -166,9 +240,15 @@ class ProposalQueries(nn.Module):
         unused = padding.gather(1, chosen) if self.mask_padding else None
         return Queries(
             content=content.detach(),
-            anchors=moved.detach(),
-            proposals=Proposals(logits, moved.sigmoid(), unused),
+            position=moved.detach(),
+            proposals=Proposals(
+                {"pred_logits": logits[None], "pred_boxes": moved.sigmoid()[None]}, unused
+            ),
         )
+
+    def class_tensors(self) -> list[str]:
+        """Names of the tensors that have a row per class."""
+        return ["class_embed.weight", "class_embed.bias"]
 
     def _grid(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
         """Features (B, S, C), boxes before the sigmoid (B, S, 4) and padding (B, S) of all cells.
@@ -193,7 +273,3 @@ class ProposalQueries(nn.Module):
             F.pad(boxes, (0, 0, 0, extra), value=_SATURATED),
             F.pad(levels.padding_mask, (0, extra), value=True),
         )
-
-
-_MARGIN = 0.01  # of the image: where a proposal's centre or side is not used
-_SATURATED = 100.0  # its sigmoid is 1

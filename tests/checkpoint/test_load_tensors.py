@@ -63,13 +63,13 @@ def test_the_official_layout_has_a_row_per_category_id_that_is_never_detected_if
     assert not state["class_embed.1.weight"][unused].any()
     table = state["label_enc.weight"]
     assert table.shape == (92, 31) and not table[unused].any()
-    assert torch.equal(table[-1], source.state_dict()["denoising.label_embed.weight"][-1])
+    assert torch.equal(table[-1], source.state_dict()["denoising.embed.label_embed.weight"][-1])
 
 
 def test_dense_models_take_their_content_from_the_last_label_row():
     source = tiny_model("dn_detr_r50").state_dict()
     table = to_layout(source, "detrex")["denoising_generator.label_encoder.weight"]
-    assert torch.equal(table[:-1], source["denoising.label_embed.weight"])
+    assert torch.equal(table[:-1], source["denoising.embed.label_embed.weight"])
     assert torch.equal(table[-1:], source["queries.content.weight"])
 
 
@@ -180,7 +180,7 @@ def test_fine_tuning_takes_the_rows_of_known_classes(tmp_path):
     for name in model.class_tensors():
         assert torch.equal(found[name][[0, 2]], file[name][[18, 1]])
         assert torch.equal(found[name][1], before[name][1])
-    table = "denoising.label_embed.weight"
+    table = "denoising.embed.label_embed.weight"
     assert torch.equal(found[table][3], file[table][91])
     assert torch.equal(found["neck.convs.0.weight"], file["neck.convs.0.weight"])
 

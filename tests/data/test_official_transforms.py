@@ -30,7 +30,6 @@ from dn_detr.modeling import (
     DetectionCriterion,
     DetectionHeads,
     Detector,
-    HungarianMatcher,
     PostProcess,
 )
 from dn_detr.structures import Boxes, Instances
@@ -97,7 +96,7 @@ def detector() -> Detector:
         AnchorQueries(1, 8),
         nn.Identity(),
         DetectionHeads(91, 8, 1),
-        DetectionCriterion(HungarianMatcher()),
+        DetectionCriterion(),
         PostProcess(),
         num_classes=91,
         num_queries=1,

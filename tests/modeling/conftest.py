@@ -77,7 +77,7 @@ def small_model_config(name: str) -> Any:
     cfg = get_config(f"models/{'dab_deformable_detr_r50_two_stage' if is_new else name}.py").model
     if is_new:
         cfg.denoising = get_config("models/parts.py").denoising
-        cfg.denoising.indicator = False
+        cfg.denoising.embed.indicator = False
     several_levels = cfg.neck.num_levels > 1
     cfg.num_classes, cfg.num_queries = 10, 30
     cfg.backbone.update(name="resnet18", weights=None)

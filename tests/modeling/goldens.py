@@ -21,9 +21,8 @@ from dn_detr.checkpoint import load_tensors, to_layout
 from dn_detr.config import get_config, instantiate
 from dn_detr.layers import PositionEmbeddingSine
 from dn_detr.layers.position_embedding import _sine
-from dn_detr.modeling import Detector
+from dn_detr.modeling import NOTHING, Detector, FocalClassification
 from dn_detr.modeling.denoising import Noise
-from dn_detr.modeling.losses import focal_loss
 from dn_detr.modeling.queries import ProposalQueries
 from dn_detr.ops import missing_kernels, use_kernels
 
@@ -172,7 +171,7 @@ def evaluate(model: Detector, images: Tensor, mask: Tensor) -> Evaluation:
     with torch.no_grad(), recording(parts) as calls:
         outputs = model.forward_tensors(images, mask)
     states, references = calls["decoder"][-1]
-    logits, boxes = calls["heads"][-1]
+    logits, boxes = calls["heads"][-1]["pred_logits"], calls["heads"][-1]["pred_boxes"]
     assert torch.equal(outputs["pred_logits"], logits[-1])
     assert torch.equal(outputs["pred_boxes"], boxes[-1])
     return Evaluation(
@@ -259,7 +258,7 @@ def train(
         losses[name] = losses[name] + term
     total = torch.stack(list(losses.values())).sum()
     total.backward()
-    logits, boxes = calls["heads"][-1]
+    outputs = calls["heads"][-1]
     gradients = _gradients(model)
     return Step(
         losses={name: value.item() for name, value in losses.items()},
@@ -271,8 +270,8 @@ def train(
         ],
         noised=calls["denoising"][-1] if model.denoising is not None else None,
         matching=calls["matcher"],
-        logits=logits.detach(),
-        boxes=boxes.detach(),
+        logits=outputs["pred_logits"].detach(),
+        boxes=outputs["pred_boxes"].detach(),
         queries=calls["queries"][-1],
         calls=calls,
     )
@@ -331,12 +330,13 @@ def embed_padding(
 
 def empty_slots_as_negatives(calls: dict[str, list[Any]]) -> dict[str, Tensor]:
     """Focal loss of the denoising slots that hold no noised box."""
-    (logits, _), noised = calls["heads"][-1], calls["denoising"][-1]
+    logits, noised = calls["heads"][-1]["pred_logits"], calls["denoising"][-1]
     empty = torch.ones(logits.shape[1], noised.num_slots, dtype=torch.bool)
-    empty[noised.image, noised.slot] = False
+    empty[noised.pairs.classified] = False
     negatives = logits[:, :, : noised.num_slots][:, empty]
-    terms = focal_loss(negatives, torch.zeros_like(negatives), alpha=0.25, gamma=2.0)
-    *early, last = (terms / max(len(noised.labels), 1)).unbind()
+    nothing = torch.full(negatives.shape[:-1], NOTHING)
+    terms = FocalClassification().loss(negatives, nothing, max(len(noised.pairs), 1))
+    *early, last = terms.unbind()
     return {"loss_ce_dn": last} | {f"loss_ce_dn_{i}": term for i, term in enumerate(early)}
 
 

@@ -101,10 +101,9 @@ def test_pieces_add_up_when_they_are_padded_otherwise(in_float64):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("objects", [[3, 1], [0, 0], [9, 2], [0, 5, 40]])
 def test_the_noised_boxes_are_counted_before_they_are_drawn(objects, masked):
-    denoising = QueryDenoising(5, 8, max_queries=12, num_groups=3, mask_empty_slots=masked)
+    denoising = QueryDenoising(5, max_queries=12, num_groups=3, mask_empty_slots=masked)
     targets = [{"labels": torch.zeros(n).long(), "boxes": torch.rand(n, 4)} for n in objects]
-    noised = denoising(targets, torch.zeros(len(objects), 2, 8), torch.zeros(len(objects), 2, 4))
-    assert denoising.num_noised(objects) == len(noised.labels)
+    assert denoising.num_noised(objects) == len(denoising.noise(targets).pairs)
 
 
 @pytest.mark.parametrize("family_config", FAMILIES, indirect=True)

@@ -84,7 +84,8 @@ def test_shared_heads_are_one_head():
     heads = DetectionHeads(3, CHANNELS, num_layers=6, shared=True)
     assert len(heads.class_embed) == len(heads.bbox_embed) == 1
     states, references = torch.randn(6, 2, QUERIES, CHANNELS), torch.rand(6, 2, QUERIES, 4)
-    logits, boxes = heads(states, references)
+    outputs = heads(states, references)
+    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
     torch.testing.assert_close(logits[4], heads.class_embed[0](states[4]))
     torch.testing.assert_close(boxes[4], heads.predict_boxes(0, states[4], references[4]))
 
@@ -259,7 +260,7 @@ def test_a_config_makes_a_decoder_of_own_layers_as_dino_has_it():
     inputs = torch.randn(2, QUERIES, CHANNELS), torch.randn(2, QUERIES, 4)
     states, references = built(*inputs, _memory((4, 6), (2, 3)), heads)
     assert references.requires_grad
-    logits, boxes = heads(states, references)
-    (logits.sum() + boxes.sum()).backward()
+    outputs = heads(states, references)
+    (outputs["pred_logits"].sum() + outputs["pred_boxes"].sum()).backward()
     parameters = [*built.named_parameters(), *heads.named_parameters()]
     assert [name for name, p in parameters if p.grad is None] == []

@@ -11,8 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dn_detr.modeling import NoisedQueries, QueryDenoising
-from dn_detr.modeling.denoising import Noise
+from dn_detr.config import instantiate
+from dn_detr.modeling import (
+    BoxQueryEmbedding,
+    DetectionCriterion,
+    NoisedBoxes,
+    NoisedQueries,
+    QueryDenoising,
+)
+from dn_detr.structures import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
+
+from .conftest import make_sample
 
 QUERIES, DIM, CLASSES = 4, 8, 5
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "minimal_dn_detector.py"
@@ -29,10 +38,17 @@ def _targets(counts: list[int]) -> list[dict[str, Tensor]]:
     ]
 
 
+def _denoising(**options) -> QueryDenoising:
+    return QueryDenoising(CLASSES, BoxQueryEmbedding(CLASSES, DIM), **options)
+
+
 def _noised(counts: list[int], seeds: list[int] | None = None, **options) -> NoisedQueries:
-    denoising = QueryDenoising(CLASSES, DIM, **options)
     content, anchors = torch.randn(len(counts), QUERIES, DIM), torch.randn(len(counts), QUERIES, 4)
-    return denoising(_targets(counts), content, anchors, seeds)
+    return _denoising(**options)(_targets(counts), content, anchors, seeds)
+
+
+def _boxes(counts: list[int], seeds: list[int] | None = None, **options) -> NoisedBoxes:
+    return QueryDenoising(CLASSES, **options).noise(_targets(counts), seeds)
 
 
 counts = st.lists(st.integers(0, 9), min_size=1, max_size=4)
@@ -41,11 +57,12 @@ counts = st.lists(st.integers(0, 9), min_size=1, max_size=4)
 @settings(deadline=None, max_examples=60)
 @given(counts, st.integers(1, 4), st.integers(1, 12), st.booleans())
 def test_size_is_bounded_and_every_noised_box_has_its_own_slot(counts, groups, most, masked):
-    noised = _noised(counts, num_groups=groups, max_queries=most, mask_empty_slots=masked)
-    assert noised.content.shape == (len(counts), noised.num_slots + QUERIES, DIM)
+    options = {"num_groups": groups, "max_queries": most, "mask_empty_slots": masked}
+    queries, noised = _noised(counts, **options), _boxes(counts, **options)
+    assert queries.content.shape == (len(counts), queries.num_slots + QUERIES, DIM)
     places = set(zip(noised.image.tolist(), noised.slot.tolist(), strict=True))
     assert len(places) == len(noised.slot)
-    assert noised.num_slots <= (most if masked else max(most, max(counts)))
+    assert queries.num_slots <= (most if masked else max(most, max(counts)))
     for image, count in enumerate(counts):
         repeats = min(groups, max(1, most // max(count, 1)))
         if masked:
@@ -55,39 +72,44 @@ def test_size_is_bounded_and_every_noised_box_has_its_own_slot(counts, groups, m
 @settings(deadline=None, max_examples=60)
 @given(counts, st.floats(0, 3))
 def test_noised_boxes_lie_in_the_unit_square_with_sides_that_are_not_negative(counts, box_noise):
-    denoising = QueryDenoising(CLASSES, DIM, box_noise=box_noise)
-    boxes = torch.cat([target["boxes"] for target in _targets(counts)])
-    noise = denoising.draw_noise(len(boxes), torch.Generator().manual_seed(0))
-    one_group = Noise(noise.flip[0], noise.label[0], noise.box[0])
-    _, noised = denoising._add_noise(torch.zeros(len(boxes), dtype=torch.long), boxes, one_group)
-    assert ((noised >= 0) & (noised <= 1)).all()
+    boxes = _boxes(counts, box_noise=box_noise).boxes
+    assert ((boxes >= 0) & (boxes <= 1)).all()
 
 
 def test_without_noise_the_queries_are_the_ground_truth():
-    noised = _noised([3, 2], label_noise=0.0, box_noise=0.0)
-    boxes = noised.anchors[noised.image, noised.slot].sigmoid()
-    torch.testing.assert_close(boxes, noised.boxes.clamp(1e-3, 1 - 1e-3), atol=1e-5, rtol=0)
+    options = {"label_noise": 0.0, "box_noise": 0.0}
+    queries, noised = _noised([3, 2], **options), _boxes([3, 2], **options)
+    true = noised.pairs.objects(_targets([3, 2]), "boxes")[0]
+    assert torch.equal(noised.boxes, true)
+    boxes = queries.position[noised.image, noised.slot].sigmoid()
+    torch.testing.assert_close(boxes, true.clamp(1e-3, 1 - 1e-3), atol=1e-5, rtol=0)
 
 
 def test_label_noise_replaces_the_wanted_share():
-    denoising = QueryDenoising(CLASSES, DIM, label_noise=0.3, num_groups=50)
-    with torch.no_grad():  # rows that tell their label
-        denoising.label_embed.weight.copy_(torch.arange(CLASSES + 1.0)[:, None].expand(-1, DIM - 1))
-    noised = denoising(_targets([60]), torch.zeros(1, 1, DIM), torch.zeros(1, 1, 4))
-    labels = noised.content[noised.image, noised.slot, 0].long()
-    changed = (labels != noised.labels).float().mean().item()
-    assert labels.max() < CLASSES
-    assert changed == pytest.approx(0.3 * (1 - 1 / CLASSES), abs=0.05)
+    noised = _boxes([60], label_noise=0.3, num_groups=50)
+    changed = noised.labels != noised.pairs.objects(_targets([60]), "labels")[0]
+    assert noised.labels.max() < CLASSES
+    assert changed.float().mean().item() == pytest.approx(0.3 * (1 - 1 / CLASSES), abs=0.05)
 
 
 def test_box_noise_stays_within_its_reach():
-    noised = _noised([50], box_noise=0.4, num_groups=10)
-    boxes = noised.anchors[noised.image, noised.slot].sigmoid()
-    reach = torch.cat([noised.boxes[:, 2:] / 2, noised.boxes[:, 2:]], dim=-1) * 0.4
-    assert ((boxes - noised.boxes).abs() <= reach + 2e-3).all()
+    noised = _boxes([50], box_noise=0.4, num_groups=10)
+    true = noised.pairs.objects(_targets([50]), "boxes")[0]
+    reach = torch.cat([true[:, 2:] / 2, true[:, 2:]], dim=-1) * 0.4
+    assert ((noised.boxes - true).abs() <= reach + 1e-6).all()
 
 
-def test_nobody_outside_a_group_sees_its_boxes_and_nobody_sees_empty_slots():
+def test_noised_labels_and_boxes_become_content_and_position():
+    denoising, targets = _denoising(), _targets([3])
+    queries = denoising(targets, torch.zeros(1, 1, DIM), torch.zeros(1, 1, 4), [7])
+    noised = denoising.noise(targets, [7])
+    content, position = denoising.embed(noised.labels, noised.boxes, noised.group)
+    assert torch.equal(queries.content[0, noised.slot], content)
+    assert torch.equal(queries.position[0, noised.slot], position)
+    assert torch.equal(content[:, :-1], denoising.embed.label_embed.weight[noised.labels])
+
+
+def test_groups_are_hidden_from_other_queries_and_empty_slots_from_all():
     noised = _noised([3, 1], num_groups=2)
     sees = ~noised.attention_mask
     slots = noised.num_slots
@@ -105,87 +127,120 @@ def test_nobody_outside_a_group_sees_its_boxes_and_nobody_sees_empty_slots():
 
 
 def test_noise_of_an_image_depends_on_its_own_seed_only():
-    together = _noised([3, 5], seeds=[7, 8])
-    alone = _noised([3], seeds=[7])
+    together, alone = _boxes([3, 5], seeds=[7, 8]), _boxes([3], seeds=[7])
     mine = together.image == 0
-    torch.testing.assert_close(
-        together.anchors[0, together.slot[mine]], alone.anchors[0, alone.slot]
-    )
+    assert torch.equal(together.boxes[mine], alone.boxes)
+    assert torch.equal(together.labels[mine], alone.labels)
 
 
 def test_split_is_the_inverse_of_prepending():
     noised = _noised([2, 1])
-    (dn_content, _), (content, anchors) = noised.split(noised.content, noised.anchors)
-    assert dn_content.shape[1] == noised.num_slots
-    torch.testing.assert_close(torch.cat([dn_content, content], 1), noised.content)
-    assert anchors.shape == (2, QUERIES, 4)
+    outputs = {"content": noised.content[None], "position": noised.position[None]}
+    denoising, matching = noised.split(outputs)
+    assert denoising["content"].shape[2] == noised.num_slots
+    joint = torch.cat([denoising["content"], matching["content"]], 2)
+    torch.testing.assert_close(joint, outputs["content"])
+    assert matching["position"].shape == (1, 2, QUERIES, 4)
 
 
 def test_indicator_tells_noised_from_matching_queries():
     noised = _noised([2, 1])
-    assert (noised.content[noised.image, noised.slot, -1] == 1).all()
+    assert (noised.content[noised.pairs.image, noised.pairs.query[0], -1] == 1).all()
 
 
 def test_loss_of_a_perfect_reconstruction_is_zero():
-    denoising = QueryDenoising(CLASSES, DIM)
-    noised = denoising(_targets([2, 3]), torch.zeros(2, 1, DIM), torch.zeros(2, 1, 4))
+    targets = _targets([2, 3])
+    noised = _denoising()(targets, torch.zeros(2, 1, DIM), torch.zeros(2, 1, 4))
+    image, slot = noised.pairs.image, noised.pairs.query[0]
     boxes = torch.full((1, 2, noised.num_slots, 4), 0.5)
-    boxes[0, noised.image, noised.slot] = noised.boxes
+    boxes[0, image, slot] = noised.pairs.objects(targets, "boxes")[0]
     logits = torch.full((1, 2, noised.num_slots, CLASSES), -50.0)
-    logits[0, noised.image, noised.slot, noised.labels] = 50.0
-    losses = denoising.loss(logits, boxes, noised)
+    logits[0, image, slot, noised.pairs.objects(targets, "labels")[0]] = 50.0
+    outputs = {"pred_logits": logits, "pred_boxes": boxes}
+    losses = DetectionCriterion()(outputs, targets, noised.pairs, count=1, suffix="_dn")
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(
         {"loss_ce_dn": 0, "loss_bbox_dn": 0, "loss_giou_dn": 0}, abs=1e-3
     )
 
 
-def test_weights_and_focal_parameters_reach_the_loss():
-    def losses(**options):
-        denoising = QueryDenoising(CLASSES, DIM, **options)
-        noised = denoising(_targets([3]), torch.zeros(1, 1, DIM), torch.zeros(1, 1, 4), [0])
-        generator = torch.Generator().manual_seed(0)
-        logits = torch.randn(1, 1, noised.num_slots, CLASSES, generator=generator)
-        return denoising.loss(logits, torch.full((1, 1, noised.num_slots, 4), 0.4), noised)
-
-    plain = losses()
-    heavy = losses(weights={"loss_ce": 3.0, "loss_bbox": 10.0, "loss_giou": 2.0})
-    torch.testing.assert_close(heavy["loss_ce_dn"], 3 * plain["loss_ce_dn"])
-    torch.testing.assert_close(heavy["loss_bbox_dn"], 2 * plain["loss_bbox_dn"])
-    torch.testing.assert_close(heavy["loss_giou_dn"], plain["loss_giou_dn"])
-    assert losses(alpha=0.5)["loss_ce_dn"] != plain["loss_ce_dn"]
-    assert losses(gamma=0.0)["loss_ce_dn"] > plain["loss_ce_dn"]
+def test_empty_slots_are_not_classified():
+    noised = _noised([3, 1], num_groups=2)
+    image, slot = noised.pairs.classified
+    assert noised.num_slots == 6 and image.tolist() == [0] * 6 + [1] * 2
+    assert slot.tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
 
 
 def test_one_target_per_image_is_required():
     with pytest.raises(ValueError, match="1 targets for a batch of 2"):
-        QueryDenoising(CLASSES, DIM)(_targets([3]), torch.zeros(2, 1, DIM), torch.zeros(2, 1, 4))
-
-
-@pytest.mark.parametrize("weights", [{}, {"loss_ce": 1.0}, {"loss_cls": 1.0}])
-def test_incomplete_weights_are_refused(weights):
-    with pytest.raises(ValueError, match="loss weights"):
-        QueryDenoising(CLASSES, DIM, weights=weights)
+        _denoising()(_targets([3]), torch.zeros(2, 1, DIM), torch.zeros(2, 1, 4))
 
 
 def test_more_objects_than_queries_are_a_random_choice_of_them():
     chosen = [
-        tuple(_noised([9], seeds=[seed], max_queries=4, num_groups=1).boxes[:, 0].tolist())
+        tuple(_boxes([9], seeds=[seed], max_queries=4, num_groups=1).pairs.target[0].tolist())
         for seed in range(4)
     ]
-    assert len(set(chosen)) > 1 and all(len(boxes) == 4 for boxes in chosen)
+    assert len(set(chosen)) > 1 and all(len(set(objects)) == 4 for objects in chosen)
 
 
 def test_without_objects_losses_are_zero_and_the_label_table_gets_a_gradient():
-    denoising = QueryDenoising(CLASSES, DIM)
-    noised = denoising(_targets([0, 0]), torch.zeros(2, 1, DIM), torch.zeros(2, 1, 4))
+    denoising, targets = _denoising(), _targets([0, 0])
+    noised = denoising(targets, torch.zeros(2, 1, DIM), torch.zeros(2, 1, 4))
     assert noised.num_slots == 0
-    (states,), _ = noised.split(noised.content)
-    logits, boxes = states[None, ..., :CLASSES], states[None, ..., :4]
-    total = torch.stack(list(denoising.loss(logits, boxes, noised).values())).sum()
+    states = noised.content[None]
+    outputs, _ = noised.split({"pred_logits": states[..., :CLASSES], "pred_boxes": states[..., :4]})
+    losses = DetectionCriterion()(outputs, targets, noised.pairs, count=1)
+    total = torch.stack(list(losses.values())).sum()
     total.backward()
     assert total == 0
-    assert denoising.label_embed.weight.grad is not None
-    assert not denoising.label_embed.weight.grad.any()
+    assert denoising.embed.label_embed.weight.grad is not None
+    assert not denoising.embed.label_embed.weight.grad.any()
+
+
+class ContrastiveDenoising(QueryDenoising):
+    """DINO's: each object has a near box that is to become it and a far one that is nothing."""
+
+    num_negatives = 1
+
+    def add_noise(self, labels, boxes, noise, negative):
+        """Move corners by less (near) or more (far) than half box sizes times the box noise."""
+        labels, _ = super().add_noise(labels, boxes, noise, negative)
+        draw = noise.box.to(boxes) * 2 - 1
+        move = draw + draw.sign() * negative[:, None]
+        reach = boxes[:, 2:].repeat(1, 2) / 2 * self.box_noise
+        boxes_xyxy = (box_cxcywh_to_xyxy(boxes) + move * reach).clamp(0, 1)
+        return labels, box_xyxy_to_cxcywh(boxes_xyxy)
+
+
+def test_contrastive_denoising_has_a_near_positive_and_a_far_negative_of_each_object():
+    counts = [3, 1]
+    denoising = ContrastiveDenoising(CLASSES, num_groups=4, max_queries=18, box_noise=0.1)
+    noised = denoising.noise(_targets(counts))
+    groups = {0: 3, 1: 4}  # 18 queries hold 3 groups of 2 * 3
+    for image, count in enumerate(counts):
+        assert (noised.image == image).sum() == groups[image] * 2 * count
+        assert (noised.pairs.image == image).sum() == groups[image] * count
+    assert denoising.num_noised(counts) == len(noised.pairs) == 3 * 3 + 4
+    positives = set(zip(noised.pairs.image.tolist(), noised.pairs.query[0].tolist(), strict=True))
+    places = list(zip(noised.image.tolist(), noised.slot.tolist(), strict=True))
+    assert len(set(places)) == len(places) and positives < set(places)
+
+
+def test_contrastive_denoising_trains(small_config):
+    denoising = small_config.denoising
+    denoising._target_ = ContrastiveDenoising
+    detector = instantiate(small_config)
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-3)
+    samples = [make_sample(64, 80, count, seed) for seed, count in enumerate((2, 3))]
+    history = []
+    for _ in range(12):
+        losses = detector(samples)
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        history.append(sum(v.item() for k, v in losses.items() if "_dn" in k))
+    assert detector.diagnostics.denoising_total == 5 * 5
+    assert history[-1] < 0.8 * history[0]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +248,7 @@ def test_without_objects_losses_are_zero_and_the_label_table_gets_a_gradient():
 )
 def test_settings_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        QueryDenoising(CLASSES, DIM, **options)
+        QueryDenoising(CLASSES, **options)
 
 
 def test_documented_example_learns_in_fewer_than_100_lines():

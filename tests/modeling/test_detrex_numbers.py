@@ -229,25 +229,26 @@ def _trace(golden: Golden, found: Evaluation | Step) -> dict[str, list[Tensor]]:
         start = references[0, 0] if learned else references[0]
         outputs = [states, start, torch.cat([references[1:], found.boxes[-1:]])]
     if found.queries.proposals is not None:
-        outputs += [found.queries.content, found.queries.anchors.sigmoid()]
+        outputs += [found.queries.content, found.queries.position.sigmoid()]
     return trace | {f"transformer.{i}": [output] for i, output in enumerate(outputs)}
 
 
 @pytest.mark.parametrize(("run", "image"), [("eval_single1", 1), ("eval", 0), ("eval", 1)])
 def test_predictions_become_the_detections_of_detrex(golden, run, image):
     row = 0 if run == "eval_single1" else image
-    predictions = [
-        torch.from_numpy(golden.arrays[f"{run}_pred_{k}"][row : row + 1])
-        for k in ("logits", "boxes")
-    ]
+    predictions = {
+        name: torch.from_numpy(golden.arrays[f"{run}_{name}"][row : row + 1])
+        for name in ("pred_logits", "pred_boxes")
+    }
     sample = golden.rules.images()[image]
-    (found,) = golden.model.postprocess(*predictions, [(sample["height"], sample["width"])])
+    (found,) = golden.model.postprocess(predictions, [(sample["height"], sample["width"])])
     expected = [golden.arrays[f"{run}_{k}_{image}"][None] for k in ("scores", "classes", "boxes")]
     assert_kept_as([_clipped(found)], *expected)
 
 
 def test_unpadded_image_gives_the_scores_of_detrex(alone, golden):
-    (found,) = golden.model.postprocess(alone.logits[-1], alone.boxes[-1], [(448, 576)])
+    predictions = {"pred_logits": alone.logits[-1], "pred_boxes": alone.boxes[-1]}
+    (found,) = golden.model.postprocess(predictions, [(448, 576)])
     assert_near(found.scores, golden.arrays["eval_single1_scores_1"], LOGITS / 4)
 
 
@@ -283,7 +284,7 @@ def test_two_stage_model_chooses_the_cells_of_detrex(request, golden, run):
 def test_noised_queries_are_those_of_detrex(golden, name):
     noised, arrays = golden.step(name).noised, golden.arrays
     slots = noised.num_slots
-    anchors = noised.anchors[:, :slots].detach()
+    anchors = noised.position[:, :slots].detach()
     assert_near(anchors, arrays[f"{name}_dn_box_queries_unact"], 1e-5)
     blocked = np.unpackbits(
         arrays[f"{name}_dn_attn_mask_packed"], axis=1, count=noised.attention_mask.shape[-1]
@@ -298,7 +299,7 @@ def _content_of_detrex(golden: Golden, name: str) -> Tensor:
     counts = COUNTS[name]
     labels = torch.from_numpy(golden.arrays[f"{name}_dn_noised_labels"]).long()
     labels = labels.unflatten(0, (GROUPS, sum(counts)))
-    table = golden.model.denoising.label_embed.weight.detach()
+    table = golden.model.denoising.embed.label_embed.weight.detach()
     content = torch.zeros(len(counts), GROUPS, max(counts), table.shape[1] + 1)
     for image, own in enumerate(labels.split(counts, dim=1)):
         rows = torch.nn.functional.pad(table[own], (0, 1), value=1.0)
@@ -312,7 +313,7 @@ def test_training_predictions_are_those_of_detrex(golden):
     assert_near(step.logits[-1, :, slots:], arrays["train_pred_logits"], LOGITS)
     assert_near(step.boxes[-1, :, slots:], arrays["train_pred_boxes"], BOXES)
     if "train_enc_pred_boxes" in arrays:
-        assert_near(step.queries.anchors.sigmoid(), arrays["train_enc_pred_boxes"], BOXES)
+        assert_near(step.queries.position.sigmoid(), arrays["train_enc_pred_boxes"], BOXES)
     if slots:
         assert_near(step.logits[-1, :, :slots], arrays["train_dn_pred_logits"], LOGITS)
         assert_near(step.boxes[-1, :, :slots], arrays["train_dn_pred_boxes"], BOXES)

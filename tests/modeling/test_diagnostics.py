@@ -8,8 +8,6 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from dn_detr.modeling import QueryDenoising
-
 from .conftest import make_sample
 
 
@@ -23,10 +21,10 @@ def test_queries_are_those_that_the_matcher_gives_each_object(small):
     queries = small.diagnostics.queries
     images, mask = small.preprocess(samples)
     small.denoising = None
-    memory = small._encode(images, mask)
+    memory = small.encode(images, mask)
     own = small.queries(memory)
-    logits, boxes = small._decode(memory, own.content, own.anchors)
-    cost = small.criterion.matcher.cost(logits, boxes, small.prepare_targets(samples))[-1]
+    outputs = small.decode(memory, own.content, own.position)
+    cost = small.criterion.matcher.cost(outputs, small.prepare_targets(samples))[-1]
     for image, (found, count) in enumerate(zip(queries, [2, 0, 3], strict=True)):
         assert found.dtype == torch.int64 and found.device.type == "cpu"
         chosen, objects = linear_sum_assignment(cost[image, :, :count])
@@ -41,13 +39,16 @@ def test_an_object_without_a_query_has_number_minus_one(small):
     assert sorted(found[found >= 0].tolist()) == list(range(small.num_queries))
 
 
-def test_noised_boxes_of_the_right_class_are_counted():
-    denoising = QueryDenoising(4, 8)
-    targets = [{"labels": torch.tensor([n % 4, 2]), "boxes": torch.rand(2, 4)} for n in range(3)]
-    noised = denoising(targets, torch.zeros(3, 1, 8), torch.zeros(3, 1, 4))
-    logits = torch.zeros(2, 3, noised.num_slots, 4)
-    logits[-1, ..., 2] = 1.0
-    assert denoising.count_correct(logits, noised) == (noised.labels == 2).sum() == 4 * 5
+def test_noised_boxes_of_the_right_class_are_counted(small):
+    samples = _samples([2, 3])
+    label = samples[0]["instances"].gt_classes[0]
+    with torch.no_grad():
+        for head in small.heads.class_embed:
+            head.weight.zero_()
+            head.bias.copy_(torch.arange(10) == label)
+    small(samples)
+    found = sum((sample["instances"].gt_classes == label).sum().item() for sample in samples)
+    assert small.diagnostics.denoising_correct == 5 * found > 0
 
 
 @pytest.mark.parametrize("objects", [[2, 3], [0, 0]])

@@ -54,7 +54,7 @@ def test_deformable_attention_starts_from_its_grid_with_equal_weights(fresh):
         "transformer.level_embed",
         "queries.content.weight",
         "queries.anchors.weight",
-        "denoising.label_embed.weight",
+        "denoising.embed.label_embed.weight",
     ],
 )
 def test_embeddings_are_standard_normal(fresh, name):

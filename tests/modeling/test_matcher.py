@@ -7,7 +7,13 @@ import torchvision.ops as reference
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from dn_detr.modeling import HungarianMatcher
+from dn_detr.modeling import (
+    BoxGIoUCost,
+    BoxL1Cost,
+    ClassificationCost,
+    FocalClassification,
+    HungarianMatcher,
+)
 
 
 def _problem(counts: list[int], layers: int = 3, queries: int = 7, classes: int = 4):
@@ -21,7 +27,7 @@ def _problem(counts: list[int], layers: int = 3, queries: int = 7, classes: int 
         }
         for n in counts
     ]
-    return logits, boxes, targets
+    return {"pred_logits": logits, "pred_boxes": boxes}, targets
 
 
 def _cost_of_one(logits: Tensor, boxes: Tensor, target: dict[str, Tensor]) -> Tensor:
@@ -35,8 +41,9 @@ def _cost_of_one(logits: Tensor, boxes: Tensor, target: dict[str, Tensor]) -> Te
 
 def test_every_layer_and_image_gets_scipys_assignment():
     counts = [3, 0, 5]
-    logits, boxes, targets = _problem(counts)
-    matching = HungarianMatcher()(logits, boxes, targets)
+    outputs, targets = _problem(counts)
+    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+    matching = HungarianMatcher()(outputs, targets)
     offset = 0
     for image, count in enumerate(counts):
         ours = matching.image == image
@@ -49,8 +56,9 @@ def test_every_layer_and_image_gets_scipys_assignment():
 
 
 def test_cost_is_the_published_one():
-    logits, boxes, targets = _problem([4, 2])
-    cost = HungarianMatcher().cost(logits, boxes, targets)
+    outputs, targets = _problem([4, 2])
+    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+    cost = HungarianMatcher().cost(outputs, targets)
     for image, count in enumerate((4, 2)):
         expected = _cost_of_one(logits[1, image], boxes[1, image], targets[image]).float()
         torch.testing.assert_close(cost[1, image, :, :count], expected, rtol=1e-4, atol=1e-4)
@@ -58,14 +66,32 @@ def test_cost_is_the_published_one():
 
 def test_every_cost_counts_with_its_weight():
     problem = _problem([4])
-    parts = [
-        HungarianMatcher(*weights).cost(*problem)
-        for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+
+    def cost(by_class: float, bbox: float, giou: float) -> Tensor:
+        costs = {
+            "cost_class": ClassificationCost(weight=by_class),
+            "cost_bbox": BoxL1Cost(bbox),
+            "cost_giou": BoxGIoUCost(giou),
+        }
+        return HungarianMatcher(costs).cost(*problem)
+
+    parts = cost(1.0, 0.0, 0.0), cost(0.0, 1.0, 0.0), cost(0.0, 0.0, 1.0)
+    torch.testing.assert_close(cost(3.0, 4.0, 5.0), 3 * parts[0] + 4 * parts[1] + 5 * parts[2])
+
+
+def test_classification_decides_the_cost_of_a_class():
+    problem = _problem([4])
+    costs = [
+        ClassificationCost(FocalClassification(alpha=alpha))(*problem) for alpha in (0.25, 0.5)
     ]
-    together = HungarianMatcher(3.0, 4.0, 5.0).cost(*problem)
-    torch.testing.assert_close(together, 3 * parts[0] + 4 * parts[1] + 5 * parts[2])
-    other = HungarianMatcher(1.0, 0.0, 0.0, alpha=0.5).cost(*problem)
-    assert not torch.allclose(other, parts[0])
+    assert not torch.allclose(*costs)
+
+
+def test_queries_of_objects_are_the_pairs_of_the_last_layer():
+    matching = HungarianMatcher()(*_problem([3, 0, 5]))
+    assert [len(queries) for queries in matching.query_of_object] == [3, 0, 5]
+    found = torch.cat(matching.query_of_object)
+    assert torch.equal(found[matching.target[-1]], matching.query[-1])
 
 
 def test_more_objects_than_queries_keep_every_query():
@@ -80,8 +106,9 @@ def test_no_objects_match_nothing():
 
 
 def test_predictions_that_are_not_finite_still_match():
-    logits, boxes, targets = _problem([3])
-    matching = HungarianMatcher()(logits * torch.nan, boxes, targets)
+    outputs, targets = _problem([3])
+    outputs["pred_logits"] *= torch.nan
+    matching = HungarianMatcher()(outputs, targets)
     assert matching.query.shape == (3, 3)
 
 

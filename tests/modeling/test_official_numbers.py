@@ -113,9 +113,13 @@ def step(model, golden, rules, batch) -> Step:
     return _train(model, rules, batch)
 
 
+def _targets(rules: ModuleType) -> list[dict[str, Tensor]]:
+    return [{k: torch.from_numpy(v) for k, v in t.items()} for t in rules.make_targets()]
+
+
 def _train(model: Detector, rules: ModuleType, batch: Any, empty_images: int = 0) -> Step:
     """The recorded training step; the first ``empty_images`` images lose their objects."""
-    targets = [{k: torch.from_numpy(v) for k, v in t.items()} for t in rules.make_targets()]
+    targets = _targets(rules)
     for target in targets[:empty_images]:
         target.update({name: values[:0] for name, values in target.items()})
     counts = [len(target["labels"]) for target in targets]
@@ -221,7 +225,7 @@ def test_first_matching_queries_are_the_official_ones(evaluation, model, golden)
     if model.num_patterns:  # they were recorded before the pattern is added
         content = content - model.queries.patterns.weight[0]
     assert_near(content, golden["query_label_first_matching"], 1e-6)
-    assert_near(evaluation.queries.anchors[:, :4], golden["query_box_logit_first_matching"], 0)
+    assert_near(evaluation.queries.position[:, :4], golden["query_box_logit_first_matching"], 0)
 
 
 @pytest.mark.parametrize(("layer", "name"), [(0, "eval_aux0"), (-1, "eval")])
@@ -231,8 +235,8 @@ def test_predictions_are_the_official_ones(evaluation, golden, case, layer, name
 
 
 def test_postprocessing_is_the_official_one(model, golden):
-    predictions = [torch.from_numpy(golden[f"eval_pred_{k}"]) for k in ("logits", "boxes")]
-    found = model.postprocess(*predictions, golden["orig_sizes"].tolist())
+    predictions = {k: torch.from_numpy(golden[f"eval_{k}"]) for k in ("pred_logits", "pred_boxes")}
+    found = model.postprocess(predictions, golden["orig_sizes"].tolist())
     assert_kept_as(found, *(golden[f"post_{k}"] for k in ("scores", "labels", "boxes")))
 
 
@@ -247,7 +251,7 @@ def test_replayed_draws_are_the_recorded_ones(golden, rules):
 def test_noised_queries_are_the_official_ones(step, golden):
     slots = step.noised.num_slots
     assert_near(step.noised.content[:, :slots].detach(), golden["dn_query_label"], 1e-6)
-    assert_near(step.noised.anchors[:, :slots].detach(), golden["dn_query_box_logit"], 1e-5)
+    assert_near(step.noised.position[:, :slots].detach(), golden["dn_query_box_logit"], 1e-5)
 
 
 def test_denoising_mask_is_the_official_one(step, golden):
@@ -255,12 +259,14 @@ def test_denoising_mask_is_the_official_one(step, golden):
         np.testing.assert_array_equal(mask.numpy(), golden["attn_mask"])
 
 
-def test_denoising_targets_are_the_official_ones(step, golden):
+def test_denoising_targets_are_the_official_ones(step, golden, rules):
     # Theirs are group-major over the batch; a slot of an image identifies an entry in both.
     slots = golden["dn_map_known_indice"]
     order = np.lexsort((slots, np.tile(golden["dn_batch_idx"], GROUPS)))
-    np.testing.assert_array_equal(step.noised.labels, golden["dn_target_labels"][order])
-    np.testing.assert_array_equal(step.noised.boxes, golden["dn_target_boxes"][order])
+    targets = _targets(rules)
+    labels, boxes = (step.noised.pairs.objects(targets, name)[0] for name in ("labels", "boxes"))
+    np.testing.assert_array_equal(labels, golden["dn_target_labels"][order])
+    np.testing.assert_array_equal(boxes, golden["dn_target_boxes"][order])
 
 
 def test_denoising_predictions_are_the_official_ones(step, golden, case):
@@ -290,8 +296,10 @@ def test_every_training_loss_is_the_official_one(step, meta):
 
 
 def test_every_evaluation_loss_is_the_official_one(evaluation, model, rules, meta):
-    targets = [{k: torch.from_numpy(v) for k, v in t.items()} for t in rules.make_targets()]
-    losses = model.criterion(evaluation.logits, evaluation.boxes, targets)
+    targets = _targets(rules)
+    outputs = {"pred_logits": evaluation.logits, "pred_boxes": evaluation.boxes}
+    pairs = model.criterion.matcher(outputs, targets)
+    losses = model.criterion(outputs, targets, pairs, count=len(pairs))
     official = _official_losses(meta["eval_losses"], meta["weights"])
     expected = {name: value for name, value in official.items() if "_dn" not in name}
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(expected, rel=1e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dn_detr.modeling import AnchorQueries, Memory, ProposalQueries, Proposals
+from dn_detr.modeling import AnchorQueries, Memory, ProposalQueries
 from dn_detr.modeling.transformers import Levels
 
 CHANNELS = 8
@@ -26,13 +26,13 @@ def _unpadded(batch: int = 1, height: int = 6, width: int = 8) -> Memory:
 def test_patterns_are_added_to_copies_of_all_queries_pattern_after_pattern():
     queries = AnchorQueries(5, CHANNELS, content="shared", num_patterns=3)
     found = queries(_unpadded(batch=2))
-    assert found.content.shape == (2, 15, CHANNELS) and found.anchors.shape == (2, 15, 4)
+    assert found.content.shape == (2, 15, CHANNELS) and found.position.shape == (2, 15, 4)
     content = torch.cat([queries.content.weight[0], torch.zeros(1)])
     for pattern in range(3):
         copy = slice(5 * pattern, 5 * pattern + 5)
         expected = (queries.patterns.weight[pattern] + content).expand(5, -1)
         torch.testing.assert_close(found.content[1, copy], expected)
-        torch.testing.assert_close(found.anchors[1, copy], queries.anchors.weight)
+        torch.testing.assert_close(found.position[1, copy], queries.anchors.weight)
 
 
 @pytest.mark.parametrize(
@@ -74,41 +74,42 @@ def proposing() -> ProposalQueries:
     return queries
 
 
-def _ranked(proposing: ProposalQueries, memory: Memory) -> Proposals:
-    """Proposals of all cells, best first."""
+def _ranked(proposing: ProposalQueries, memory: Memory) -> dict[str, torch.Tensor]:
+    """Outputs (S, ...) of all cells of the first image, best first."""
     proposing.num_queries = memory.cells.shape[1]
     proposals = proposing(memory).proposals
     assert proposals is not None
-    return proposals
+    return {name: output[0, 0] for name, output in proposals.outputs.items()}
 
 
 def test_queries_are_the_cells_with_the_highest_class_logit(proposing):
     found = proposing(_unpadded())
     ranked = _ranked(proposing, _unpadded())
-    assert (ranked.logits[0].amax(-1).diff() <= 0).all()
-    torch.testing.assert_close(found.anchors[0].sigmoid(), ranked.boxes[0, :10])
-    torch.testing.assert_close(found.proposals.logits[0], ranked.logits[0, :10])
+    assert (ranked["pred_logits"].amax(-1).diff() <= 0).all()
+    torch.testing.assert_close(found.position[0].sigmoid(), ranked["pred_boxes"][:10])
+    logits = found.proposals.outputs["pred_logits"]
+    torch.testing.assert_close(logits[0, 0], ranked["pred_logits"][:10])
 
 
 def test_proposals_start_from_squares_around_their_cell(proposing):
     torch.nn.init.zeros_(proposing.bbox_embed.layers[-1].weight)
     coarse, fine = torch.zeros(1, 4, 4, dtype=torch.bool), torch.zeros(1, 8, 8, dtype=torch.bool)
-    boxes = _ranked(proposing, _memory(fine, coarse)).boxes[0]
+    boxes = _ranked(proposing, _memory(fine, coarse))["pred_boxes"]
     for square in ([2.5 / 8, 3.5 / 8, 0.05, 0.05], [3.5 / 4, 1.5 / 4, 0.1, 0.1]):
         distance = (boxes - torch.tensor(square)).abs().amax(-1)
         assert (distance < 1e-6).sum() == 1
 
 
 def test_cells_at_the_very_border_propose_the_whole_image(proposing):
-    boxes = _ranked(proposing, _unpadded(height=60, width=60)).boxes[0]
+    boxes = _ranked(proposing, _unpadded(height=60, width=60))["pred_boxes"]
     whole = (boxes == 1).all(-1)
     assert whole.sum() == 60 * 60 - 58 * 58 and (boxes[~whole] < 1).all()
 
 
 def test_queries_carry_no_gradient_and_proposals_do(proposing):
     found = proposing(_unpadded())
-    assert not found.content.requires_grad and not found.anchors.requires_grad
-    assert found.proposals.logits.requires_grad and found.proposals.boxes.requires_grad
+    assert not found.content.requires_grad and not found.position.requires_grad
+    assert all(output.requires_grad for output in found.proposals.outputs.values())
 
 
 def test_padding_is_never_proposed_and_changes_nothing(proposing):
@@ -118,15 +119,15 @@ def test_padding_is_never_proposed_and_changes_nothing(proposing):
     padded = _memory(mask, seed=1)
     padded.cells[~mask.flatten(1)] = alone.cells[0]
     expected, found = proposing(alone), proposing(padded)
-    torch.testing.assert_close(found.anchors, expected.anchors)
+    torch.testing.assert_close(found.position, expected.position)
     torch.testing.assert_close(found.content, expected.content)
     assert not found.proposals.padding.any()
 
 
 def test_an_image_with_fewer_cells_than_queries_gets_empty_proposals(proposing):
     found = proposing(_unpadded(height=2, width=3))
-    assert found.anchors.shape == (1, 10, 4) and found.proposals.padding.sum() == 4
-    assert (found.anchors[:, 6:].sigmoid() > 0.99).all()
+    assert found.position.shape == (1, 10, 4) and found.proposals.padding.sum() == 4
+    assert (found.position[:, 6:].sigmoid() > 0.99).all()
 
 
 def test_contents_are_projected_then_normalised_cells_empty_at_the_border(proposing):

@@ -34,8 +34,11 @@ class BoxDecoder(nn.Module, ABC):
             on; DINO does not.
 
     Attributes:
+        position_kind: what the queries must give, see `PositionKind`.
         activation_checkpointing: see `run_checkpointed`; layer by layer.
     """
+
+    position_kind = "box"
 
     def __init__(
         self,
