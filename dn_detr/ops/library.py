@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -116,18 +115,16 @@ def missing_kernels(device: str) -> str | None:
         return f"dn_detr has no kernels for {device}"
     try:
         load(CPU_LIBRARY)
-        return _cuda_problem() if device == "cuda" else None
+        if device == "cpu":
+            return None
+        library = load(CUDA_LIBRARY)
     except LibraryMissingError as error:
         return str(error)
-
-
-def _cuda_problem() -> str | None:
-    library = load(CUDA_LIBRARY)
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
     library.dn_detr_cuda_problem.restype = ctypes.c_char_p
-    words = library.dn_detr_cuda_problem()
-    return f"the kernels of {CUDA_LIBRARY} cannot run ({words.decode()})" if words else None
+    problem = library.dn_detr_cuda_problem()
+    return f"the kernels of {CUDA_LIBRARY} cannot run ({problem.decode()})" if problem else None
 
 
 def build_info() -> dict[str, dict[str, str]]:
@@ -149,43 +146,27 @@ def build_info() -> dict[str, dict[str, str]]:
     return result
 
 
-_COMPLAINT = re.compile(
-    "value|spatial_shapes|level_start_index|sampling_locations|attention_weights|"
-    "reference_points|offsets|logits|padding_mask|grad_output"
+_ARGUMENTS = (
+    *("value", "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights"),
+    *("reference_points", "offsets", "logits", "padding_mask", "grad_output"),
 )
 
 
-class CompiledOperators:
-    """`torch.ops.dn_detr_C`, whose complaints about arguments are always ValueErrors.
+def call(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """`operator(*arguments)`, whose complaints about arguments are always ValueErrors.
 
     PyTorch 2.15 makes a RuntimeError of C++'s std::invalid_argument; older ones a ValueError.
     """
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        operator = getattr(torch.ops.dn_detr_C, name)
-
-        def call(*arguments: Any) -> Any:
-            try:
-                return operator(*arguments)
-            except RuntimeError as error:
-                if type(error) is RuntimeError and _COMPLAINT.match(str(error)):
-                    raise ValueError(str(error)) from None
-                raise
-
-        return call
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        if type(error) is RuntimeError and str(error).startswith(_ARGUMENTS):
+            raise ValueError(str(error)) from None
+        raise
 
 
-@cache
-def _warn_once(device: str, problem: str) -> None:
-    warnings.warn(
-        f"Deformable attention on {device} uses slow PyTorch kernels, because {problem}. "
-        "`python -m dn_detr.collect_env` says more; DN_DETR_KERNELS=pytorch silences this.",
-        stacklevel=2,
-    )
-
-
-def compiled_operators(device: torch.device) -> CompiledOperators | None:
-    """The operators where their kernels are to be used, else None.
+def compiled_operators(device: torch.device) -> Any | None:
+    """`torch.ops.dn_detr_C` where its kernels are to be used, else None.
 
     Warns, once for each type of device, if they are missing but wanted.
 
@@ -197,6 +178,15 @@ def compiled_operators(device: torch.device) -> CompiledOperators | None:
         return None
     problem = missing_kernels(device.type)
     if problem is None:
-        return CompiledOperators()
+        return torch.ops.dn_detr_C
     _warn_once(device.type, problem)
     return None
+
+
+@cache
+def _warn_once(device: str, problem: str) -> None:
+    warnings.warn(
+        f"Deformable attention on {device} uses slow PyTorch kernels, because {problem}. "
+        "`python -m dn_detr.collect_env` says more; DN_DETR_KERNELS=pytorch silences this",
+        stacklevel=2,
+    )

@@ -12,13 +12,15 @@ map is a whole cell, more digits than half types have.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import eager
-from .library import compiled_operators
+from .library import call, compiled_operators
 
 
 def ms_deform_attn(
@@ -85,29 +87,31 @@ def ms_deform_attn_fused(
     )
 
 
-def _compiled(value: Tensor) -> Any | None:
-    """The compiled operators if they can compute with values like these."""
+def _kernel(name: str, value: Tensor, in_pytorch: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled kernel if it can compute with values like these, else the one in PyTorch."""
     operators = compiled_operators(value.device)
     dim = value.shape[-1] if value.dim() else 0
-    return operators if dim % 4 == 0 and dim <= 256 else None
+    if operators is None or dim % 4 or dim > 256:
+        return in_pytorch
+    # On a CPU every order of additions is fixed anyway.
+    if name.endswith("backward") and value.is_cuda and torch.are_deterministic_algorithms_enabled():
+        name += "_deterministic"
+    return partial(call, getattr(operators, name))
 
 
-def _coordinates(value: Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
-    """In the type that they are computed in; the dispatcher wants them on the device of value."""
+def _prepared(
+    value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, **tensors: Tensor | None
+) -> list[Tensor | None]:
+    """Inputs on the devices and in the types that the kernels take."""
     dtype = eager.working_type(value)
+    levels = (spatial_shapes, level_start_index)  # may lie on the CPU, or with `value`
+    inputs: list[Tensor | None] = [*(levels if value.is_cuda else (x.cpu() for x in levels))]
     for name, tensor in tensors.items():
-        eager.check_device(name, tensor, value)
-    return tuple(x.to(dtype) if x.is_floating_point() else x for x in tensors.values())
-
-
-def _levels(value: Tensor, *levels: Tensor) -> tuple[Tensor, ...]:
-    """Shapes and starts of levels may lie on the CPU, or with `value`."""
-    return levels if value.is_cuda else tuple(x.cpu() for x in levels)
-
-
-def _as(likes: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients in the types of what they belong to."""
-    return tuple(g.to(like.dtype) for g, like in zip(gradients, likes, strict=True))
+        if tensor is not None:
+            eager.check_device(name, tensor, value)
+            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        inputs.append(tensor)
+    return inputs
 
 
 @torch.library.custom_op("dn_detr::ms_deform_attn", mutates_args=())
@@ -118,13 +122,14 @@ def _forward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    levels = _levels(value, spatial_shapes, level_start_index)
-    inputs = _coordinates(
-        value, sampling_locations=sampling_locations, attention_weights=attention_weights
+    inputs = _prepared(
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_locations=sampling_locations,
+        attention_weights=attention_weights,
     )
-    operators = _compiled(value)
-    compute: Any = operators.ms_deform_attn_forward if operators else eager.forward
-    out: Tensor = compute(value, *levels, *inputs)
+    out: Tensor = _kernel("ms_deform_attn_forward", value, eager.forward)(value, *inputs)
     return out
 
 
@@ -137,21 +142,20 @@ def _backward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    levels = _levels(value, spatial_shapes, level_start_index)
-    inputs = _coordinates(
-        value, sampling_locations=sampling_locations, attention_weights=attention_weights
+    inputs = _prepared(
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_locations=sampling_locations,
+        attention_weights=attention_weights,
     )
-    operators = _compiled(value)
-    compute: Any
-    if operators is None:
-        compute = eager.backward
-    elif _must_be_deterministic(value):
-        compute = operators.ms_deform_attn_backward_deterministic
-    else:
-        compute = operators.ms_deform_attn_backward
-    gradients = compute(grad_output, value, *levels, *inputs)
-    g_value, g_locations, g_weights = _as((value, sampling_locations, attention_weights), gradients)
-    return g_value, g_locations, g_weights
+    kernel = _kernel("ms_deform_attn_backward", value, eager.backward)
+    g_value, g_locations, g_weights = kernel(grad_output, value, *inputs)
+    return (
+        g_value.to(value.dtype),
+        g_locations.to(sampling_locations.dtype),
+        g_weights.to(attention_weights.dtype),
+    )
 
 
 @torch.library.custom_op("dn_detr::ms_deform_attn_fused", mutates_args=())
@@ -164,13 +168,17 @@ def _fused_forward(
     logits: Tensor,
     padding_mask: Tensor | None,
 ) -> Tensor:
-    levels = _levels(value, spatial_shapes, level_start_index)
-    inputs = _coordinates(value, reference_points=reference_points, offsets=offsets, logits=logits)
-    if padding_mask is not None:
-        eager.check_device("padding_mask", padding_mask, value)
-    operators = _compiled(value)
-    compute: Any = operators.ms_deform_attn_fused_forward if operators else eager.fused_forward
-    out: Tensor = compute(value, *levels, *inputs, padding_mask)
+    inputs = _prepared(
+        value,
+        spatial_shapes,
+        level_start_index,
+        reference_points=reference_points,
+        offsets=offsets,
+        logits=logits,
+        padding_mask=padding_mask,
+    )
+    kernel = _kernel("ms_deform_attn_fused_forward", value, eager.fused_forward)
+    out: Tensor = kernel(value, *inputs)
     return out
 
 
@@ -185,35 +193,26 @@ def _fused_backward(
     logits: Tensor,
     padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    levels = _levels(value, spatial_shapes, level_start_index)
-    inputs = _coordinates(value, reference_points=reference_points, offsets=offsets, logits=logits)
-    if padding_mask is not None:
-        eager.check_device("padding_mask", padding_mask, value)
-    operators = _compiled(value)
-    compute: Any
-    if operators is None:
-        compute = eager.fused_backward
-    elif _must_be_deterministic(value):
-        compute = operators.ms_deform_attn_fused_backward_deterministic
-    else:
-        compute = operators.ms_deform_attn_fused_backward
-    gradients = compute(grad_output, value, *levels, *inputs, padding_mask)
-    g_value, g_references, g_offsets, g_logits = _as(
-        (value, reference_points, offsets, logits), gradients
+    inputs = _prepared(
+        value,
+        spatial_shapes,
+        level_start_index,
+        reference_points=reference_points,
+        offsets=offsets,
+        logits=logits,
+        padding_mask=padding_mask,
     )
-    return g_value, g_references, g_offsets, g_logits
-
-
-def _must_be_deterministic(value: Tensor) -> bool:
-    """On a CPU every order of additions is fixed anyway."""
-    return value.is_cuda and torch.are_deterministic_algorithms_enabled()
+    kernel = _kernel("ms_deform_attn_fused_backward", value, eager.fused_backward)
+    g_value, g_references, g_offsets, g_logits = kernel(grad_output, value, *inputs)
+    return (
+        g_value.to(value.dtype),
+        g_references.to(reference_points.dtype),
+        g_offsets.to(offsets.dtype),
+        g_logits.to(logits.dtype),
+    )
 
 
 # ---- shapes without numbers, for torch.compile and torch.export ----
-
-
-def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in tensors)
 
 
 def _check_traced(
@@ -278,12 +277,12 @@ def _(
 
 @_backward.register_fake
 def _(grad_output: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return _empty_like(value, *others[2:])
+    return tuple(x.new_empty(x.shape) for x in (value, *others[2:]))
 
 
 @_fused_backward.register_fake
 def _(grad_output: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return _empty_like(value, *others[2:5])
+    return tuple(x.new_empty(x.shape) for x in (value, *others[2:5]))
 
 
 # ---- autograd ----

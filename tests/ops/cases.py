@@ -89,7 +89,7 @@ def make_case(
     points: int = 4,
     seed: int = 0,
 ) -> Case:
-    """A random case; ``coordinates`` of a reference point are 2 or 4, or 0 for the classic one."""
+    """A random case; `coordinates` of a reference point are 2 or 4, or 0 for the classic one."""
     generator = torch.Generator().manual_seed(seed)
     spatial_shapes = torch.tensor(shapes, dtype=torch.int64).reshape(-1, 2)
     cells = spatial_shapes.prod(1)

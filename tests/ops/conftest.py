@@ -20,7 +20,7 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 
 @pytest.fixture(scope="session")
 def cpu_operators() -> Any:
-    """``torch.ops.dn_detr_C``."""
+    """`torch.ops.dn_detr_C`."""
     if (problem := missing_kernels("cpu")) is not None:
         pytest.skip(problem)
     return torch.ops.dn_detr_C
@@ -28,7 +28,7 @@ def cpu_operators() -> Any:
 
 @pytest.fixture(scope="session")
 def emulated_operators() -> Any:
-    """``torch.ops.dn_detr_emulated``: CUDA kernels on the CPU."""
+    """`torch.ops.dn_detr_emulated`: CUDA kernels on the CPU."""
     library = emulated.library()
     if library is None:
         pytest.skip("needs g++ on Linux to compile the CUDA kernels for the CPU")
@@ -38,7 +38,7 @@ def emulated_operators() -> Any:
 
 @pytest.fixture(params=["pytorch", *INSTRUCTION_SETS, "emulated"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The public functions compute with these; ``compiled`` chooses the best of this processor."""
+    """The public functions compute with these; `compiled` chooses the best of this processor."""
     name = request.param
     if name == "pytorch":
         with use_kernels("pytorch"):

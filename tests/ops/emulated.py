@@ -1,7 +1,7 @@
 """Builds the CUDA kernels and their binding for the CPU, over a small launch emulator (emulator/).
 
 The same sources are compiled by a C++ compiler and registered for CPU tensors as the library
-``dn_detr_emulated``.
+`dn_detr_emulated`.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ def test_environment_chooses_the_instruction_set(cpu_operators):
 
 
 def test_documentation_lists_no_kernels_that_are_refused():
-    documented = re.findall(r'``"(\w+)"``', use_kernels.__doc__ or "")
+    documented = re.findall(r'`"(\w+)"`', use_kernels.__doc__ or "")
     assert documented
     for kernels in documented:
         with use_kernels(kernels):
