@@ -1,4 +1,4 @@
-"""The models of the zoo by name: which there are, what is published of them, how to build one.
+"""The models of the zoo by name: which there are, how large they are, how to build one.
 
     from dn_detr import model_zoo
 
@@ -9,9 +9,7 @@ docs/model_zoo.md is the table of all of them.
 
 from __future__ import annotations
 
-import ast
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,44 +20,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dn_detr.checkpoint import load_model_weights, log_loading
-from dn_detr.config import ConfigError, LazyConfig, get_config, instantiate, list_configs, zoo_path
+from dn_detr.config import ConfigError, LazyConfig, get_config, instantiate, list_configs
 from dn_detr.config.errors import did_you_mean
 from dn_detr.modeling import Detector
-
-_TITLE = re.compile(
-    r"(?P<model>\S.*), (?P<epochs>\d+) epochs"
-    r"(: (?P<ap>\d\d\.\d) AP on COCO val2017|; no published AP)\."
-)
-_FIELDS = ("Row", "Source", "Weights", "Licence")
-_FIELD = re.compile(r"^([A-Z]\w+): +", re.MULTILINE)
-_LINK = re.compile(r"(?P<text>\S.*), (?P<url>https://\S+)")
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """What the docstring of a config says of published results.
-
-    Attributes:
-        name: of the config, without `.py`.
-        model: in words, such as "DN-DETR-R50-DC5, 3 patterns".
-        epochs: of its training.
-        ap: on COCO val2017 in percent, as published; None where no result is.
-        row: of the table that has the result; "" without one.
-        source: who prints it; "" without a result.
-        url: where; "" without a result.
-        weights: file names or Hugging Face ids of published weights, each with whose they are.
-        licence: of these weights; "" without any.
-    """
-
-    name: str
-    model: str
-    epochs: int
-    ap: float | None
-    row: str
-    source: str
-    url: str
-    weights: tuple[str, ...]
-    licence: str
 
 
 @dataclass(frozen=True)
@@ -76,7 +39,7 @@ class ModelSize:
 
 
 def list_models() -> list[str]:
-    """Names of all models of the zoo, sorted; each is a config file without `.py`."""
+    """Names of all models of the zoo and the projects, sorted: config files without `.py`."""
     return [name.removesuffix(".py") for name in list_configs()]
 
 
@@ -119,23 +82,6 @@ def get_model(
         report = load_model_weights(model, checkpoint, class_names=class_names, fine_tune=fine_tune)
         log_loading(checkpoint, report)
     return model.to(device).eval()
-
-
-def model_card(name: str) -> ModelCard:
-    """Read what is published of a model; its config does not run.
-
-    Args:
-        name: one of `list_models()`.
-
-    Raises:
-        ConfigError: no such model, or a docstring that is no card; the message names the file.
-    """
-    path = zoo_path(_known(name))
-    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    try:
-        return _parse_card(path.stem, docstring)
-    except ValueError as error:
-        raise ConfigError(f"{path}: the docstring is no model card: {error}") from None
 
 
 def model_size(name: str, image_size: tuple[int, int] = (800, 1066)) -> ModelSize:
@@ -189,54 +135,3 @@ def _known(name: str) -> str:
         near = did_you_mean(name, models) or f"; there are {', '.join(models)}"
         raise ConfigError(f"the zoo has no model {name!r}{near}")
     return name.removesuffix(".py")
-
-
-def _parse_card(name: str, docstring: str) -> ModelCard:
-    """Parse a docstring: the title line, then fields `Row: ...`, each ended by another or a gap.
-
-    Raises:
-        ValueError: says what is missing or wrong.
-    """
-    first = docstring.partition("\n")[0]
-    title = _TITLE.fullmatch(first)
-    if title is None:
-        raise ValueError(
-            f"it starts {first!r}, not as '<model>, 50 epochs: 44.4 AP on COCO val2017.' or "
-            "'<model>, 50 epochs; no published AP.'"
-        )
-    fields = _fields(docstring)
-    published = {"Row", "Source"} if title["ap"] else set()
-    if {"Row", "Source"} & fields.keys() != published:
-        raise ValueError("a published AP needs the fields Row and Source, and they need it")
-    link = _LINK.fullmatch(fields["Source"]) if title["ap"] else None
-    if title["ap"] and link is None:
-        raise ValueError(f"Source must be '<who>, https://...', not {fields['Source']!r}")
-    weights = fields.get("Weights", "none published")
-    names = () if weights == "none published" else tuple(weights.split(", "))
-    if bool(names) != ("Licence" in fields):
-        raise ValueError("published Weights need the field Licence, and it needs them")
-    return ModelCard(
-        name=name,
-        model=title["model"],
-        epochs=int(title["epochs"]),
-        ap=float(title["ap"]) if title["ap"] else None,
-        row=fields.get("Row", ""),
-        source=link["text"] if link else "",
-        url=link["url"] if link else "",
-        weights=names,
-        licence=fields.get("Licence", ""),
-    )
-
-
-def _fields(docstring: str) -> dict[str, str]:
-    """Texts of the fields by name, wrapped lines joined."""
-    fields: dict[str, str] = {}
-    for paragraph in docstring.split("\n\n"):
-        before, *parts = _FIELD.split(paragraph)
-        if before.strip() and parts:
-            raise ValueError(f"a blank line must separate {parts[0]} from the text before it")
-        for key, text in zip(parts[::2], parts[1::2], strict=True):
-            if key not in _FIELDS or key in fields:
-                raise ValueError(f"{key} is no field, or there twice; there are {_FIELDS}")
-            fields[key] = " ".join(text.split())
-    return fields

@@ -18,15 +18,14 @@ from dn_detr.layers import attend
 from dn_detr.model_zoo import (
     FLOP_FORMULAS,
     ModelSize,
-    _parse_card,
     get_model,
     list_models,
-    model_card,
     model_size,
 )
 from dn_detr.modeling import Detector
 from dn_detr.ops import ms_deform_attn, ms_deform_attn_fused
 from tools import make_model_zoo
+from tools.make_model_zoo import model_card, parse_card
 
 NEEDS_TIMM = "dn_detr_swin_t_50ep"
 PUBLISHED_MODELS = {
@@ -120,7 +119,7 @@ def test_a_model_has_the_weights_of_the_checkpoint(tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("function", [get_model, model_card, model_size])
+@pytest.mark.parametrize("function", [get_model, model_size])
 def test_a_wrong_name_gets_the_nearest(function):
     with pytest.raises(ConfigError, match="did you mean dn_detr_r50_50ep"):
         function("dn_detr_r50_50epochs")
@@ -159,7 +158,7 @@ def test_a_twelve_epoch_schedule_drops_before_its_last_epoch():
 
 
 def test_a_card_is_read_from_the_docstring():
-    card = _parse_card("some", CARD)
+    card = parse_card("some", CARD)
     assert (card.model, card.epochs, card.ap) == ("Some-DETR", 50, 44.4)
     assert card.row == "Some-DETR, the row of a name that is long"
     assert (card.source, card.url) == ("who prints it", "https://example.org/README")
@@ -183,13 +182,13 @@ def test_a_card_is_read_from_the_docstring():
 )
 def test_a_malformed_card_is_refused(old, new, message):
     with pytest.raises(ValueError, match=message):
-        _parse_card("some", CARD.replace(old, new))
+        parse_card("some", CARD.replace(old, new))
 
 
 def test_a_malformed_card_names_the_file(monkeypatch, tmp_path):
     path = tmp_path / "dn_detr_r50_50ep.py"
     path.write_text('"""A model."""\n')
-    monkeypatch.setattr("dn_detr.model_zoo.zoo_path", lambda name: path)
+    monkeypatch.setattr(make_model_zoo, "zoo_path", lambda name: path)
     with pytest.raises(ConfigError, match=r"dn_detr_r50_50ep\.py: the docstring is no model card"):
         model_card("dn_detr_r50_50ep")
 

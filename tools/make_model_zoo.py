@@ -10,12 +10,15 @@ built without memory. Needs timm (`pip install timm`).
 from __future__ import annotations
 
 import argparse
+import ast
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from dn_detr.config import LazyConfig, get_config
-from dn_detr.model_zoo import ModelCard, ModelSize, list_models, model_card, model_size
+from dn_detr.config import ConfigError, LazyConfig, get_config, zoo_path
+from dn_detr.model_zoo import ModelSize, list_models, model_size
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "model_zoo.md"
 
@@ -35,7 +38,6 @@ from dn_detr import model_zoo
 
 model_zoo.list_models()
 model = model_zoo.get_model("dn_deformable_detr_r50_50ep", checkpoint="checkpoint0049.pth")
-model_zoo.model_card("dn_deformable_detr_r50_50ep").ap  # 49.5
 ```
 
 """
@@ -68,6 +70,42 @@ decoder, and the decoder attends from 900 queries to every cell of four levels.
 """
 
 
+_TITLE = re.compile(
+    r"(?P<model>\S.*), (?P<epochs>\d+) epochs"
+    r"(: (?P<ap>\d\d\.\d) AP on COCO val2017|; no published AP)\."
+)
+_FIELDS = ("Row", "Source", "Weights", "Licence")
+_FIELD = re.compile(r"^([A-Z]\w+): +", re.MULTILINE)
+_LINK = re.compile(r"(?P<text>\S.*), (?P<url>https://\S+)")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What the docstring of a config says of published results.
+
+    Attributes:
+        name: of the config, without `.py`.
+        model: in words, such as "DN-DETR-R50-DC5, 3 patterns".
+        epochs: of its training.
+        ap: on COCO val2017 in percent, as published; None where no result is.
+        row: of the table that has the result; "" without one.
+        source: who prints it; "" without a result.
+        url: where; "" without a result.
+        weights: file names or Hugging Face ids of published weights, each with whose they are.
+        licence: of these weights; "" without any.
+    """
+
+    name: str
+    model: str
+    epochs: int
+    ap: float | None
+    row: str
+    source: str
+    url: str
+    weights: tuple[str, ...]
+    licence: str
+
+
 HEADER = [
     "config",
     "model",
@@ -80,6 +118,74 @@ HEADER = [
     "parameters (M)",
     "GFLOPs",
 ]
+
+
+def model_card(name: str) -> ModelCard:
+    """Read what is published of a model; its config does not run.
+
+    Args:
+        name: one of `list_models()`.
+
+    Raises:
+        ConfigError: no such model, or a docstring that is no card; the message names the file.
+    """
+    path = zoo_path(name)
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    try:
+        return parse_card(path.stem, docstring)
+    except ValueError as error:
+        raise ConfigError(f"{path}: the docstring is no model card: {error}") from None
+
+
+def parse_card(name: str, docstring: str) -> ModelCard:
+    """Parse a docstring: the title line, then fields `Row: ...`, each ended by another or a gap.
+
+    Raises:
+        ValueError: says what is missing or wrong.
+    """
+    first = docstring.partition("\n")[0]
+    title = _TITLE.fullmatch(first)
+    if title is None:
+        raise ValueError(
+            f"it starts {first!r}, not as '<model>, 50 epochs: 44.4 AP on COCO val2017.' or "
+            "'<model>, 50 epochs; no published AP.'"
+        )
+    fields = _fields(docstring)
+    published = {"Row", "Source"} if title["ap"] else set()
+    if {"Row", "Source"} & fields.keys() != published:
+        raise ValueError("a published AP needs the fields Row and Source, and they need it")
+    link = _LINK.fullmatch(fields["Source"]) if title["ap"] else None
+    if title["ap"] and link is None:
+        raise ValueError(f"Source must be '<who>, https://...', not {fields['Source']!r}")
+    weights = fields.get("Weights", "none published")
+    names = () if weights == "none published" else tuple(weights.split(", "))
+    if bool(names) != ("Licence" in fields):
+        raise ValueError("published Weights need the field Licence, and it needs them")
+    return ModelCard(
+        name=name,
+        model=title["model"],
+        epochs=int(title["epochs"]),
+        ap=float(title["ap"]) if title["ap"] else None,
+        row=fields.get("Row", ""),
+        source=link["text"] if link else "",
+        url=link["url"] if link else "",
+        weights=names,
+        licence=fields.get("Licence", ""),
+    )
+
+
+def _fields(docstring: str) -> dict[str, str]:
+    """Texts of the fields by name, wrapped lines joined."""
+    fields: dict[str, str] = {}
+    for paragraph in docstring.split("\n\n"):
+        before, *parts = _FIELD.split(paragraph)
+        if before.strip() and parts:
+            raise ValueError(f"a blank line must separate {parts[0]} from the text before it")
+        for key, text in zip(parts[::2], parts[1::2], strict=True):
+            if key not in _FIELDS or key in fields:
+                raise ValueError(f"{key} is no field, or there twice; there are {_FIELDS}")
+            fields[key] = " ".join(text.split())
+    return fields
 
 
 def backbone_name(name: str) -> str:

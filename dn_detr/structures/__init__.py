@@ -1,4 +1,4 @@
-"""What flows between the rooms: boxes, padded image batches, instances."""
+"""Data structures: boxes, padded image batches, instances."""
 
 from __future__ import annotations
 
