@@ -281,7 +281,7 @@ def compile_library(target: Path, source: str) -> None:
     subprocess.run(command, check=True)
 
 
-def test_a_library_that_nobody_built_is_named(folder):
+def test_a_library_that_was_not_built_is_named(folder):
     assert library.missing_kernels("cpu") == "the installation built no _C.so"
     assert library.missing_kernels("cuda") == "the installation built no _C.so"
     assert library.missing_kernels("xpu") == "dn_detr has no kernels for xpu"

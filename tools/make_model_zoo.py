@@ -44,7 +44,7 @@ model = model_zoo.get_model("dn_deformable_detr_r50_50ep", checkpoint="checkpoin
 _NOTES = """
 **AP** is what the linked source prints for COCO val2017, in percent; no number here was measured
 with this code. Its row is named as the source names it. "None": no source that we know has a
-result of this model and schedule. Where somebody else trained a model again, or measured the same
+result of this model and schedule. Where another project trained a model again, or measured the same
 weights again, their AP stands beside their file.
 
 **Weights** are file names, as far as they are public, or ids on Hugging Face. "Authors": the

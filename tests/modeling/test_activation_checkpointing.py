@@ -72,7 +72,7 @@ class _LiveMemory(TorchDispatchMode):
         return output
 
     def nbytes(self) -> int:
-        """Bytes of those that somebody still holds."""
+        """Bytes of those that are still held."""
         return sum(size for storage, size in self.seen.values() if not storage.expired())
 
 

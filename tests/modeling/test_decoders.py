@@ -208,7 +208,7 @@ def test_cross_attention_does_not_see_padding(shapes):
 
 
 class _OwnLayer(DeformableDecoderLayer):
-    """A layer of somebody's own, with a module among its arguments."""
+    """A layer of a project, with a module among its arguments."""
 
     def __init__(self, mixer: torch.nn.Module, **options: Any) -> None:
         super().__init__(**options)

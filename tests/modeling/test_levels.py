@@ -43,7 +43,7 @@ def test_references_relative_to_the_image_become_relative_to_each_padded_map():
     torch.testing.assert_close(padded[1, 0, 0], torch.tensor([0.375, 0.25, 0.15, 0.2]))
 
 
-def test_nobody_is_kept_from_cells_of_a_batch_without_padding():
+def test_all_cells_of_a_batch_without_padding_are_attended_to():
     levels = _levels()
     assert levels.attention_mask is levels.padding_mask
     _, mask = pad_images([torch.zeros(1, 8, 8), torch.zeros(1, 8, 8)])

@@ -239,7 +239,7 @@ def test_cells_without_weight_may_be_anything(kernels, number, queries):
 
 @COMPILED
 @pytest.mark.parametrize("queries", [FEW, MANY])
-def test_cells_that_are_not_finite_reach_whoever_reads_them(kernels, queries):
+def test_cells_that_are_not_finite_reach_the_queries_that_read_them(kernels, queries):
     case = make_case(queries=queries)
     case["value"][0, 3] = float("nan")
     marks = case.changed(value=case["value"].isnan().float())

@@ -1,4 +1,4 @@
-"""The CPU operators give the same bits for any number of threads, and to many callers at once."""
+"""The CPU operators give the same bits for any number of threads, and to concurrent callers."""
 
 from __future__ import annotations
 
