@@ -180,7 +180,11 @@ def _check_annotations(path: Path, content: dict[str, list[Entry]]) -> None:
             annotation["area"] = max(width, 0) * max(height, 0)
         if annotation.get("iscrowd") is None:
             annotation["iscrowd"] = 0
-    areas = [f"{a['id']} ({a['area']!r})" for a in annotations if not _is_area(a["area"])]
+    areas = [
+        f"{a['id']} ({a['area']!r})"
+        for a in annotations
+        if not (_is_finite(a["area"], _LARGEST_COORDINATE**2) and a["area"] >= 0)
+    ]
     refuse("annotations whose area is no number >= 0", areas, "leave it out to have w * h")
     crowds = [f"{a['id']} ({a['iscrowd']!r})" for a in annotations if a["iscrowd"] not in (0, 1)]
     refuse("annotations whose iscrowd is not 0 or 1", crowds, "leave it out to have 0")
@@ -204,7 +208,3 @@ def _is_finite(value: Any, limit: float = _LARGEST_COORDINATE) -> bool:
 
 def _is_box(bbox: Any) -> bool:
     return isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_finite, bbox))
-
-
-def _is_area(area: Any) -> bool:
-    return _is_finite(area, _LARGEST_COORDINATE**2) and area >= 0

@@ -133,7 +133,13 @@ class CocoDetection(Dataset[Sample]):
         self._file_names: list[str] = [image["file_name"] for image in images]
         require_image_files(self.image_dir, self._file_names)
         self._boxes, self.report = self._tabulate(content["annotations"])
-        self.coco = _index(content)
+        if self.report.renumbered:
+            for number, annotation in enumerate(content["annotations"], start=1):
+                annotation["id"] = number
+        self.coco = COCO()
+        self.coco.dataset = content
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints progress
+            self.coco.createIndex()
         self._explain_report()
 
     def __len__(self) -> int:
@@ -262,7 +268,16 @@ class CocoDetection(Dataset[Sample]):
                     " evaluation they count as missed objects",
                     file, len(ids), problem, first_names(ids),
                 )  # fmt: skip
-        if doubt := self._doubt_about_units():
+        sizes = self._boxes.boxes_xyxy[:, 2:] - self._boxes.boxes_xyxy[:, :2]
+        doubt = None
+        if len(sizes) and sizes.max() <= 1:
+            doubt = "no box is larger than one pixel: are they relative numbers?"
+        elif 2 * report.clipped_boxes > report.boxes:
+            doubt = (
+                f"{report.clipped_boxes} of {report.boxes} boxes reach over the border of their"
+                " image and are clipped: are they corners?"
+            )
+        if doubt:
             logger.warning("%s: %s; boxes have to be [x, y, width, height] in pixels", file, doubt)
         if report.renumbered:
             logger.info(
@@ -274,18 +289,6 @@ class CocoDetection(Dataset[Sample]):
             raise DatasetError(f"{file}: there is no box to train on; annotate some objects")
         if not self.coco.anns:
             logger.warning("%s: no annotations, so all metrics will be -1 (undefined)", file)
-
-    def _doubt_about_units(self) -> str | None:
-        """What suggests that boxes are relative numbers or corners, None if nothing does."""
-        corners = self._boxes.boxes_xyxy
-        if len(corners) and (corners[:, 2:] - corners[:, :2]).max() <= 1:
-            return "no box is larger than one pixel: are they relative numbers?"
-        if 2 * self.report.clipped_boxes > self.report.boxes:
-            return (
-                f"{self.report.clipped_boxes} of {self.report.boxes} boxes reach over the border "
-                "of their image and are clipped: are they corners?"
-            )
-        return None
 
 
 def check_num_classes(dataset: CocoDetection, num_classes: int) -> None:
@@ -328,16 +331,3 @@ def check_same_categories(train: CocoDetection, test: CocoDetection) -> None:
             f"{train.annotation_file} and {test.annotation_file} have different categories, first"
             f" differences (id, name): {first_names(different)}; give both files the same list"
         )
-
-
-def _index(content: dict[str, list[Entry]]) -> COCO:
-    """Wrap checked annotations in pycocotools' class, with ids that it can evaluate."""
-    annotations = content["annotations"]
-    if any(annotation["id"] == 0 for annotation in annotations):
-        for number, annotation in enumerate(annotations, start=1):
-            annotation["id"] = number
-    coco = COCO()
-    coco.dataset = content
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints progress
-        coco.createIndex()
-    return coco

@@ -53,7 +53,7 @@ class SampleLoader(DataLoader[Sample]):
         super().__init__(
             dataset,
             num_workers=min(num_workers, available_cores()),
-            collate_fn=_as_list,
+            collate_fn=list,
             worker_init_fn=_ignore_stop_signals,
             # Without a generator of its own DataLoader draws a seed for its workers from torch's
             # global one. Samples have their own seeds: the value does not matter, the draw would.
@@ -169,10 +169,6 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _as_list(samples: list[Sample]) -> list[Sample]:
-    return samples
 
 
 def _ignore_stop_signals(_worker: int) -> None:
