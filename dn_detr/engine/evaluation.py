@@ -79,6 +79,9 @@ def evaluate_model(
     with preserved_random_state():
         results = inference_on_dataset(model, loader, evaluator, should_stop)
     barrier()
+    if results:
+        numbers = [f"{k} {v:.4g}" for k, v in results.items() if isinstance(v, (int, float))]
+        logger.info("results: %s", ", ".join(numbers))
     return results or {}
 
 
