@@ -5,9 +5,9 @@
     make fuzz FUZZ_LIBRARY=emulated   the CUDA kernels, as the tests' emulator runs them
 
 cases.py draws the arguments and check.py says what must hold. Fresh memory is filled with NaN, so
-that a result that nobody wrote is found as well. This program starts one copy of itself for each
-core with the sanitizers loaded; a copy leaves the seed that it works on in a file, which names the
-case that ended it.
+that a result that was never written is found as well. This program starts one copy of itself for
+each core with the sanitizers loaded; a copy leaves the seed that it works on in a file, which names
+the case that ended it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from tests.tools.processes import SLOW_CONFIG, assert_success, start
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes that train_net.py started and nobody interrupted."""
+    """A run of two processes of train_net.py that was not interrupted."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     command = ("tools/train_net.py", "--config-file", SLOW_CONFIG, "--num-gpus", "2")
     assert_success(start(*command, f"train.output_dir={folder}"))
