@@ -1,0 +1,135 @@
+"""The code of docs/extending.md runs as it stands there, in a package outside the library."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.train_net import main
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+# The files of the page by their path, which is the comment in their first line.
+FILES = {
+    path: f"# {path}\n{code}"
+    for path, code in re.findall(r"```python\n# (my_project/\S+)\n(.*?)```", PAGE, re.DOTALL)
+}
+CONFIGS = sorted(Path(path).stem for path in FILES if "/configs/" in path)
+SMALL = (
+    "train.device=cpu",
+    "train.log_period=1",
+    "train.checkpoint.period=1",
+    "train.checkpoint.keep=9",
+    "dataloader.train.total_batch_size=2",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.num_workers=0",
+)
+TIMES = ("data_time", "iter_time", "images_per_s", "memory_mib")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package of the page, and the demo's data set."""
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("extending")
+    for path, code in FILES.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(code, encoding="utf-8")
+    (folder / "my_project" / "__init__.py").touch()
+    shutil.copy(Path(__file__).with_name("everything.py"), folder / "my_project" / "configs")
+    digits = ("--root", "datasets/digits", "--num-train", "8", "--num-val", "4")
+    assert run(folder, "make_digits.py", *digits).returncode == 0
+    return folder
+
+
+def run(folder: Path, tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a tool in this folder, in a process that knows the package by nothing else."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / tool), *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def train(folder: Path, config: str, *arguments: str) -> str:
+    """Train, which must succeed; return the output."""
+    ended = run(folder, "train_net.py", "--config-file", config, *SMALL, *arguments)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout + ended.stderr
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The log records of a run, without times and memory."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def test_page_has_a_config_for_each_door():
+    assert CONFIGS == ["my_backbone", "my_data", "my_detector", "my_loss"]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_config_of_the_page_trains_and_evaluates(folder, config, monkeypatch):
+    monkeypatch.chdir(folder)
+    file = f"my_project/configs/{config}.py"
+    assert main(["--config-file", file, *SMALL, "train.max_iter=1"]) == 0
+    assert (folder / "output" / config / "checkpoints" / "last" / "manifest.json").is_file()
+    assert any("eval/AP" in r or "eval/coverage" in r for r in records(folder / "output" / config))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> Path:
+    """A run of three steps of the config that uses everything."""
+    config = "my_project/configs/everything.py"
+    train(folder, config, "train.max_iter=3", "train.output_dir=output/uninterrupted")
+    return folder / "output" / "uninterrupted"
+
+
+def test_every_part_is_at_work(uninterrupted):
+    step = records(uninterrupted)[0]
+    assert step["loss/loss_area"] > 0 and step["loss/loss_area_dn"] > 0
+    assert "loss/loss_area_0" in step
+    assert 0 <= records(uninterrupted)[-1]["eval/coverage"] <= 1
+    config = (uninterrupted / "config.yaml").read_text()
+    for name in ("decoder.ImageFirstLayer", "backbone.ConvBackbone", "losses.AreaCost"):
+        assert f"my_project.{name}" in config
+
+
+def test_resumed_run_ends_as_the_uninterrupted_one(folder, uninterrupted):
+    resumed = folder / "output" / "resumed"
+    shutil.copytree(uninterrupted, resumed, symlinks=True)
+    for checkpoint in ("0000002", "0000003"):
+        shutil.rmtree(resumed / "checkpoints" / checkpoint)
+    train(
+        folder, "my_project/configs/everything.py", "--resume",
+        "train.max_iter=3", "train.output_dir=output/resumed",
+    )  # fmt: skip
+    assert records(resumed) == records(uninterrupted)
+
+
+def test_run_is_repeated_from_its_own_config_once_its_package_is_trusted(folder, uninterrupted):
+    config = "output/uninterrupted/config.yaml"
+    train(folder, config, "--trust", "my_project", "train.output_dir=output/repeated")
+    assert records(folder / "output" / "repeated") == records(uninterrupted)
+    weights = "train.init_checkpoint=output/uninterrupted"
+    shown = train(folder, config, "--trust", "my_project", "--eval-only", weights)
+    assert "coverage" in shown
+
+
+def test_config_of_a_run_does_not_grant_trust_itself(folder, uninterrupted):
+    ended = run(folder, "train_net.py", "--config-file", str(uninterrupted / "config.yaml"))
+    assert ended.returncode == 1
+    assert "--trust my_project" in ended.stderr and "Traceback" not in ended.stderr
