@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-import torch
 from PIL import Image
+
+from dn_detr.checkpoint import save_weights
+from dn_detr.config import LazyConfig, get_config, instantiate
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+def _names_after(page: str) -> dict[str, Any]:
+    """Run the Python blocks of a page; return what they define."""
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, names)
+    return names
 
 
 def test_python_of_the_operators_page_attends():
-    (block,) = _blocks("docs/operators.md")
-    names: dict[str, object] = {}
-    exec(block, names)
-    assert names["out"].shape == (1, 100, 256)
+    assert _names_after("docs/operators.md")["out"].shape == (1, 100, 256)
 
 
 def test_python_of_the_readme_detects_in_a_photo(tmp_path, monkeypatch):
-    blocks = _blocks("README.md")
-    assert len(blocks) >= 2
     monkeypatch.chdir(tmp_path)
+    cfg = get_config("digits_dn_deformable_detr")
+    state = instantiate(cfg.model).state_dict()
+    checkpoints = Path("output/run1/checkpoints")
+    checkpoints.mkdir(parents=True)
+    config = LazyConfig.to_yaml(cfg)
+    save_weights(checkpoints / "0000001", state, config=config, class_names=list("0123456789"))
+    (checkpoints / "last").symlink_to("0000001")
     Image.new("RGB", (160, 60), "red").save("photo.jpg")
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(block, names)
-    found = names["found"]
-    assert found.image_size == (60, 160) and len(found.scores) == 300
-    assert torch.equal(found.scores, found.scores.sort(descending=True).values)
+    found = _names_after("README.md")["found"]
+    assert found.image_size == (60, 160) and (found.scores >= 0.4).all()

@@ -53,9 +53,9 @@ def valid_sizes(mask: Tensor) -> Tensor:
 
 
 def may_hold_padding(mask: Tensor) -> bool:
-    """Whether padding must be reckoned with; False only where looking at the mask costs nothing.
+    """Return False if the mask is known to hold no padding (checked on CPU only).
 
-    On an accelerator the look would wait for the device, and a traced graph must serve all masks.
+    On an accelerator the check would wait for the device, and a traced graph must serve all masks.
 
     Args:
         mask: (B, H, W) bool, True = padding.
