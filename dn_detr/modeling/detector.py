@@ -21,7 +21,7 @@ from .denoising import NoisedQueries, QueryDenoising
 from .heads import DetectionHeads
 from .pairs import Outputs, Pairs, Targets
 from .postprocess import PostProcess
-from .queries import AnchorQueries, ProposalQueries, Queries
+from .queries import ProposalQueries, Queries
 from .transformers import Memory, Transformer
 
 
@@ -80,7 +80,7 @@ class Detector(nn.Module):
         backbone: nn.Module,
         neck: nn.Module,
         position_embedding: nn.Module,
-        queries: AnchorQueries | ProposalQueries,
+        queries: nn.Module,
         transformer: Transformer,
         heads: DetectionHeads,
         criterion: DetectionCriterion,
@@ -105,11 +105,10 @@ class Detector(nn.Module):
             )
         classification = classification or FocalClassification()
         embed = getattr(denoising, "embed", None)
-        classifying = [heads, queries, postprocess, *criterion.modules()]
         _check_agreement("num_queries", num_queries, queries)
         _check_agreement("num_patterns", num_patterns, queries)
         _check_agreement("num_classes", num_classes, heads, denoising, embed, queries)
-        _check_agreement("classification", classification, *classifying)
+        _check_agreement("classification", classification, heads, queries, postprocess)
         if (kind := getattr(queries, "position_kind", None)) is not None:
             _check_agreement("position_kind", kind, getattr(transformer, "decoder", None), embed)
         for kind in ("channels", "strides"):
@@ -144,18 +143,18 @@ class Detector(nn.Module):
         """Losses in training, detections in evaluation.
 
         Args:
-            samples: per image ``image`` (3, H, W) uint8 or float RGB in [0, 255]; ``height`` and
-                ``width`` of the original, by default those of ``image``; in training
-                ``instances`` with ``gt_boxes`` (XYXY pixels of ``image``) and ``gt_classes``, and
-                optionally ``seed``, of which the denoising noise is a function.
+            samples: per image `image` (3, H, W) uint8 or float RGB in [0, 255]; `height` and
+                `width` of the original, by default those of `image`; in training
+                `instances` with `gt_boxes` (XYXY pixels of `image`) and `gt_classes`, and
+                optionally `seed`, of which the denoising noise is a function.
             counts: what the losses are divided by, for a step over several batches: their
-                ``count_objects``, added up, and then ``mean_over_ranks``. The losses of the
+                `count_objects`, added up, and then `mean_over_ranks`. The losses of the
                 batches then add up to those of all images in one batch. By default those of
-                ``samples`` alone, which with several processes is a collective call.
+                `samples` alone, which with several processes is a collective call.
 
         Returns:
             In training a dict of scalars, already weighted. In evaluation one
-            ``{"instances": Instances}`` per image, see ``PostProcess``.
+            `{"instances": Instances}` per image, see `PostProcess`.
 
         Raises:
             ValueError: a sample without ground truth in training, or with classes or images that
@@ -177,11 +176,11 @@ class Detector(nn.Module):
         """Number of objects and of noised boxes that a training batch gives in this process.
 
         Nothing is computed on the device. Where empty denoising slots are visible
-        (``mask_empty_slots=False``) the fullest image of a batch decides how many slots the others
+        (`mask_empty_slots=False`) the fullest image of a batch decides how many slots the others
         see and how often they are noised; batches then do not add up to one of all images.
 
         Args:
-            samples: see ``forward``.
+            samples: see `forward`.
 
         Raises:
             ValueError: a sample without ground truth.
@@ -196,7 +195,7 @@ class Detector(nn.Module):
         """Normalise and pad the images.
 
         Args:
-            samples: see ``forward``.
+            samples: see `forward`.
 
         Returns:
             images (B, 3, H, W) float, normalised, zeros in the padding; mask (B, H, W) bool,
@@ -206,8 +205,24 @@ class Detector(nn.Module):
             ValueError: no list of samples, an image that is not a (3, H, W) tensor, or one with
                 values in [0, 1].
         """
+        if isinstance(samples, (Tensor, Mapping)) or not all(
+            isinstance(sample, Mapping) for sample in samples
+        ):
+            raise ValueError(
+                'a detector takes a list of samples: [{"image": (3, H, W) tensor, ...}]'
+            )
+        if not samples:
+            raise ValueError("the batch holds no sample")
         images = []
-        for image in _images(samples):
+        for sample in samples:
+            image, name = sample["image"], _name(sample)
+            if not isinstance(image, Tensor):
+                raise ValueError(f"{name}: image must be a tensor, is {type(image).__name__}")
+            if image.ndim != 3 or image.shape[0] != 3:
+                raise ValueError(f"{name}: image must be (3, H, W), is {tuple(image.shape)}")
+            on_host = image.is_floating_point() and not image.is_cuda  # elsewhere it would wait
+            if on_host and image.numel() and 0 < image.max() <= 1:
+                raise ValueError(f"{name}: image must hold [0, 255], not [0, 1]")
             image = image.to(self.pixel_mean.device, self.pixel_mean.dtype)
             images.append((image - self.pixel_mean) / self.pixel_std)
         return pad_images(images)
@@ -216,7 +231,7 @@ class Detector(nn.Module):
         """Labels and normalised boxes of each sample, on the model's device.
 
         Args:
-            samples: see ``forward``.
+            samples: see `forward`.
 
         Returns:
             Per image `labels` (n,) int64, `boxes` (n, 4) as (cx, cy, w, h) in [0, 1], and the
@@ -229,40 +244,35 @@ class Detector(nn.Module):
         device = self.pixel_mean.device
         targets = []
         for sample in samples:
-            truth = _ground_truth(sample)
+            truth, name = _ground_truth(sample), _name(sample)
             boxes = truth.gt_boxes
             boxes_xyxy = torch.as_tensor(getattr(boxes, "tensor", boxes)).reshape(-1, 4)
             labels = truth.gt_classes.long()
-            self._check_ground_truth(sample, boxes_xyxy, labels)
+            # What would silently give a wrong loss.
+            if len(boxes_xyxy) != len(labels):
+                raise ValueError(f"{name}: {len(boxes_xyxy)} boxes, {len(labels)} classes")
+            sound = boxes_xyxy.isfinite().all(1) & (boxes_xyxy[:, 2:] >= boxes_xyxy[:, :2]).all(1)
+            if not sound.all():
+                raise ValueError(
+                    f"{name}: boxes must be finite corners x1 <= x2, y1 <= y2, not "
+                    f"{boxes_xyxy[~sound].tolist()}"
+                )
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+                raise ValueError(
+                    f"{name}: classes {sorted(set(labels.tolist()))} do not lie in "
+                    f"[0, {self.num_classes}); set model.num_classes"
+                )
             height, width = sample["image"].shape[-2:]
             norm = box_xyxy_to_cxcywh(boxes_xyxy / boxes_xyxy.new_tensor([width, height] * 2))
             target = {"labels": labels.to(device), "boxes": norm.to(device)}
             for field in self.target_fields:
                 if not truth.has(field):
-                    raise ValueError(f"{_name(sample)}: the ground truth has no {field}")
+                    raise ValueError(f"{name}: the ground truth has no {field}")
                 value = truth.get(field)
                 value = torch.as_tensor(getattr(value, "tensor", value))
                 target[field.removeprefix("gt_")] = value.to(device)
             targets.append(target)
         return targets
-
-    def _check_ground_truth(
-        self, sample: dict[str, Any], boxes_xyxy: Tensor, labels: Tensor
-    ) -> None:
-        """Raise ValueError for ground truth that would silently give a wrong loss."""
-        if len(boxes_xyxy) != len(labels):
-            raise ValueError(f"{_name(sample)}: {len(boxes_xyxy)} boxes, {len(labels)} classes")
-        sound = boxes_xyxy.isfinite().all(1) & (boxes_xyxy[:, 2:] >= boxes_xyxy[:, :2]).all(1)
-        if not sound.all():
-            raise ValueError(
-                f"{_name(sample)}: boxes must be finite corners x1 <= x2, y1 <= y2, not "
-                f"{boxes_xyxy[~sound].tolist()}"
-            )
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise ValueError(
-                f"{_name(sample)}: classes {sorted(set(labels.tolist()))} do not lie in "
-                f"[0, {self.num_classes}); set model.num_classes"
-            )
 
     def losses(
         self,
@@ -272,14 +282,14 @@ class Detector(nn.Module):
         seeds: Sequence[int] | None = None,
         counts: ObjectCounts | None = None,
     ) -> dict[str, Tensor]:
-        """Weighted training losses; sets ``diagnostics``.
+        """Weighted training losses; sets `diagnostics`.
 
         Args:
             images: (B, 3, H, W) normalised.
             mask: (B, H, W) bool, True = padding.
-            targets: see ``prepare_targets``.
+            targets: see `prepare_targets`.
             seeds: of the denoising noise, one per image.
-            counts: divisors of the losses, see ``forward``.
+            counts: divisors of the losses, see `forward`.
         """
         if counts is None:
             own = self._count([len(target["labels"]) for target in targets])
@@ -406,26 +416,8 @@ def _check_agreement(name: str, value: Any, *parts: Any) -> None:
             raise ValueError(f"{name} is {value}, {type(part).__name__} has {getattr(part, name)}")
 
 
-def _images(samples: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """The images of a batch, checked."""
-    if isinstance(samples, (Tensor, Mapping)) or not all(isinstance(s, Mapping) for s in samples):
-        raise ValueError('a detector takes a list of samples: [{"image": (3, H, W) tensor, ...}]')
-    if not samples:
-        raise ValueError("the batch holds no sample")
-    for sample in samples:
-        image = sample["image"]
-        if not isinstance(image, Tensor):
-            raise ValueError(f"{_name(sample)}: image must be a tensor, is {type(image).__name__}")
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f"{_name(sample)}: image must be (3, H, W), is {tuple(image.shape)}")
-        on_host = image.is_floating_point() and not image.is_cuda  # elsewhere it would wait
-        if on_host and image.numel() and 0 < image.max() <= 1:
-            raise ValueError(f"{_name(sample)}: image must hold [0, 255], not [0, 1]")
-    return [sample["image"] for sample in samples]
-
-
 def _ground_truth(sample: dict[str, Any]) -> Any:
-    """Our ``Instances``, or detectron2's."""
+    """Our `Instances`, or detectron2's."""
     if "instances" not in sample:
         raise ValueError(f"{_name(sample)}: training needs ground truth under 'instances'")
     return sample["instances"]

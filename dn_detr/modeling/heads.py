@@ -65,7 +65,7 @@ class DetectionHeads(nn.Module):
         nn.init.constant_(self.bbox_embed[0].get_parameter("layers.2.bias")[2:], size_bias)
 
     def predict_boxes(self, layer: int, states: Tensor, references: Tensor) -> Tensor:
-        """Move the references as layer ``layer`` wants them moved.
+        """Move the references as layer `layer` wants them moved.
 
         Args:
             layer: index in [0, N).

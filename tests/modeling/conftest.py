@@ -71,7 +71,7 @@ FAMILIES = [
 def small_model_config(name: str) -> Any:
     """A model of `configs/models` with a small backbone, fewer layers and narrower ones.
 
-    Denoising with two stages is nobody's published model; the parts fit together all the same.
+    No published model has denoising and two stages; the parts fit together all the same.
     """
     is_new = name == "dn_deformable_detr_r50_two_stage"
     cfg = get_config(f"models/{'dab_deformable_detr_r50_two_stage' if is_new else name}.py").model

@@ -12,7 +12,7 @@ from dn_detr.modeling import Detector, ObjectCounts, QueryDenoising, mean_over_r
 from .conftest import FAMILIES, make_sample
 
 OBJECTS = [3, 0, 5, 1, 2, 4, 2, 0]  # of eight images
-PIECES = {"2x4": [4, 4], "uneven": [5, 1, 2], "one without objects": [3, 4, 1]}
+MICRO_BATCHES = {"2x4": [4, 4], "uneven": [5, 1, 2], "one without objects": [3, 4, 1]}
 Gradients = dict[str, torch.Tensor]
 
 
@@ -26,20 +26,22 @@ def _split(samples: list[Any], sizes: list[int]) -> list[list[Any]]:
 
 
 def _step(
-    detector: Detector, pieces: list[list[Any]], counts: ObjectCounts | None
+    detector: Detector, micro_batches: list[list[Any]], counts: ObjectCounts | None
 ) -> tuple[dict[str, float], Gradients]:
-    """Sum of each loss over the pieces, and the gradient of all."""
+    """Sum of each loss over the micro-batches, and the gradient of all."""
     detector.zero_grad()
     sums: dict[str, float] = {}
-    for piece in pieces:
-        losses = detector(piece, counts)
+    for micro_batch in micro_batches:
+        losses = detector(micro_batch, counts)
         torch.stack(list(losses.values())).sum().backward()
         sums = {name: sums.get(name, 0.0) + value.item() for name, value in losses.items()}
     return sums, {n: p.grad for n, p in detector.named_parameters() if p.grad is not None}
 
 
-def _divisors(detector: Detector, pieces: list[list[Any]]) -> ObjectCounts:
-    counts = sum((detector.count_objects(piece) for piece in pieces), ObjectCounts())
+def _divisors(detector: Detector, micro_batches: list[list[Any]]) -> ObjectCounts:
+    counts = sum(
+        (detector.count_objects(micro_batch) for micro_batch in micro_batches), ObjectCounts()
+    )
     return mean_over_ranks(counts, torch.device("cpu"))
 
 
@@ -55,20 +57,20 @@ def _largest_difference(found: Gradients, expected: Gradients) -> float:
     return max((found[n] - expected[n]).abs().max().item() for n in expected) / scale
 
 
-def test_pieces_add_up_to_the_whole_batch(in_float64):
-    """2x4 equals 8, and so do pieces of other sizes, for losses and gradients."""
+def test_micro_batches_add_up_to_the_whole_batch(in_float64):
+    """2x4 equals 8, and so do micro-batches of other sizes, for losses and gradients."""
     samples = _samples(OBJECTS)
     whole, expected = _step(in_float64, [samples], None)
     assert all(value > 0 for value in whole.values())
-    for sizes in PIECES.values():
-        pieces = _split(samples, sizes)
-        losses, gradients = _step(in_float64, pieces, _divisors(in_float64, pieces))
+    for sizes in MICRO_BATCHES.values():
+        micro_batches = _split(samples, sizes)
+        losses, gradients = _step(in_float64, micro_batches, _divisors(in_float64, micro_batches))
         assert losses == pytest.approx(whole, rel=1e-11)
         assert _largest_difference(gradients, expected) < 1e-11
 
 
 @pytest.mark.parametrize("family_config", ["dn_detr_r50"], indirect=True)
-def test_pieces_that_count_for_themselves_do_not_add_up(in_float64):
+def test_micro_batches_that_count_for_themselves_do_not_add_up(in_float64):
     """The test above would notice."""
     samples = _samples(OBJECTS)
     whole, expected = _step(in_float64, [samples], None)
@@ -78,22 +80,22 @@ def test_pieces_that_count_for_themselves_do_not_add_up(in_float64):
     assert _largest_difference(gradients, expected) > 0.1
 
 
-def test_a_step_of_pieces_without_any_object_is_that_of_the_batch(in_float64):
+def test_a_step_of_micro_batches_without_any_object_is_that_of_the_batch(in_float64):
     samples = _samples([0, 0, 0])
     whole, expected = _step(in_float64, [samples], None)
-    pieces = _split(samples, [2, 1])
-    divisors = _divisors(in_float64, pieces)
+    micro_batches = _split(samples, [2, 1])
+    divisors = _divisors(in_float64, micro_batches)
     assert divisors == ObjectCounts(1.0, 1.0)
-    losses, gradients = _step(in_float64, pieces, divisors)
+    losses, gradients = _step(in_float64, micro_batches, divisors)
     assert losses == pytest.approx(whole, rel=1e-11)
     assert _largest_difference(gradients, expected) < 1e-11
 
 
-def test_pieces_add_up_when_they_are_padded_otherwise(in_float64):
+def test_micro_batches_add_up_when_they_are_padded_otherwise(in_float64):
     samples = _samples([3, 1], width=64) + _samples([2, 4], width=96)
     whole, expected = _step(in_float64, [samples], None)
-    pieces = _split(samples, [2, 2])
-    losses, gradients = _step(in_float64, pieces, _divisors(in_float64, pieces))
+    micro_batches = _split(samples, [2, 2])
+    losses, gradients = _step(in_float64, micro_batches, _divisors(in_float64, micro_batches))
     assert losses == pytest.approx(whole, rel=1e-5)  # positions of cells are float32
     assert _largest_difference(gradients, expected) < 1e-5
 

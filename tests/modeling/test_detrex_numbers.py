@@ -7,7 +7,7 @@ outside the model, so that everything recorded can be compared:
   has none, and is compared without that.)
 * The decoder of its dense models sees the padding in training too: a hook takes the mask away.
   Another gives the padding the position embeddings that it has there (ours are zeros, which
-  nobody sees), so that what was printed of whole maps can be compared.
+  no query sees), so that what was printed of whole maps can be compared.
 * Empty denoising slots count as negatives of the classification: their term is added.
 * It trains the backbone's first stage, which the published models freeze: an option of ours.
 

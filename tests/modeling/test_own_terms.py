@@ -1,4 +1,4 @@
-"""A loss term, matching cost and ground-truth field of a project, each by one line of its config."""
+"""A project's loss term, matching cost and ground-truth field, each by one line of its config."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow  # the fast tests have one model of these, see tes
 MODELS = ["dn_detr_r50", "dn_deformable_detr_r50", "dn_deformable_detr_r50_two_stage"]
 # Steps: one process without objects, both, and again some, which a process left behind would miss.
 COUNTS = {"one rank without": (3, 0), "both without": (0, 0), "the other without": (0, 2)}
-PIECES = ((2, 0), (0, 0), (1, 4), (0, 3))  # of one accumulated step: objects on each rank
+OBJECTS = ((2, 0), (0, 0), (1, 4), (0, 3))  # of one accumulated step: objects on each rank
 Record = dict[str, Any]
 
 
@@ -60,7 +60,7 @@ def _train(rank: int, store: str, folder: str) -> None:
                 batches = [[make_sample(48, 64, counts[rank], rank)]]
                 record = _losses_and_gradients(model, detector, batches, None)
                 records[name, case, recompute] = record
-        batches = [[make_sample(48, 64, n[rank], 2 * i + rank)] for i, n in enumerate(PIECES)]
+        batches = [[make_sample(48, 64, n[rank], 2 * i + rank)] for i, n in enumerate(OBJECTS)]
         own = sum((detector.count_objects(batch) for batch in batches), ObjectCounts())
         divisors = mean_over_ranks(own, torch.device("cpu"))
         record = _losses_and_gradients(model, detector, batches, divisors)
@@ -91,11 +91,11 @@ def test_a_rank_without_objects_takes_part_in_the_step(name, case, recompute, re
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_steps_of_pieces_over_two_processes_are_that_of_one_batch(name, records):
-    """2 processes x 4 pieces equal one process with all 8 images."""
+def test_steps_of_micro_batches_over_two_processes_are_that_of_one_batch(name, records):
+    """2 processes x 4 micro-batches equal one process with all 8 images."""
     detector = away_from_initialisation(small_model_config(name)).double()
     samples = [
-        make_sample(48, 64, n[rank], 2 * i + rank) for i, n in enumerate(PIECES) for rank in (0, 1)
+        make_sample(48, 64, n[rank], 2 * i + rank) for i, n in enumerate(OBJECTS) for rank in (0, 1)
     ]
     whole = _losses_and_gradients(detector, detector, [samples], None)
     first, second = (record[name, "accumulated", True] for record in records)
