@@ -105,14 +105,18 @@ class ResNet(nn.Module):
         self.body = IntermediateLayerGetter(full, {stage: stage for stage in out_features})
         strides = {**_STAGE_STRIDES, "layer4": 16 if dilation else 32}
         self.out_strides = [strides[stage] for stage in out_features]
-        self.out_channels = [_stage_channels(getattr(full, stage)) for stage in out_features]
+        convolutions = {
+            stage: [m for m in getattr(full, stage).modules() if isinstance(m, nn.Conv2d)]
+            for stage in out_features
+        }
+        self.out_channels = [convolutions[stage][-1].out_channels for stage in out_features]
         self.name = name
         self.weights = weights
         self.mask_padding = mask_padding
         self.activation_checkpointing = False
         stride = 4
-        for name, stage in self.body.items():
-            for index, block in stage.named_children() if name in _STAGE_STRIDES else ():
+        for stage_name, stage in self.body.items():
+            for index, block in stage.named_children() if stage_name in _STAGE_STRIDES else ():
                 replacement = ResidualBlock(block, stride)
                 stage.set_submodule(index, replacement)
                 stride = replacement.out_stride
@@ -170,9 +174,29 @@ class ResNet(nn.Module):
         """
         if self.weights is None:
             return False
-        state = _read_weights(self.name, self.weights)
-        if state is None:
-            return False
+        known = torchvision.models.get_model_weights(self.name)
+        if self.weights in known.__members__:
+            named = known[self.weights]
+            try:
+                state = named.get_state_dict(progress=False, check_hash=True)
+            except OSError as error:  # no network, or a cache that cannot be written
+                logger.warning(
+                    "THE BACKBONE STARTS FROM RANDOM WEIGHTS: torchvision's %s weights of %s could "
+                    "not be fetched (%s). For a real training put the file at %s, or name a file "
+                    "with model.backbone.weights=FILE",
+                    self.weights,
+                    self.name,
+                    error,
+                    Path(torch.hub.get_dir()) / "checkpoints" / Path(named.url).name,
+                )
+                return False
+        elif Path(self.weights).is_file():
+            state = read_backbone(self.weights)
+        else:
+            raise ValueError(
+                f"backbone weights {self.weights!r}: no such file, and not one of torchvision's "
+                f"{sorted(known.__members__)} for {self.name}"
+            )
         _load_fitting(self.body, state, f"backbone weights {self.weights!r}")
         return True
 
@@ -245,12 +269,6 @@ def _activated(x: Tensor, stride: int, padding: Padding | None) -> Tensor:
     return F.relu_(x)
 
 
-def _stage_channels(stage: nn.Module) -> int:
-    """Output channels of a stage: those of the last convolution of its last block."""
-    convolutions = [m for m in stage.modules() if isinstance(m, nn.Conv2d)]
-    return convolutions[-1].out_channels
-
-
 def _build_torchvision_resnet(name: str, batch_norm: str, dilation: bool) -> nn.Module:
     norms = {"frozen": FrozenBatchNorm2d, "trainable": nn.BatchNorm2d}
     if batch_norm not in norms:
@@ -266,32 +284,6 @@ def _build_torchvision_resnet(name: str, batch_norm: str, dilation: bool) -> nn.
         norm_layer=norms[batch_norm],
         replace_stride_with_dilation=[False, False, dilation],
     )
-
-
-def _read_weights(name: str, weights: str) -> dict[str, Tensor] | None:
-    """The tensors of a file or of torchvision's named weights; None if those are out of reach."""
-    known = torchvision.models.get_model_weights(name)
-    if weights not in known.__members__:
-        if not Path(weights).is_file():
-            raise ValueError(
-                f"backbone weights {weights!r}: no such file, and not one of torchvision's "
-                f"{sorted(known.__members__)} for {name}"
-            )
-        return read_backbone(weights)
-    try:
-        return known[weights].get_state_dict(progress=False, check_hash=True)
-    except OSError as error:  # no network, or a cache that cannot be written
-        cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(known[weights].url).name
-        logger.warning(
-            "THE BACKBONE STARTS FROM RANDOM WEIGHTS: torchvision's %s weights of %s could not be "
-            "fetched (%s). For a real training put the file at %s, or name a file with "
-            "model.backbone.weights=FILE",
-            weights,
-            name,
-            error,
-            cache,
-        )
-        return None
 
 
 def _load_fitting(body: nn.Module, state: dict[str, Tensor], what: str) -> None:
