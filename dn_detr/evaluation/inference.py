@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sized
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dn_detr.distributed import is_main, world_size
-
-from .coco import CocoEvaluator
+from dn_detr.protocols import Evaluator, TestLoader
 
 # Batches between two checks for a stop request, which are collective.
 _BATCHES_BETWEEN_CHECKS = 8
@@ -25,8 +23,8 @@ class EvaluationStopped(Exception):
 
 def inference_on_dataset(
     model: nn.Module,
-    loader: DataLoader[Any],
-    evaluator: CocoEvaluator,
+    loader: TestLoader,
+    evaluator: Evaluator,
     should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a model, in evaluation mode and without gradients; its mode is restored.
@@ -47,11 +45,11 @@ def inference_on_dataset(
         EvaluationStopped: `should_stop` said so.
     """
     was_training = model.training
-    evaluator.reset(cast(Any, loader.dataset))
+    evaluator.reset(loader.dataset)
     # disable=None: a bar in a terminal, nothing in a log file
     disable = None if is_main() else True
-    share = math.ceil(len(cast(Sized, loader.dataset)) / world_size())  # of the largest rank
-    num_batches = math.ceil(share / cast(int, loader.batch_size))
+    share = math.ceil(len(loader.dataset) / world_size())  # of the largest rank
+    num_batches = math.ceil(share / loader.batch_size)
     model.eval()
     try:
         with torch.no_grad():
