@@ -33,7 +33,7 @@ from torch import nn
 from dn_detr.checkpoint import CheckpointWriter
 from dn_detr.config import LazyCall as L
 from dn_detr.config import get_config, instantiate
-from dn_detr.engine import train, training
+from dn_detr.engine import build, train
 from dn_detr.ops import missing_kernels
 from dn_detr.structures import Boxes, Instances
 
@@ -160,7 +160,7 @@ def measure(overrides: list[str], steps: int, period: int) -> list[tuple[float, 
     """Return, per step, seconds of ours, of writing after it, and of the bare loop."""
     from dn_detr.config import LazyConfig
 
-    training.CheckpointWriter = WaitedFor  # type: ignore[attr-defined, misc]
+    build.CheckpointWriter = WaitedFor  # type: ignore[attr-defined, misc]
     cfg = get_config("dn_deformable_detr_r50_50ep.py")
     cfg.model.backbone.weights = None
     cfg.dataloader.train = L(TakingTurns)(model=cfg.model)

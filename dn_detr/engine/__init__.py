@@ -1,11 +1,25 @@
-"""Training and evaluation of a config: the loop, its processes, schedules, groups and logs."""
+"""Training and evaluation of a config: the loop, its parts, its ranks, callbacks and logs."""
 
+from .build import (
+    build_callbacks,
+    build_checkpoint_writer,
+    build_evaluator,
+    build_loaders,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    build_step,
+)
+from .callbacks import Callback
+from .devices import choose_device
 from .evaluation import evaluate, evaluate_model
 from .launch import LaunchError, ProcessFailure, launch
 from .memory import OutOfMemory
 from .nonfinite import NonFiniteError
 from .optimizer import describe_groups, parameter_groups
-from .schedule import LearningRateRule, Timetable, cosine, multi_step
+from .random_state import seed_everything
+from .run_state import RunState
+from .schedule import LearningRateRule, Timetable, cosine, multi_step, set_learning_rates
 from .settings import TrainSettings
 from .step import Outcome, StepResult, TrainingStep
 from .stopping import (
@@ -18,13 +32,15 @@ from .stopping import (
     StopRequest,
 )
 from .trainer import Trainer
-from .training import train
+from .training import build_trainer, train
+from .writers import RecordWriter
 
 __all__ = [
     "EXIT_DONE",
     "EXIT_ERROR",
     "EXIT_SIGNAL",
     "EXIT_STOPPED",
+    "Callback",
     "KilledError",
     "LaunchError",
     "LearningRateRule",
@@ -32,6 +48,8 @@ __all__ = [
     "OutOfMemory",
     "Outcome",
     "ProcessFailure",
+    "RecordWriter",
+    "RunState",
     "StepResult",
     "StopRequest",
     "Stopped",
@@ -39,6 +57,16 @@ __all__ = [
     "TrainSettings",
     "Trainer",
     "TrainingStep",
+    "build_callbacks",
+    "build_checkpoint_writer",
+    "build_evaluator",
+    "build_loaders",
+    "build_model",
+    "build_optimizer",
+    "build_schedule",
+    "build_step",
+    "build_trainer",
+    "choose_device",
     "cosine",
     "describe_groups",
     "evaluate",
@@ -46,5 +74,7 @@ __all__ = [
     "launch",
     "multi_step",
     "parameter_groups",
+    "seed_everything",
+    "set_learning_rates",
     "train",
 ]

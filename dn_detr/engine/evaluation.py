@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from dn_detr.data import check_num_classes
 from dn_detr.distributed import barrier, broadcast_buffers, is_main, rank
 from dn_detr.errors import UserError
 from dn_detr.evaluation import inference_on_dataset
+from dn_detr.protocols import Evaluator, NamesResults, TestLoader
 
 from .devices import choose_device
 from .random_state import preserved_random_state, seed_everything
@@ -34,7 +34,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         cfg: a whole config. The results and the config go to `train.output_dir/eval`.
 
     Returns:
-        The evaluator's metrics, in [0, 1]; an empty dict on other processes than the first.
+        The evaluator's metrics, in [0, 1]; an empty dict on other ranks than the main process.
 
     Raises:
         ValueError: there is no checkpoint, or it is damaged or of another model.
@@ -60,8 +60,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 def evaluate_model(
     model: nn.Module,
-    loader: Any,
-    evaluator: Any,
+    loader: TestLoader,
+    evaluator: Evaluator,
     should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Evaluate in full precision and leave the random numbers as they were.
@@ -73,7 +73,7 @@ def evaluate_model(
         should_stop: see `dn_detr.evaluation.inference_on_dataset`.
 
     Returns:
-        The evaluator's metrics; an empty dict on other processes than the first.
+        The evaluator's metrics; an empty dict on other ranks than the main process.
     """
     broadcast_buffers(model)
     with preserved_random_state():
@@ -87,8 +87,8 @@ def evaluate_model(
 
 def evaluate_all(
     models: Mapping[str, nn.Module],
-    loader: Any,
-    evaluators: Mapping[str, Any],
+    loader: TestLoader,
+    evaluators: Mapping[str, Evaluator],
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """Evaluate the model, and others under their name in the results."""
@@ -96,32 +96,19 @@ def evaluate_all(
     for name, model in models.items():
         found = evaluate_model(model, loader, evaluators[name], should_stop)
         if name and found:
-            logger.info("that was the model of the averaged weights (%s)", name)
-            results[name] = found
-        else:
-            results |= found
+            logger.info("these were the results of %s", name)
+        results |= {name: found} if name and found else found
     return results
 
 
-def build_evaluators(cfg: DictConfig, names: Iterable[str]) -> dict[str, Any]:
-    """Return an evaluator for each model; that of the averaged one writes to a folder below."""
-    evaluators = {}
-    for name in names:
-        node = copy.deepcopy(cfg.dataloader.evaluator)
-        if name and node.get("output_dir"):
-            node.output_dir = str(Path(node.output_dir) / name)
-        evaluators[name] = instantiate(node)
-    return evaluators
-
-
 def check_watched_result(
-    watched: str | None, evaluators: Mapping[str, Any], class_names: Sequence[str]
+    watched: str | None, evaluators: Mapping[str, Evaluator], class_names: Sequence[str]
 ) -> None:
     """Refuse `train.checkpoint.best` at the start, if the evaluators say what they will return."""
     names = [
         f"{prefix}/{name}" if prefix else name
         for prefix, evaluator in evaluators.items()
-        if hasattr(evaluator, "result_names")
+        if isinstance(evaluator, NamesResults)
         for name in evaluator.result_names(class_names)
     ]
     if watched is not None and names and watched not in names:

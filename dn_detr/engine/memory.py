@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from dn_detr.errors import UserError, image_name
-
-Sample = Mapping[str, Any]  # of the training data, as the detector takes it
+from dn_detr.protocols import Sample
 
 # What PyTorch's allocators for CPUs say; they raise a plain RuntimeError.
 _ALLOCATOR_COMPLAINTS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory")

@@ -5,65 +5,62 @@ from __future__ import annotations
 import datetime
 import logging
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from dn_detr.distributed import is_main
+from dn_detr.protocols import Sample
 
-from .metrics import Row
-from .schedule import Timetable
+from .callbacks import Callback
+from .metrics import Record
 from .setup import FILE_ONLY
 
+if TYPE_CHECKING:
+    from .run_state import RunState
+    from .step import StepResult
 
-class Progress:
-    """A progress bar if standard output is a terminal, and a line in the log per interval.
+logger = logging.getLogger(__name__)
 
-    Args:
-        timetable: length of the run.
-        iteration: iterations done already.
-        logger: gets the lines.
-    """
 
-    def __init__(self, timetable: Timetable, iteration: int, logger: logging.Logger) -> None:
-        self._timetable = timetable
-        self._logger = logger
+class Progress(Callback):
+    """A progress bar if standard output is a terminal, and a line in the log per log record."""
+
+    def on_train_start(self, state: RunState) -> None:
+        """Show the bar."""
         self._bar = tqdm(
-            total=timetable.max_iter,
-            initial=iteration,
+            total=state.timetable.max_iter,
+            initial=state.iteration,
             desc="training",
             file=sys.stdout,
             dynamic_ncols=True,
             disable=not (is_main() and sys.stdout.isatty()),
         )
 
-    def __enter__(self) -> Progress:
-        return self
+    def after_step(self, state: RunState, samples: Sequence[Sample], result: StepResult) -> None:
+        """Move the bar, back if a rollback came between."""
+        self._bar.update(state.iteration - self._bar.n)
 
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def move_to(self, iteration: int) -> None:
-        """Say how many iterations are done."""
-        self._bar.update(iteration - self._bar.n)
-
-    def show(self, row: Row) -> None:
-        """Show the averages of an interval."""
-        rate = max(_number(row, name) for name in row if name.startswith("lr/"))
-        loss, data_time = _number(row, "loss"), _number(row, "data_time")
-        self._bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.1e}, data {data_time:.3f} s")
-        iteration = int(_number(row, "iteration"))
-        left = (self._timetable.max_iter - iteration) * _number(row, "iter_time")
-        self._logger.info(
+    def on_log(self, state: RunState, record: Record) -> None:
+        """Show the means of a log record; evaluations report their results themselves."""
+        if "loss" not in record:
+            return
+        number = {k: float("nan") if value is None else value for k, value in record.items()}
+        rate = max(value for name, value in number.items() if name.startswith("lr/"))
+        summary = f"loss {number['loss']:.4f}, lr {rate:.1e}, data {number['data_time']:.3f} s"
+        self._bar.set_postfix_str(summary)
+        left = (state.timetable.max_iter - state.iteration) * number["iter_time"]
+        logger.info(
             "iteration %d/%d  epoch %.2f  loss %.4f  grad norm %.3g  lr %.1e  data %.3f s  "
             "step %.3f s  %.1f images/s  memory %.0f MiB  eta %s",
-            iteration, self._timetable.max_iter, _number(row, "epoch"), loss,
-            _number(row, "grad_norm"), rate, data_time, _number(row, "iter_time"),
-            _number(row, "images_per_s"), _number(row, "memory_mib"),
+            state.iteration, state.timetable.max_iter, number["epoch"], number["loss"],
+            number["grad_norm"], rate, number["data_time"], number["iter_time"],
+            number["images_per_s"], number["memory_mib"],
             datetime.timedelta(seconds=round(left)),
             extra=FILE_ONLY,
         )  # fmt: skip
 
-
-def _number(row: Row, name: str) -> float:
-    value = row[name]
-    return float("nan") if value is None else float(value)
+    def on_train_end(self, state: RunState, *, failed: bool) -> None:
+        """Close the bar."""
+        self._bar.close()

@@ -1,16 +1,14 @@
-"""All that a run is made of at one moment, to be saved and to be continued from."""
+"""The state of a run: what a checkpoint holds and a resumed run continues from."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from dn_detr.checkpoint import (
     CheckpointError,
@@ -24,10 +22,11 @@ from dn_detr.checkpoint import (
 from dn_detr.distributed import all_gather, broadcast_from_main, is_main, rank, world_size
 
 from .best import BestResult
-from .metrics import Interval
+from .callbacks import Callbacks
+from .metrics import RunningSums
 from .optimizer import group_name
 from .random_state import capture_random_state, restore_random_state
-from .stability import MatchingStability
+from .schedule import Timetable
 from .step import TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -39,103 +38,69 @@ class RunState:
     Args:
         model: the detector, not wrapped.
         step: with the optimizer and the loss scale.
+        timetable: length of the run.
+        output_dir: folder of the run.
         class_names: of the training data.
-        ema: the moving average of the model, if there is one.
-        best: the best evaluation, if one result is watched.
-        stability: follows the matching, if the data know their objects.
-        callbacks: name -> object with `state_dict` and `load_state_dict`, whose states are saved
-            and restored under these names.
+        callbacks: what happens beside the training.
+        best: the best evaluation.
 
     Attributes:
+        optimizer: of the step.
         iteration: steps done.
         batches_drawn: batches taken from the loader; more than `iteration` after a rollback.
         nonfinite_steps: steps dropped because numbers were not finite.
-        skipped: files that were skipped in this epoch -> how often, on this process.
-        metrics: results of the evaluation at `iteration`, None if there was none.
-        is_best: whether `metrics` are the best so far.
-        interval: numbers since the last row.
+        metrics: numbers of this rank since the last log record.
+        results: of the evaluation at `iteration`, None if there was none.
     """
 
     def __init__(
         self,
         model: nn.Module,
         step: TrainingStep,
+        timetable: Timetable,
         *,
+        output_dir: Path,
         class_names: Sequence[str],
-        ema: AveragedModel | None = None,
-        best: BestResult | None = None,
-        stability: MatchingStability | None = None,
-        callbacks: Mapping[str, Any] | None = None,
+        callbacks: Callbacks,
+        best: BestResult,
     ) -> None:
         self.model = model
         self.step = step
-        self.ema = ema
+        self.optimizer = step.optimizer
+        self.timetable = timetable
+        self.output_dir = output_dir
+        self.callbacks = callbacks
         self.best = best
-        self.stability = stability
-        self.callbacks = dict(callbacks or {})
         self.iteration = 0
         self.batches_drawn = 0
         self.nonfinite_steps = 0
-        self.skipped: Counter[str] = Counter()
-        self.metrics: dict[str, Any] | None = None
-        self.is_best = False
-        self.interval = Interval()
+        self.metrics = RunningSums()
+        self.results: Mapping[str, Any] | None = None
         self._class_names = class_names
-        self._best_before: dict[str, Any] | None = None  # the state of `best` before `metrics`
         self._random_state: dict[str, Any] | None = None
+        callbacks.setup(self)
 
-    def snapshot(self, epoch: float) -> Snapshot:
-        """Return the whole state, equal on all processes; a collective call."""
-        mine = {
-            "random": capture_random_state(),
-            "interval": self.interval.state_dict(),
-            "skipped": dict(self.skipped),
-        }
+    def snapshot(self) -> Snapshot:
+        """Return the whole state, equal on all ranks; a collective call."""
+        of_this_rank = {"random": capture_random_state(), "metrics": self.metrics.state_dict()}
+        models = {name: m.state_dict() for name, m in self.callbacks.models().items()}
         return Snapshot(
             iteration=self.iteration,
-            epoch=epoch,
+            epoch=self.timetable.epoch(self.iteration),
             model=self.model.state_dict(),
-            ema=self.ema.module.state_dict() if self.ema is not None else None,
-            optimizer=self.step.optimizer.state_dict(),
+            ema=models.pop("ema", None),
+            optimizer=self.optimizer.state_dict(),
             training_state={
-                "optimizer_type": type(self.step.optimizer).__name__,
+                "optimizer_type": type(self.optimizer).__name__,
                 "scaler": self.step.scaler.state_dict(),
-                "best": self._best_before_evaluation(),
-                "stability": self.stability.state_dict() if self.stability is not None else None,
-                "callbacks": {name: c.state_dict() for name, c in self.callbacks.items()},
+                "best": self.best.state_dict(before_latest=self.results is not None),
+                "callbacks": self.callbacks.state_dict(),
+                "models": models,
                 "batches_drawn": self.batches_drawn,
                 "nonfinite_steps": self.nonfinite_steps,
-                "processes": all_gather(mine),
+                "ranks": all_gather(of_this_rank),
             },
         )
-
-    @property
-    def has_stagnated(self) -> bool:
-        """Whether the last evaluations gained nothing."""
-        return self.best is not None and self.best.has_stagnated
-
-    def take_results(self) -> None:
-        """Compare `metrics` with the best so far."""
-        self.is_best = False
-        if self.best is not None and self.metrics is not None:
-            self._best_before = self.best.state_dict()
-            self.is_best = self.best.update(self.metrics)
-
-    def forget_lost_best(self, checkpoints: Path) -> None:
-        """Judge later results by what `best` points at, where the best so far was not written."""
-        if self.best is not None:
-            kept = best_manifest(checkpoints)
-            self.best.forget_unless_kept(kept.metrics if kept is not None else None)
-
-    def _best_before_evaluation(self) -> dict[str, Any] | None:
-        """Return the state of `best` without the evaluation at this iteration.
-
-        The evaluation may come after the checkpoint, and is recorded in its manifest or made again;
-        so that it counts once, a checkpoint that is written after it holds the same.
-        """
-        if self.best is None:
-            return None
-        return self.best.state_dict() if self.metrics is None else self._best_before
 
     def restore(self, checkpoint: LoadedCheckpoint) -> None:
         """Become what a checkpoint holds, as if there had been no interruption.
@@ -156,37 +121,41 @@ class RunState:
             source_class_names=manifest.class_names,
             has_config=bool(manifest.config),
         )
-        if self.ema is not None:
-            if saved.ema is None:
-                logger.warning("the checkpoint holds no EMA: it starts from the model's weights")
-            self.ema.module.load_state_dict(dict(saved.model if saved.ema is None else saved.ema))
-        _restore_optimizer(self.step.optimizer, state["optimizer_type"], saved.optimizer)
+        for name, model in self.callbacks.models().items():
+            weights = saved.ema if name == "ema" else state["models"].get(name)
+            if weights is None:
+                logger.warning("the checkpoint holds no %s: it starts from the model's", name)
+            model.load_state_dict(dict(saved.model if weights is None else weights))
+        _restore_optimizer(self.optimizer, state["optimizer_type"], saved.optimizer)
         if state["scaler"] and self.step.scaler.is_enabled():
             self.step.scaler.load_state_dict(state["scaler"])
-        if self.stability is not None and state["stability"] is not None:
-            self.stability.load_state_dict(state["stability"])
-        for name, callback in self.callbacks.items():
-            if name in state["callbacks"]:
-                callback.load_state_dict(state["callbacks"][name])
-        self.iteration, self.metrics = manifest.iteration, manifest.metrics
-        if self.best is not None and state["best"] is not None:
-            self.best.load_state_dict(state["best"])
-        if self.best is not None and self.metrics and not self.best.is_in(self.metrics):
-            self.metrics = None  # evaluated before that result was asked for
-        self.forget_lost_best(checkpoint.folder.parent)
-        self.take_results()
+        self.callbacks.load_state_dict(state["callbacks"])
+        self.iteration, self.results = manifest.iteration, manifest.metrics
+        self.best.load_state_dict(state["best"])
+        if self.results and not self.best.is_in(self.results):
+            self.results = None  # evaluated before that result was asked for
+        self.fall_back_to_best_checkpoint()
+        if self.results is not None:
+            self.best.update(self.results)
         self.batches_drawn = state["batches_drawn"]
         self.nonfinite_steps = state["nonfinite_steps"]
-        if len(state["processes"]) != world_size():
-            logger.warning(
-                "saved by %d process(es), continued by %d: global random numbers are "
-                "re-initialised, samples do not change", len(state["processes"]), world_size(),
-            )  # fmt: skip
+        ranks = state["ranks"]
+        self.metrics = RunningSums()
+        if len(ranks) == world_size():
+            self._random_state = ranks[rank()]["random"]
+            self.metrics.add_state(ranks[rank()]["metrics"], self.step.device)
             return
-        mine = state["processes"][rank()]
-        self._random_state = mine["random"]
-        self.interval = Interval.from_state_dict(mine["interval"], self.step.device)
-        self.skipped = Counter(mine["skipped"])
+        logger.warning(
+            "saved by %d process(es), continued by %d: global random numbers are "
+            "re-initialised, samples do not change", len(ranks), world_size(),
+        )  # fmt: skip
+        for saved in ranks if is_main() else []:
+            self.metrics.add_state(saved["metrics"], self.step.device)
+
+    def fall_back_to_best_checkpoint(self) -> None:
+        """Judge later results by what `best` points at, if a better one was not written."""
+        kept = best_manifest(self.output_dir / "checkpoints")
+        self.best.fall_back_to(kept.metrics if kept is not None else None)
 
     def restore_random_numbers(self) -> None:
         """Continue with the random numbers that follow those of the restored checkpoint."""
@@ -196,7 +165,7 @@ class RunState:
 
 
 def load_last(output_dir: str | Path) -> LoadedCheckpoint | None:
-    """Load the last undamaged checkpoint of a run on every process; a collective call.
+    """Load the last undamaged checkpoint of a run on every rank; a collective call.
 
     The main process looks for it, and the others load what it has found.
 

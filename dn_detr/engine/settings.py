@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -119,6 +120,8 @@ class TrainSettings:
         oom: what running out of memory leads to: "raise" or "skip" the step.
         grace_seconds: how long after a signal a step may take to end and a checkpoint to be
             written, before the process ends anyway.
+        callbacks: name -> `L(MyCallback)(...)`, see `Callback`. Their nodes stay in the config:
+            `build_callbacks` makes them.
     """
 
     output_dir: str = MISSING
@@ -144,6 +147,7 @@ class TrainSettings:
     early_stopping: EarlyStoppingSettings = field(default_factory=EarlyStoppingSettings)
     grace_seconds: float = 120.0
     wandb: WandbSettings = field(default_factory=WandbSettings)
+    callbacks: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> TrainSettings:
@@ -158,7 +162,8 @@ class TrainSettings:
                 f"the config has no {', '.join(absent)}; it needs {', '.join(SECTIONS)}"
             )
         try:
-            values = OmegaConf.to_container(cfg.train, resolve=True)
+            given = OmegaConf.masked_copy(cfg.train, [k for k in cfg.train if k != "callbacks"])
+            values = OmegaConf.to_container(given, resolve=True)
             settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
         except OmegaConfBaseException as error:
             known = ", ".join(item.name for item in fields(cls))

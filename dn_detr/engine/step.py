@@ -1,13 +1,13 @@
-"""One optimizer step: forward, backward, clipping, and what is noticed when it goes wrong."""
+"""One optimizer step: forward, backward, clipping, and the policies for a step that fails."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from dn_detr.allocator import release_freed_memory
 from dn_detr.distributed import any_process, average_gradients, is_distributed
 from dn_detr.errors import UserError, image_name
 from dn_detr.modeling import ObjectCounts, mean_over_ranks
+from dn_detr.protocols import CountsObjects, Diagnostics, HasDiagnostics, Sample
 
-from .memory import OutOfMemory, Sample, describe_batch, is_out_of_memory
+from .memory import OutOfMemory, describe_batch, is_out_of_memory
 from .nonfinite import NonFiniteError, RunningStatistics, explain
 from .random_state import preserved_random_state
 from .settings import AmpSettings, ClipGradSettings
@@ -28,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 class Outcome(Enum):
-    """What became of a step; the same on all processes."""
+    """Result of a step; the same on all ranks."""
 
     APPLIED = "applied"
     OVERFLOW = "overflow"  # of float16, repaired by a smaller loss scale; no weight changed
     NONFINITE = "nonfinite"  # a loss or the gradient; no weight changed
-    OUT_OF_MEMORY = "oom"  # on some process; no weight changed
+    OUT_OF_MEMORY = "oom"  # on some rank; no weight changed
 
 
 class StepResult(NamedTuple):
@@ -44,8 +45,8 @@ class StepResult(NamedTuple):
         losses: their values, (len(names),) float32.
         grad_norm: global norm of the gradients before clipping, ().
         outcome: whether weights changed, and if not, why.
-        stop: whether any process asked to stop.
-        diagnostics: the model's, of each piece of the batch; None from a model that has none.
+        stop: whether any rank asked to stop.
+        diagnostics: the model's, one per micro-batch; empty if it has none or the step failed.
         report: what went wrong, where something did.
     """
 
@@ -54,7 +55,7 @@ class StepResult(NamedTuple):
     grad_norm: Tensor
     outcome: Outcome = Outcome.APPLIED
     stop: bool = False
-    diagnostics: tuple[Any, ...] = ()
+    diagnostics: tuple[Diagnostics, ...] = ()
     report: str = ""
 
 
@@ -62,21 +63,18 @@ class TrainingStep:
     """Turns a batch into an updated model.
 
     Args:
-        model: in training mode returns a dict of weighted scalar losses; may be wrapped by
-            DistributedDataParallel. With a method `count_objects` and an argument `counts`, as
-            `Detector` has them, pieces of a batch add up to the whole batch; the losses of a
-            model without are taken for means over its images.
+        model: see `dn_detr.protocols.Model`; may be wrapped by DistributedDataParallel.
         optimizer: over its parameters.
         device: where the model is.
         amp: mixed precision of the forward pass.
         clip_grad: clipping of the global gradient norm.
-        accumulate: in how many pieces the batch is computed, >= 1.
+        accumulate: number of micro-batches in which the batch is computed, >= 1.
         survive_out_of_memory: end a step that does not fit into memory without an exception.
         survive_nonfinite: the same for a loss or gradient that is not finite.
 
     Raises:
         ValueError: surviving out of memory with batch normalisation that is synchronised over
-            processes, which would wait for the one that ran out.
+            ranks, which would wait for the one that ran out.
     """
 
     def __init__(
@@ -119,71 +117,85 @@ class TrainingStep:
             )
 
     def __call__(
-        self, batch: Sequence[Sample], iteration: int, *, wants_stop: bool = False
+        self, samples: Sequence[Sample], iteration: int, *, wants_stop: bool = False
     ) -> StepResult:
         """Make one optimizer step.
 
         Args:
-            batch: this process's samples.
+            samples: of this rank.
             iteration: number of this step, for messages.
-            wants_stop: whether this process asks all to stop after this step.
+            wants_stop: whether this rank asks all to stop after this step.
 
         Raises:
-            NonFiniteError: on every process, before the step, if a loss on any of them or the
+            NonFiniteError: on every rank, before the step, if a loss on any of them or the
                 gradient is NaN or infinite. (An overflow that float16 scaling caused and repairs
                 is none.)
-            OutOfMemory: on the process that ran out of memory.
+            OutOfMemory: on the rank that ran out of memory.
         """
         self._statistics.remember()
         random_state = _random_state(self.device)
-        pieces = split_evenly(batch, self._accumulate)
-        counts = self._count(pieces)
-        with self._memory_guard(batch, iteration) as complaints:
-            names, terms, diagnostics = self._compute_gradients(pieces, counts)
-        if self._averages_itself or complaints:
-            ran_out, stop = any_process(bool(complaints), wants_stop, device=self.device)
+        micro_batches = split_evenly(samples, self._accumulate)
+        counts: ObjectCounts | None = None
+        if isinstance(self._module, CountsObjects):
+            objects = sum(map(self._module.count_objects, micro_batches), ObjectCounts())
+            counts = mean_over_ranks(objects, self.device)
+        out_of_memory = ""
+        try:
+            names, terms, diagnostics = self._compute_gradients(micro_batches, counts)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if not self._survives_out_of_memory:
+                raise OutOfMemory(self._memory_report(samples, iteration, str(error))) from error
+            out_of_memory = str(error) or type(error).__name__
+        if self._averages_itself or out_of_memory:
+            ran_out, stop = any_process(bool(out_of_memory), wants_stop, device=self.device)
             if ran_out:
-                return self._give_up(batch, iteration, complaints, stop)
+                return self._skip_out_of_memory(samples, iteration, out_of_memory, stop)
             average_gradients(self._parameters)
         self.scaler.unscale_(self.optimizer)
-        norm = self._clip()
-        outcome, stop = self._agree(terms.sum(), norm, wants_stop)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, self._clip_grad.norm_type)
+        if self._clip_grad.max_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, self._clip_grad.max_norm, norm)
+        outcome, stop = self._outcome_over_ranks(terms.sum(), norm, wants_stop)
         result = StepResult(names, terms, norm, outcome, stop, diagnostics)
         if outcome is Outcome.NONFINITE:
-            return self._drop(pieces, iteration, result, counts, random_state)
+            return self._skip_nonfinite(micro_batches, iteration, result, counts, random_state)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return result
 
-    def _count(self, pieces: Sequence[Sequence[Sample]]) -> ObjectCounts | None:
-        """Return what losses are divided by, over all pieces and processes; None if unknown."""
-        if not hasattr(self._module, "count_objects"):
-            return None
-        count: Any = self._module.count_objects
-        return mean_over_ranks(sum(map(count, pieces), ObjectCounts()), self.device)
-
     def _compute_gradients(
-        self, pieces: Sequence[Sequence[Sample]], counts: ObjectCounts | None
-    ) -> tuple[tuple[str, ...], Tensor, tuple[Any, ...]]:
-        """Add up the gradients of all pieces.
+        self, micro_batches: Sequence[Sequence[Sample]], counts: ObjectCounts | None
+    ) -> tuple[tuple[str, ...], Tensor, tuple[Diagnostics, ...]]:
+        """Add up the gradients of all micro-batches.
 
         Returns:
-            Names and sums (len(names),) of the loss terms, and the model's diagnostics per piece.
+            Names and sums (len(names),) of the loss terms, and the model's diagnostics.
         """
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         diagnostics = []
-        for index, piece in enumerate(pieces):
-            with self._synchronised(is_last=index + 1 == len(pieces)):
-                losses = self._losses(self.model, piece, counts)
-                if counts is None:  # means over the images of a piece
-                    share = len(piece) / sum(map(len, pieces))
+        for index, samples in enumerate(micro_batches):
+            # Ranks exchange gradients in the last backward pass, if not after it.
+            is_last = index + 1 == len(micro_batches)
+            synchronises = is_last and not self._averages_itself
+            with (
+                self.model.no_sync()
+                if isinstance(self.model, DistributedDataParallel) and not synchronises
+                else nullcontext()
+            ):
+                losses = self._losses(self.model, samples, counts)
+                if counts is None:  # means over the images of a micro-batch
+                    share = len(samples) / sum(map(len, micro_batches))
                     losses = losses if share == 1 else {k: share * x for k, x in losses.items()}
                 terms = torch.stack([value.float() for value in losses.values()])
                 self.scaler.scale(terms.sum()).backward()
             for name, value in zip(losses, terms.detach(), strict=True):
                 sums[name] = sums[name] + value if name in sums else value
-            diagnostics.append(getattr(self._module, "diagnostics", None))
+            if isinstance(self._module, HasDiagnostics) and self._module.diagnostics is not None:
+                diagnostics.append(self._module.diagnostics)
         return tuple(sums), torch.stack(list(sums.values())), tuple(diagnostics)
 
     def _losses(
@@ -193,22 +205,10 @@ class TrainingStep:
             losses: dict[str, Tensor] = model(samples) if counts is None else model(samples, counts)
         return losses
 
-    def _synchronised(self, is_last: bool) -> AbstractContextManager[None]:
-        """Average gradients over processes during the backward pass of the last piece only."""
-        if not isinstance(self.model, DistributedDataParallel):
-            return nullcontext()
-        return nullcontext() if is_last and not self._averages_itself else self.model.no_sync()
-
-    def _clip(self) -> Tensor:
-        """Clip the gradients in place; return their global norm before that."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients, self._clip_grad.norm_type)
-        if self._clip_grad.max_norm is not None:
-            nn.utils.clip_grads_with_norm_(self._parameters, self._clip_grad.max_norm, norm)
-        return norm
-
-    def _agree(self, total: Tensor, norm: Tensor, wants_stop: bool) -> tuple[Outcome, bool]:
-        """Decide the same on all processes, with one small collective."""
+    def _outcome_over_ranks(
+        self, total: Tensor, norm: Tensor, wants_stop: bool
+    ) -> tuple[Outcome, bool]:
+        """Decide the same on all ranks, with one small collective."""
         wrong_loss, wrong_gradient, stop = any_process(
             ~total.isfinite(), ~norm.isfinite(), wants_stop, device=self.device
         )
@@ -217,9 +217,9 @@ class TrainingStep:
             return Outcome.NONFINITE if wrong_loss else Outcome.OVERFLOW, stop
         return (Outcome.NONFINITE if wrong_loss or wrong_gradient else Outcome.APPLIED), stop
 
-    def _drop(
+    def _skip_nonfinite(
         self,
-        pieces: Sequence[Sequence[Sample]],
+        micro_batches: Sequence[Sequence[Sample]],
         iteration: int,
         result: StepResult,
         counts: ObjectCounts | None,
@@ -234,51 +234,38 @@ class TrainingStep:
             report = explain(
                 self._module,
                 lambda samples: self._losses(self._module, samples, counts),
-                pieces,
+                micro_batches,
                 losses,
                 result.grad_norm.item(),
                 iteration,
             )
         if not self._survives_nonfinite:
             raise NonFiniteError(f"{report}\nstopped before the optimizer step")
-        if self.scaler.is_enabled():  # forget the gradients; the scale is not to blame
+        if self.scaler.is_enabled():  # drop the gradients; the scale is not the cause
             self.scaler.update(self.scaler.get_scale())
         return result._replace(diagnostics=(), report=report)
 
-    @contextmanager
-    def _memory_guard(self, batch: Sequence[Sample], iteration: int) -> Iterator[list[str]]:
-        """Turn running out of memory into an OutOfMemory, or into an entry of the list."""
-        complaints: list[str] = []
-        try:
-            yield complaints
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            if not self._survives_out_of_memory:
-                raise OutOfMemory(self._memory_report(batch, iteration, str(error))) from error
-            complaints.append(str(error))
-
-    def _give_up(
-        self, batch: Sequence[Sample], iteration: int, complaints: Sequence[str], stop: bool
+    def _skip_out_of_memory(
+        self, samples: Sequence[Sample], iteration: int, complaint: str, stop: bool
     ) -> StepResult:
-        """End a step that did not fit into memory somewhere."""
+        """End a step that did not fit into memory on some rank; `complaint` is "" on others."""
         self.optimizer.zero_grad(set_to_none=True)
         self._statistics.restore()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         release_freed_memory()  # others, such as the writer of checkpoints, need some too
         # Written only now, so that no text lies behind the freed blocks and keeps them.
-        if complaints:
-            report = self._memory_report(batch, iteration, complaints[0])
+        if complaint:
+            report = self._memory_report(samples, iteration, complaint)
         else:
-            report = f"iteration {iteration}: out of memory on another process"
+            report = f"iteration {iteration}: out of memory on another rank"
         nothing = torch.zeros(0, device=self.device)
         return StepResult((), nothing, nothing.sum(), Outcome.OUT_OF_MEMORY, stop, report=report)
 
-    def _memory_report(self, batch: Sequence[Sample], iteration: int, complaint: str) -> str:
+    def _memory_report(self, samples: Sequence[Sample], iteration: int, complaint: str) -> str:
         return (
             f"iteration {iteration}: out of memory on {self.device}: {complaint}\n"
-            f"{describe_batch(batch)}\n"
+            f"{describe_batch(samples)}\n"
             "what helps: train.accumulate=2 or more, train.activation_checkpointing.encoder="
             "true (backbone, decoder), a smaller dataloader.image_scale, "
             "model.denoising.max_queries or dataloader.train.total_batch_size, or "
@@ -287,7 +274,7 @@ class TrainingStep:
 
 
 def split_evenly(batch: Sequence[Sample], count: int) -> list[Sequence[Sample]]:
-    """Cut a batch into `count` pieces (or one per sample), whose sizes differ by one at most."""
+    """Cut a batch into `count` micro-batches, or one per sample; sizes differ by one at most."""
     count = min(count, len(batch))
     bounds = [len(batch) * index // count for index in range(count + 1)]
     return [batch[start:end] for start, end in itertools.pairwise(bounds)]

@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NoReturn
 
 from dn_detr.checkpoint import CheckpointError, CheckpointWriter
-from dn_detr.data import count_skipped, describe_skipped
-from dn_detr.distributed import (
-    all_gather,
-    any_process,
-    barrier,
-    broadcast_from_main,
-    is_main,
-    world_size,
-)
+from dn_detr.distributed import any_process, barrier, broadcast_from_main, is_main, world_size
 from dn_detr.evaluation import EvaluationStopped
+from dn_detr.protocols import Evaluator, Sample, TestLoader, TrainLoader
 
-from .memory import OutOfMemory, Sample
-from .metrics import Interval, Row, average_over_ranks, evaluation_row, peak_memory_mib
+from .evaluation import evaluate_all
+from .memory import OutOfMemory
+from .metrics import (
+    Maximum,
+    Record,
+    RunningSums,
+    evaluation_record,
+    merge_over_ranks,
+    peak_memory_mib,
+)
 from .nonfinite import NonFiniteError
 from .optimizer import learning_rates
-from .progress import Progress
 from .run_state import RunState, load_last
-from .schedule import LearningRateRule, Timetable, set_learning_rates
+from .schedule import LearningRateRule, set_learning_rates
 from .settings import TrainSettings
 from .step import Outcome, StepResult, images_named_on_failure
 from .stopping import Stopped, StopRequest, WaitInterrupted
-from .writers import RunWriters
+from .writers import MetricsFile, finite_record
 
 logger = logging.getLogger(__name__)
 
-# With train.oom=skip: this many steps in a row without memory are no matter of single images.
+# With train.oom=skip: more steps in a row without memory are no matter of single images.
 _MOST_OUT_OF_MEMORY_IN_A_ROW = 10
 
 
@@ -43,15 +42,12 @@ class Trainer:
     """Runs optimizer steps until the timetable ends; logs, saves and evaluates when they are due.
 
     Args:
-        state: the model, the step and all else that changes.
-        loader: endless, of this process's batches.
+        state: the model, the optimizer, the callbacks and all else that changes.
+        loader: endless, of this rank's batches.
+        test_loader: of this rank's share of the test images.
+        evaluators: by name: "" for the model, and one for each of the callbacks' models.
         checkpoints: writes them.
-        open_rows: `writers.open_writers` for this run: opens what takes the rows of metrics.
-        evaluate: given a function that says whether to stop, which all processes call equally
-            often, returns the results (an empty dict on other processes than the first) or raises
-            EvaluationStopped.
         stop: whether this process was asked to stop.
-        timetable: length of the run.
         lr_rule: factor of the learning rate by epoch.
         settings: the `train` section.
     """
@@ -59,29 +55,26 @@ class Trainer:
     def __init__(
         self,
         state: RunState,
-        loader: Any,
+        loader: TrainLoader,
+        test_loader: TestLoader,
+        evaluators: Mapping[str, Evaluator],
         checkpoints: CheckpointWriter,
         *,
-        open_rows: Callable[..., RunWriters],
-        evaluate: Callable[[Callable[[], bool]], dict[str, Any]],
         stop: StopRequest,
-        timetable: Timetable,
         lr_rule: LearningRateRule,
         settings: TrainSettings,
     ) -> None:
-        self._state = state
-        self._step = state.step
+        self.state = state
         self._loader = loader
+        self._test_loader = test_loader
+        self._evaluators = evaluators
         self._checkpoints = checkpoints
-        self._open_rows = open_rows
-        self._evaluate = evaluate
         self._stop = stop
-        self._timetable = timetable
         self._lr_rule = lr_rule
         self._settings = settings
-        self._rows = RunWriters()
+        self._metrics_file: MetricsFile | None = None  # on the main process
         self._saved_iteration: int | None = state.iteration
-        self._has_unwritten = False  # whether something of the newest checkpoint was not written
+        self._has_unwritten = False  # whether the newest checkpoint was not written
         self._has_stagnated = False
         self._out_of_memory_in_a_row = 0
 
@@ -89,7 +82,7 @@ class Trainer:
         """Train to the end of the timetable, or until results stagnate.
 
         Returns:
-            Metrics of the last evaluation; an empty dict on other processes than the first.
+            Metrics of the last evaluation; an empty dict on other ranks than the main process.
 
         Raises:
             Stopped: on request, after saving.
@@ -98,151 +91,119 @@ class Trainer:
             OutOfMemory: the same for memory.
             CheckpointError: the last checkpoint could not be written.
         """
-        self._start_rows()
+        state = self.state
         failed = True
         try:
-            if self._state.is_best:  # a run that was killed may not have pointed `best` at it
-                self._record_evaluation()
-            self._evaluate_if_interrupted()
-            self._train()
-            self._save_for_good()
+            self._open_metrics_file()
+            state.callbacks.on_train_start(state)
+            self._resume_evaluation()
+            if self._is_finished():
+                logger.info("nothing left to train: %d iterations are done", state.iteration)
+            else:
+                self._train()
+            self._save_at_the_end()
             failed = False
         except Stopped:
             failed = False
             raise
         finally:
             self._checkpoints.close()
-            self._rows.close(failed=failed)
-        return self._state.metrics or {}
+            if self._metrics_file is not None:
+                self._metrics_file.close()
+            state.callbacks.on_train_end(state, failed=failed)
+        return dict(state.results or {}) if is_main() else {}
 
     def _train(self) -> None:
-        self._agree_on_stagnation()
-        if self._is_finished():
-            logger.info("nothing left to train: %d iterations are done", self._state.iteration)
-            return
-        self._state.model.train()
+        state, settings, is_due = self.state, self._settings, self.state.timetable.is_due
+        state.model.train()
         batches = iter(self._loader)
         # after making the iterator, because a loader may draw a seed for its workers
-        self._state.restore_random_numbers()
-        with Progress(self._timetable, self._state.iteration, logger) as progress:
-            while not self._is_finished():
-                done = self._state.iteration
-                result = self._one_iteration(batches)
-                is_new = self._state.iteration > done  # not after a rollback
-                progress.move_to(self._state.iteration)
-                if is_new:
-                    self._log_if_due(progress)
-                self._report_skipped_files()
-                if result.stop:
-                    self._save_and_stop()
-                if is_new:
-                    self._save_if_due()
-                    self._evaluate_if_due()
-                self._report_failed_writes()
+        state.restore_random_numbers()
+        while not self._is_finished():
+            result = self._step(batches)
+            has_rolled_back = self._handle(result)
+            if not has_rolled_back and is_due(settings.log_period, state.iteration):
+                self._log()
+            if result.stop:
+                self._save_and_stop()
+            if is_due(settings.checkpoint.period, state.iteration):
+                self._save()
+            if is_due(settings.eval_period, state.iteration) and state.results is None:
+                self._evaluate()
+            self._report_failed_writes()
 
     def _is_finished(self) -> bool:
-        return self._has_stagnated or self._state.iteration >= self._timetable.max_iter
+        return self._has_stagnated or self.state.iteration >= self.state.timetable.max_iter
 
-    def _one_iteration(self, batches: Any) -> StepResult:
+    def _step(self, batches: Iterator[Sequence[Sample]]) -> StepResult:
         started = time.perf_counter()
-        state = self._state
-        epoch = self._timetable.epoch(state.iteration)
-        set_learning_rates(self._step.optimizer, self._lr_rule(epoch, self._timetable.total_epochs))
-        batch = self._next_batch(batches)
-        data_seconds = time.perf_counter() - started
-        with images_named_on_failure(batch, state.iteration + 1):
-            wants_stop = self._stop.reason is not None
-            result = self._step(batch, state.iteration + 1, wants_stop=wants_stop)
-        state.iteration += 1
-        state.metrics = None
-        self._record(result, batch)
-        state.interval.record(
-            result if result.names and result.outcome is not Outcome.NONFINITE else None,
-            images=len(batch),
-            data_seconds=data_seconds,
-            seconds=time.perf_counter() - started,
-        )
-        self._handle(result)
-        return result
-
-    def _next_batch(self, batches: Any) -> Sequence[Sample]:
-        """Wait for images; with other processes waiting for this one, whatever happens."""
-        if self._state.stability is not None:
-            self._state.stability.begin_iteration(self._data_epoch())
-        # A request to stop need not wait for images where no other process waits for the step.
-        is_alone = world_size() == 1
+        state, timetable = self.state, self.state.timetable
+        epoch = timetable.epoch(state.iteration)
+        set_learning_rates(state.optimizer, self._lr_rule(epoch, timetable.total_epochs))
         try:
-            with self._stop.interruptible() if is_alone else nullcontext():
-                batch: Sequence[Sample] = next(batches)
+            # A request to stop need not wait for images where no other rank waits for the step.
+            with self._stop.interruptible() if world_size() == 1 else nullcontext():
+                samples = next(batches)
         except WaitInterrupted:
             self._save_and_stop()
-        self._state.batches_drawn += 1
-        self._state.skipped.update(count_skipped(batch))
-        return batch
+        state.batches_drawn += 1
+        data_seconds = time.perf_counter() - started
+        with images_named_on_failure(samples, state.iteration + 1):
+            wants_stop = self._stop.reason is not None
+            result = state.step(samples, state.iteration + 1, wants_stop=wants_stop)
+        state.iteration += 1
+        state.results = None
+        if result.outcome in (Outcome.APPLIED, Outcome.OVERFLOW):
+            state.metrics.add_step(result)
+        state.callbacks.after_step(state, samples, result)
+        state.metrics.add_times(
+            images=len(samples), data_seconds=data_seconds, seconds=time.perf_counter() - started
+        )
+        return result
 
-    def _data_epoch(self) -> int:
-        """Return which epoch of the data the next batch belongs to."""
-        return self._state.batches_drawn // self._timetable.iterations_per_epoch
-
-    def _record(self, result: StepResult, batch: Sequence[Sample]) -> None:
-        """Take note of what the step says apart from its losses."""
-        interval, stability = self._state.interval, self._state.stability
-        interval.count("skipped_images", count_skipped(batch).total())
-        found = [piece for piece in result.diagnostics if piece is not None]
-        for piece in found:
-            interval.record_denoising(piece.denoising_correct, piece.denoising_total)
-        if stability is not None and found:
-            queries = [query for piece in found for query in piece.queries]
-            stability.update([sample["instances"].gt_ids for sample in batch], queries)
-
-    def _handle(self, result: StepResult) -> None:
-        """Do what the settings say about a step that changed no weights."""
-        is_out_of_memory = result.outcome is Outcome.OUT_OF_MEMORY
+    def _handle(self, result: StepResult) -> bool:
+        """Do what the settings say about a step that changed no weights; whether to roll back."""
+        state, outcome = self.state, result.outcome
+        is_out_of_memory = outcome is Outcome.OUT_OF_MEMORY
         self._out_of_memory_in_a_row = self._out_of_memory_in_a_row + 1 if is_out_of_memory else 0
-        if result.outcome is Outcome.APPLIED:
-            if self._state.ema is not None:
-                self._state.ema.update_parameters(self._state.model)
-        elif result.outcome is Outcome.OVERFLOW:
-            self._state.interval.count("overflow_steps")
-        elif is_out_of_memory:
-            self._skip_out_of_memory(result)
-        else:
-            self._survive_nonfinite(result)
-
-    def _skip_out_of_memory(self, result: StepResult) -> None:
-        self._state.interval.count("oom_steps")
-        logger.warning("%s\nthe step is skipped (train.oom=skip)", result.report)
-        if self._out_of_memory_in_a_row >= _MOST_OUT_OF_MEMORY_IN_A_ROW:
-            raise OutOfMemory(
-                f"{result.report}\n{_MOST_OUT_OF_MEMORY_IN_A_ROW} steps in a row did not fit"
-            )
-
-    def _survive_nonfinite(self, result: StepResult) -> None:
-        self._state.interval.count("nonfinite_steps")
-        self._state.nonfinite_steps += 1
-        limit = self._settings.nonfinite_limit
-        if self._state.nonfinite_steps > limit:
+        if outcome is Outcome.APPLIED:
+            return False
+        if is_main():  # of all ranks together, so one counts
+            state.metrics.count(f"{outcome.value}_steps")
+        if is_out_of_memory:
+            logger.warning("%s\nthe step is skipped (train.oom=skip)", result.report)
+            if self._out_of_memory_in_a_row >= _MOST_OUT_OF_MEMORY_IN_A_ROW:
+                raise OutOfMemory(
+                    f"{result.report}\n{_MOST_OUT_OF_MEMORY_IN_A_ROW} steps in a row did not fit"
+                )
+        if outcome is not Outcome.NONFINITE:
+            return False
+        state.nonfinite_steps += 1
+        policy, limit = self._settings.nonfinite, self._settings.nonfinite_limit
+        if state.nonfinite_steps > limit:
             raise NonFiniteError(
-                f"{result.report}\n{self._state.nonfinite_steps} steps of this run were not "
-                f"finite, more than train.nonfinite_limit={limit}"
+                f"{result.report}\n{state.nonfinite_steps} steps of this run were not finite, "
+                f"more than train.nonfinite_limit={limit}"
             )
-        if is_main():  # the report is about all processes
+        if is_main():  # the report is about all ranks
             logger.warning(
-                "%s\ntrain.nonfinite=%s; number %d of at most %d", result.report,
-                self._settings.nonfinite, self._state.nonfinite_steps, limit,
+                "%s\ntrain.nonfinite=%s; number %d of at most %d",
+                result.report, policy, state.nonfinite_steps, limit,
             )  # fmt: skip
-        if self._settings.nonfinite == "rollback":
+        if policy == "rollback":
             self._roll_back(result)
+        return policy == "rollback"
 
     def _roll_back(self, result: StepResult) -> None:
         """Become the last checkpoint, but go on with images that come after these."""
-        state = self._state
-        drawn, dropped, skipped = state.batches_drawn, state.nonfinite_steps, state.skipped
+        state = self.state
+        drawn, nonfinite_steps = state.batches_drawn, state.nonfinite_steps
         try:
-            self._finish_writing()
+            self._checkpoints.wait()
         except CheckpointError as error:
             logger.error("%s", error)  # an older one has to do
-        checkpoint = load_last(self._settings.output_dir)
+        barrier()
+        checkpoint = load_last(state.output_dir)
         if checkpoint is None:
             raise NonFiniteError(
                 f"{result.report}\nthere is no checkpoint to roll back to yet; lower "
@@ -250,56 +211,80 @@ class Trainer:
             )
         state.restore(checkpoint)
         state.restore_random_numbers()
-        state.batches_drawn, state.nonfinite_steps, state.skipped = drawn, dropped, skipped
-        state.interval.count("nonfinite_steps")
-        self._start_rows()
+        state.batches_drawn, state.nonfinite_steps = drawn, nonfinite_steps
+        if is_main():
+            state.metrics.count("nonfinite_steps")
+        self._open_metrics_file()
         self._save_again()  # it would draw the bad images again
         if is_main():
             logger.warning("rolled back to %s", checkpoint.folder)
 
-    def _log_if_due(self, progress: Progress) -> None:
-        if not self._timetable.is_due(self._settings.log_period, self._state.iteration):
-            return
-        mine = {**self._state.interval.averages(), "memory_mib": peak_memory_mib(self._step.device)}
-        if self._state.stability is not None:
-            mine |= self._state.stability.ratios()
-        row = self._position() | average_over_ranks(mine) | learning_rates(self._step.optimizer)
-        self._state.interval = Interval()
-        self._rows.write(row)
-        progress.show(row)
+    def _log(self) -> None:
+        """Write a log record: means since the last one, over all ranks."""
+        state = self.state
+        memory = Maximum(peak_memory_mib(state.step.device))
+        merged = merge_over_ranks({**state.metrics.averages(), "memory_mib": memory})
+        state.metrics = RunningSums()
+        # every step may have been skipped, and every gradient have overflowed
+        self._write({"loss": None, "grad_norm": None, **merged, **learning_rates(state.optimizer)})
 
-    def _report_skipped_files(self) -> None:
-        """List, at the end of an epoch of the data, the files that could not be read in it."""
-        if self._state.batches_drawn % self._timetable.iterations_per_epoch:
-            return
-        everywhere = sum(all_gather(self._state.skipped), Counter())
-        if is_main() and everywhere:
-            logger.warning("epoch %d: %s", self._data_epoch(), describe_skipped(everywhere))
-        self._state.skipped.clear()
+    def _write(self, numbers: Record) -> None:
+        """Add a record to metrics.jsonl, and pass it to the callbacks."""
+        if self._metrics_file is not None:
+            iteration = self.state.iteration
+            epoch = self.state.timetable.epoch(iteration)
+            record = finite_record({"iteration": iteration, "epoch": epoch, **numbers})
+            self._metrics_file.write(record)
+            self.state.callbacks.on_log(self.state, record)
 
-    def _save_if_due(self) -> None:
-        if self._timetable.is_due(self._settings.checkpoint.period, self._state.iteration):
-            self._save()
+    def _open_metrics_file(self) -> None:
+        """Go on with metrics.jsonl after this iteration; later records are removed."""
+        if self._metrics_file is not None:
+            self._metrics_file.close()
+        if is_main():
+            self._metrics_file = MetricsFile(
+                self.state.output_dir,
+                self.state.iteration,
+                is_evaluated=self.state.results is not None,
+            )
 
     def _save(self) -> None:
         """Write a checkpoint of this iteration, unless there is one."""
-        if self._saved_iteration == self._state.iteration:
+        if self._saved_iteration == self.state.iteration:
             return
-        self._checkpoints.save(self._state.snapshot(self._timetable.epoch(self._state.iteration)))
-        self._saved_iteration, self._has_unwritten = self._state.iteration, False
+        self._checkpoints.save(self.state.snapshot())
+        self._saved_iteration, self._has_unwritten = self.state.iteration, False
 
     def _save_again(self) -> None:
-        """Write the checkpoint of this iteration again, with the results of its evaluation."""
+        """Replace the checkpoint of this iteration, with the results of its evaluation."""
         self._saved_iteration = None
         self._save()
         self._record_evaluation()
 
-    def _finish_writing(self) -> None:
-        """Wait until every process has written what it is writing."""
+    def _save_at_the_end(self) -> None:
+        """Have a checkpoint of this iteration on the disk, or raise a CheckpointError."""
         try:
             self._checkpoints.wait()
-        finally:
-            barrier()
+        except CheckpointError as error:
+            self._has_unwritten = True
+            logger.error("%s; tried once more, because the run ends", error)
+        is_missing = self._has_unwritten or self._saved_iteration != self.state.iteration
+        if any_process(is_missing, device=self.state.step.device)[0]:
+            self._save_again()
+            try:
+                self._checkpoints.wait()
+            finally:
+                barrier()
+
+    def _save_and_stop(self) -> NoReturn:
+        if self.state.iteration > 0:
+            self._save_at_the_end()
+        reason = self._stop.reason or "another process was asked to"
+        self._stop.has_saved()
+        done = f"stopped after iteration {self.state.iteration} ({reason})"
+        if is_main():
+            logger.warning(done)
+        raise Stopped(f"{done}; --resume continues")
 
     def _report_failed_writes(self) -> None:
         failures = self._checkpoints.failures()
@@ -313,78 +298,53 @@ class Trainer:
         for failure in failures:
             logger.error("%s; training goes on, and the next checkpoint is tried", failure)
         if is_main():
-            self._state.forget_lost_best(self._checkpoints.folder)
+            self.state.fall_back_to_best_checkpoint()
 
-    def _save_for_good(self) -> None:
-        """Have a checkpoint of this iteration on the disk, or raise a CheckpointError."""
-        if not self._is_on_disk():
-            self._save_again()
-            self._finish_writing()
+    def _evaluate(self) -> None:
+        """Evaluate the model and those of the callbacks; keep the best checkpoint.
 
-    def _is_on_disk(self) -> bool:
-        """Wait, and return whether all processes have written a checkpoint of this iteration."""
+        It comes after saving: an evaluation that fails or is interrupted costs no training.
+        """
+        state = self.state
+        models = {"": state.model, **state.callbacks.models()}
         try:
-            self._checkpoints.wait()
-        except CheckpointError as error:
-            self._has_unwritten = True
-            logger.error("%s; tried once more, because the run ends", error)
-        is_missing = self._has_unwritten or self._saved_iteration != self._state.iteration
-        return not any_process(is_missing, device=self._step.device)[0]
-
-    def _save_and_stop(self) -> NoReturn:
-        if self._state.iteration > 0:
-            self._save_for_good()
-        reason = self._stop.reason or "another process was asked to"
-        self._stop.has_saved()
-        done = f"stopped after iteration {self._state.iteration} ({reason})"
-        if is_main():
-            logger.warning(done)
-        raise Stopped(f"{done}; --resume continues")
-
-    def _evaluate_if_due(self) -> None:
-        # Saved before: an evaluation that fails or is interrupted costs no training.
-        if not self._timetable.is_due(self._settings.eval_period, self._state.iteration):
-            return
-        try:
-            self._state.metrics = self._evaluate(self._any_process_stops)
+            results = evaluate_all(
+                models,
+                self._test_loader,
+                self._evaluators,
+                lambda: any_process(self._stop.reason is not None, device=state.step.device)[0],
+            )
         except EvaluationStopped:
             self._save_and_stop()
+        state.results = broadcast_from_main(results)
+        self._write(evaluation_record(state.results))
         if is_main():
-            self._rows.write(self._position() | evaluation_row(self._state.metrics))
-        self._keep_best()
-        self._agree_on_stagnation()
-
-    def _keep_best(self) -> None:
-        if is_main():
-            self._state.take_results()
-        if broadcast_from_main(self._state.is_best):
+            state.best.update(state.results)
+        if broadcast_from_main(state.best.is_best):
             self._save()
         self._record_evaluation()
+        state.callbacks.after_evaluation(state, state.results)
+        self._agree_on_stagnation()
+
+    def _resume_evaluation(self) -> None:
+        """Do what a run that was killed at this iteration may have left undone."""
+        state = self.state
+        if state.best.is_best:
+            self._record_evaluation()
+        is_due = state.timetable.is_due(self._settings.eval_period, state.iteration)
+        if state.iteration > 0 and state.results is None and is_due:
+            self._evaluate()
+        else:
+            self._agree_on_stagnation()
 
     def _record_evaluation(self) -> None:
         """Add the results of an evaluation of this iteration to its checkpoint, if it has one."""
-        iteration, metrics = self._state.iteration, self._state.metrics
-        if is_main() and metrics is not None and self._saved_iteration == iteration:
-            self._checkpoints.record_evaluation(iteration, metrics, is_best=self._state.is_best)
+        iteration, results = self.state.iteration, self.state.results
+        if is_main() and results is not None and self._saved_iteration == iteration:
+            is_best = self.state.best.is_best
+            self._checkpoints.record_evaluation(iteration, results, is_best=is_best)
 
     def _agree_on_stagnation(self) -> None:
-        self._has_stagnated = broadcast_from_main(self._state.has_stagnated)
-        if self._has_stagnated and self._state.best is not None:
-            logger.info("early stopping: %s", self._state.best.describe())
-
-    def _any_process_stops(self) -> bool:
-        return any_process(self._stop.reason is not None, device=self._step.device)[0]
-
-    def _evaluate_if_interrupted(self) -> None:
-        if self._state.iteration > 0 and self._state.metrics is None:
-            self._evaluate_if_due()
-
-    def _position(self) -> Row:
-        iteration = self._state.iteration
-        return {"iteration": iteration, "epoch": self._timetable.epoch(iteration)}
-
-    def _start_rows(self) -> None:
-        """Open what takes the rows, to go on after this iteration; later rows are removed."""
-        self._rows.close(failed=False)
-        is_evaluated = self._state.metrics is not None
-        self._rows = self._open_rows(self._state.iteration, is_evaluated=is_evaluated)
+        self._has_stagnated = broadcast_from_main(self.state.best.has_stagnated)
+        if self._has_stagnated:
+            logger.info("early stopping: %s", self.state.best.describe())

@@ -4,43 +4,41 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
 from omegaconf import DictConfig
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from dn_detr.allocator import keep_freed_memory
 from dn_detr.checkpoint import (
-    CheckpointWriter,
     LoadedCheckpoint,
     last_checkpoint,
-    load_model_weights,
-    log_loading,
     read_manifest,
 )
-from dn_detr.config import LazyConfig, instantiate
-from dn_detr.data import check_num_classes, check_same_categories
-from dn_detr.distributed import broadcast_from_main, is_distributed, is_main, rank, world_size
+from dn_detr.config import LazyConfig
+from dn_detr.distributed import broadcast_from_main, is_main, rank
 from dn_detr.errors import UserError, user_message
 
 from .best import BestResult
+from .build import (
+    build_callbacks,
+    build_checkpoint_writer,
+    build_evaluator,
+    build_loaders,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    build_step,
+)
 from .devices import choose_device
-from .ema import averaged_model
-from .evaluation import build_evaluators, check_watched_result, evaluate_all
+from .evaluation import check_watched_result
 from .lock import sole_run
-from .optimizer import describe_groups
 from .random_state import seed_everything
 from .run_state import RunState, load_last
-from .schedule import Timetable
 from .settings import TrainSettings
 from .setup import (
     NEVER_IN_TERMINAL,
@@ -49,11 +47,8 @@ from .setup import (
     make_folder,
     record_run,
 )
-from .stability import MatchingStability
-from .step import TrainingStep
 from .stopping import Stopped, StopRequest
 from .trainer import Trainer
-from .writers import open_writers
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +58,11 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
 
     Args:
         cfg: a whole config: model, dataloader, optimizer, lr_schedule, train.
-        resume: continue from `train.output_dir/checkpoints/last`; start anew if there is none.
+        resume: continue from `train.output_dir/checkpoints/last`, or start if there is none.
 
     Returns:
-        Metrics of the last evaluation, in [0, 1], those of the averaged weights under "ema"; an
-        empty dict on other processes than the first.
+        Metrics of the last evaluation, in [0, 1], those of the EMA under "ema"; an empty dict on
+        other ranks than the main process.
 
     Raises:
         ValueError: the config, the data or a checkpoint cannot be used, or `resume` is False and
@@ -90,7 +85,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
                 _log_resumption(checkpoint, config)
             elif resume:
                 logger.warning("nothing to resume in %s: starting a new run", folder)
-            trainer = _build_trainer(cfg, settings, device, checkpoint, config, stop)
+            trainer = build_trainer(cfg, device, stop, checkpoint)
             del checkpoint  # its memory: all of it is in the trainer now
             stop.begin_training()
             if is_main():  # only now: a refused start leaves the record of the run before as it was
@@ -100,7 +95,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
 
 @contextmanager
 def _end_logged() -> Iterator[None]:
-    """Leave in the log why a run ends; the terminal gets that from whoever catches it."""
+    """Leave in the log why a run ends; the terminal gets that from the command."""
     try:
         yield
     except Stopped:
@@ -125,185 +120,54 @@ def _starting_point(settings: TrainSettings, resume: bool) -> LoadedCheckpoint |
     return None
 
 
-def _build_trainer(
+def build_trainer(
     cfg: DictConfig,
-    settings: TrainSettings,
     device: torch.device,
-    checkpoint: LoadedCheckpoint | None,
-    config: str,
     stop: StopRequest,
+    checkpoint: LoadedCheckpoint | None = None,
 ) -> Trainer:
-    train_loader = instantiate(cfg.dataloader.train)
-    test_loader = instantiate(cfg.dataloader.test)
-    check_same_categories(train_loader.dataset, test_loader.dataset)
-    class_names = train_loader.dataset.class_names
-    model = _build_model(cfg, settings, device, class_names, is_new=checkpoint is None)
-    check_num_classes(train_loader.dataset, cast(int, model.num_classes))
-    timetable = Timetable.plan(
-        train_loader.batch_sampler.iterations_per_epoch, settings.epochs, settings.max_iter
+    """Build all that a training needs.
+
+    Args:
+        cfg: a whole config.
+        device: of this rank.
+        stop: whether this process was asked to stop.
+        checkpoint: to continue from.
+
+    Raises:
+        ValueError: something of the config or the checkpoint cannot be used.
+    """
+    settings = TrainSettings.from_config(cfg)
+    train_loader, test_loader = build_loaders(cfg)
+    sampler, dataset = train_loader.batch_sampler, train_loader.dataset
+    model = build_model(cfg, device, dataset, load_weights=checkpoint is None)
+    timetable, lr_rule = build_schedule(cfg, train_loader)
+    optimizer = build_optimizer(cfg, model)
+    watched, stopping = settings.checkpoint.best, settings.early_stopping
+    state = RunState(
+        model,
+        build_step(cfg, model, optimizer, device, sampler.total_batch_size),
+        timetable,
+        output_dir=Path(settings.output_dir),
+        class_names=dataset.class_names,
+        callbacks=build_callbacks(cfg, dataset),
+        best=BestResult(watched, stopping.patience, stopping.min_delta),
     )
-    logger.info("%d iterations, %d per epoch", timetable.max_iter, timetable.iterations_per_epoch)
-    accumulate = _plan_pieces(
-        settings.accumulate, train_loader.batch_sampler.total_batch_size, model
-    )
-    step = _build_step(cfg, settings, model, device, accumulate)
-    state = _build_state(settings, model, step, train_loader.dataset)
     if checkpoint is not None:
         state.restore(checkpoint)
-        train_loader.batch_sampler.start_iteration = state.batches_drawn
-    models = {"": model} | ({"ema": state.ema.module} if state.ema is not None else {})
-    evaluators = build_evaluators(cfg, models)
-    check_watched_result(settings.checkpoint.best, evaluators, class_names)
-    checkpoints = CheckpointWriter(
-        settings.output_dir,
-        config=config,
-        class_names=class_names,
-        keep=settings.checkpoint.keep,
-        asynchronous=settings.checkpoint.asynchronous,
-        rank=rank(),
-    )
-    checkpoints.require_writable()
+        sampler.start_iteration = state.batches_drawn
+    evaluators = {name: build_evaluator(cfg, name) for name in ("", *state.callbacks.models())}
+    check_watched_result(watched, evaluators, dataset.class_names)
     return Trainer(
         state,
         train_loader,
-        checkpoints,
-        open_rows=partial(
-            open_writers,
-            Path(settings.output_dir),
-            wandb=settings.wandb,
-            config=yaml.safe_load(config),
-        ),
-        evaluate=partial(evaluate_all, models, test_loader, evaluators),
+        test_loader,
+        evaluators,
+        build_checkpoint_writer(cfg, dataset),
         stop=stop,
-        timetable=timetable,
-        lr_rule=instantiate(cfg.lr_schedule),
+        lr_rule=lr_rule,
         settings=settings,
     )
-
-
-def _build_state(
-    settings: TrainSettings, model: nn.Module, step: TrainingStep, dataset: Any
-) -> RunState:
-    watched, stopping = settings.checkpoint.best, settings.early_stopping
-    return RunState(
-        model,
-        step,
-        class_names=dataset.class_names,
-        ema=averaged_model(model, settings.ema.decay) if settings.ema.enabled else None,
-        best=BestResult(watched, stopping.patience, stopping.min_delta) if watched else None,
-        stability=MatchingStability(dataset.num_boxes) if hasattr(dataset, "num_boxes") else None,
-    )
-
-
-def _plan_pieces(wanted: int, total_batch_size: int, model: nn.Module) -> int:
-    """Return in how many pieces every process computes its images; say what a step is made of."""
-    smallest, largest = total_batch_size // world_size(), -(-total_batch_size // world_size())
-    pieces = min(wanted, smallest)  # the same everywhere, as synchronised normalisation needs it
-    if not is_main():
-        return pieces
-    if pieces < wanted:
-        logger.warning(
-            "train.accumulate=%d: a process has %d images of a step, which are computed in %d "
-            "pieces", wanted, smallest, pieces,
-        )  # fmt: skip
-    least, most = smallest // pieces, -(-largest // pieces)
-    logger.info(
-        "each step: %d images = %d process(es) x %d piece(s) of %s", total_batch_size,
-        world_size(), pieces, least if least == most else f"{least} to {most}",
-    )  # fmt: skip
-    if pieces > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
-        logger.warning(
-            "train.accumulate=%d: trainable batch normalisation normalises with the images of a "
-            "piece, so a step is not quite that of the whole batch", wanted,
-        )  # fmt: skip
-    return pieces
-
-
-def _build_model(
-    cfg: DictConfig,
-    settings: TrainSettings,
-    device: torch.device,
-    class_names: Sequence[str],
-    *,
-    is_new: bool,
-) -> nn.Module:
-    model: nn.Module = instantiate(cfg.model).to(device)
-    _checkpoint_activations(model, settings)
-    if settings.init_checkpoint and is_new:
-        report = load_model_weights(
-            model, settings.init_checkpoint, class_names=class_names, fine_tune=True
-        )
-        log_loading(settings.init_checkpoint, report)
-    elif is_new and is_main():  # the other processes get the first one's weights
-        load_pretrained_parts(model)
-    return model
-
-
-def _checkpoint_activations(model: nn.Module, settings: TrainSettings) -> None:
-    parts = asdict(settings.activation_checkpointing)
-    if not any(parts.values()):
-        return
-    if not hasattr(model, "checkpoint_activations"):
-        raise UserError(
-            f"train.activation_checkpointing: {type(model).__name__} has no method "
-            "checkpoint_activations"
-        )
-    cast(Any, model).checkpoint_activations(**parts)
-
-
-def load_pretrained_parts(model: nn.Module) -> None:
-    """Let every part that has pretrained weights (a backbone) load them.
-
-    A part offers this with a method `load_pretrained() -> bool`. Building a model alone loads
-    nothing, so that a checkpoint can be put into it without a network.
-    """
-    for name, part in model.named_modules():
-        if hasattr(part, "load_pretrained") and part.load_pretrained():
-            logger.info("%s starts from pretrained weights: %s", name, getattr(part, "weights", ""))
-
-
-def _build_step(
-    cfg: DictConfig,
-    settings: TrainSettings,
-    model: nn.Module,
-    device: torch.device,
-    accumulate: int,
-) -> TrainingStep:
-    groups = instantiate(cfg.optimizer.params, model=model)
-    optimizer = instantiate(cfg.optimizer, params=groups)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    logger.info("optimizer %s\n%s", type(optimizer).__name__, describe_groups(optimizer))
-    survives_out_of_memory = settings.oom == "skip"
-    return TrainingStep(
-        _distribute(model, device, broadcasts_buffers=not survives_out_of_memory),
-        optimizer,
-        device=device,
-        amp=settings.amp,
-        clip_grad=settings.clip_grad,
-        accumulate=accumulate,
-        survive_out_of_memory=survives_out_of_memory,
-        survive_nonfinite=settings.nonfinite != "raise",
-    )
-
-
-def _distribute(model: nn.Module, device: torch.device, *, broadcasts_buffers: bool) -> nn.Module:
-    if not is_distributed():
-        return model
-    if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        if device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        elif is_main() and world_size() > 1:
-            logger.warning(
-                "trainable batch normalisation over several CPU processes: each normalises with "
-                "its own images, so a step is not that of one process (torch synchronises it on "
-                "GPUs only)"
-            )
-    wrapped = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    # They are sent at the start of a step, where nobody must wait for a process without memory. As
-    # an attribute, because the argument has another name from PyTorch 2.14 on.
-    wrapped.broadcast_buffers = broadcasts_buffers
-    return wrapped
 
 
 def _log_resumption(checkpoint: LoadedCheckpoint, config: str) -> None:

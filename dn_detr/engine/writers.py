@@ -1,9 +1,9 @@
-"""Where the rows of a run go: metrics.jsonl, TensorBoard and, if asked for, Weights & Biases.
+"""Where the log records of a run go: metrics.jsonl, TensorBoard and Weights & Biases.
 
 metrics.jsonl is the record of a run: nothing is lost from it while the run lives, and a resumed
-run continues it exactly. The others are for looking on. Neither stops a training that works: a
-full disk holds back rows of metrics.jsonl until there is room, and another writer that fails is
-switched off with a warning.
+run continues it exactly. The other two are callbacks for looking on. None stops a training that
+works: a full disk holds back records of metrics.jsonl until there is room, and a callback for
+looking on that fails is switched off with a warning.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from io import FileIO
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from dn_detr.distributed import is_main
 from dn_detr.errors import UserError
 
-from .metrics import Row
+from .callbacks import Callback
+from .metrics import Record
 from .settings import WandbSettings
+
+if TYPE_CHECKING:
+    from .run_state import RunState
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_RUN_FILE = "wandb_run_id.txt"
@@ -34,26 +38,16 @@ class WriterError(UserError):
     """A writer cannot be opened; the message names the file or setting and the remedy."""
 
 
-class MetricsWriter(Protocol):
-    """Takes the rows of a run; a place of your own to log to needs these two methods."""
+class MetricsFile:
+    """Writes `metrics.jsonl`; records that an abandoned run wrote after `iteration` are removed.
 
-    def write(self, row: Row) -> None:
-        """Take a row; it has `iteration`, and its numbers are finite or None."""
-
-    def close(self, *, failed: bool) -> None:
-        """Finish; `failed` says whether an exception ends the run."""
-
-
-class JsonLinesWriter:
-    """Writes `metrics.jsonl`; rows that an abandoned run wrote after `iteration` are removed.
-
-    A row that cannot be written (the disk is full) is kept in memory and written before the next
+    A record that cannot be written (the disk is full) is kept in memory and written before the next
     one; the file never holds a part of a line for longer than the attempt.
 
     Args:
         folder: output folder of the run.
         iteration: the run continues after this one; 0 for a new run.
-        is_evaluated: whether rows of the evaluation at `iteration` are kept.
+        is_evaluated: whether records of the evaluation at `iteration` are kept.
 
     Raises:
         WriterError: the file cannot be read or written when the run starts.
@@ -61,104 +55,178 @@ class JsonLinesWriter:
 
     def __init__(self, folder: Path, iteration: int, *, is_evaluated: bool = False) -> None:
         self.path = folder / METRICS_FILE
-        self._waiting: list[bytes] = []
+        self._waiting = b""
         self._has_failed = False
         try:
             _truncate(self.path, iteration, is_evaluated)
             # unbuffered: a buffer would write what failed a second time
             self._file = self.path.open("ab", buffering=0)
-            self._whole = self.path.stat().st_size  # bytes of complete rows
+            self._size = self.path.stat().st_size  # bytes of complete lines
         except OSError as error:
             raise WriterError(
                 f"{self.path}: {error.strerror}; free disk space, or choose another "
                 "train.output_dir"
             ) from error
 
-    def write(self, row: Row) -> None:
-        """Append one row."""
-        self._waiting.append(json.dumps(row, allow_nan=False).encode() + b"\n")
+    def write(self, record: Record) -> None:
+        """Append one record, whose numbers are finite or None."""
+        self._waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
         self._write_waiting()
 
-    def close(self, *, failed: bool = False) -> None:
+    def close(self) -> None:
         """Try once more to write what could not be written, and close the file."""
         if self._waiting:
             self._write_waiting()
         if self._waiting:
-            logger.error("%s lacks the last %d rows", self.path, len(self._waiting))
+            lost = self._waiting.count(b"\n")
+            logger.error("%s lacks the last %d log records", self.path, lost)
         with suppress(OSError):  # a network's file system may tell only now that it is full
             self._file.close()
 
     def _write_waiting(self) -> None:
-        content = b"".join(self._waiting)
         try:
             if self._has_failed:
-                self._remove_half_rows()
-            _write_all(self._file, content)
+                self._file.truncate(self._size)  # half a line, if that could not be removed before
+            view = memoryview(self._waiting)
+            while view:  # at the end of the disk a short write comes first, then an error
+                view = view[self._file.write(view) :]
         except OSError as error:
-            with suppress(OSError):
-                self._remove_half_rows()
             if not self._has_failed:
                 logger.error(
-                    "%s cannot be written: %s; training goes on, rows are kept in memory until "
-                    "there is room", self.path, error.strerror,
+                    "%s cannot be written: %s; training goes on, log records are kept in memory "
+                    "until there is room", self.path, error.strerror,
                 )  # fmt: skip
             self._has_failed = True
+            with suppress(OSError):
+                self._file.truncate(self._size)
             return
         if self._has_failed:
             logger.warning("%s is complete again", self.path)
         self._has_failed = False
-        self._whole += len(content)
-        self._waiting.clear()
-
-    def _remove_half_rows(self) -> None:
-        os.ftruncate(self._file.fileno(), self._whole)
+        self._size += len(self._waiting)
+        self._waiting = b""
 
 
-class TensorBoardWriter:
-    """Writes TensorBoard's event files; needs the package tensorboard.
+def finite_record(record: Record) -> Record:
+    """Return a record in which what is not finite is None."""
+    return {
+        name: value if value is not None and math.isfinite(value) else None
+        for name, value in record.items()
+    }
 
-    Args:
-        folder: output folder of the run; events go to `tensorboard/` there.
-        iteration: the run continues after this one; TensorBoard hides later events.
+
+class RecordWriter(Callback):
+    """Passes the log records on, on the main process: a base class for a logger of your own.
+
+    A subclass has `open`, `write` and `close`. When one of them fails it is switched off with a
+    warning, because looking on is not worth the training.
     """
 
-    def __init__(self, folder: Path, iteration: int) -> None:
+    _is_open = False
+
+    def open(self, state: RunState) -> None:
+        """Open what takes the records after `state.iteration`, which is 0 in a new run.
+
+        Raises:
+            WriterError: the run is not to start without.
+        """
+        raise NotImplementedError
+
+    def write(self, record: Record) -> None:
+        """Take a record: name -> finite number or None; with `iteration` and `epoch`."""
+        raise NotImplementedError
+
+    def close(self, *, failed: bool) -> None:
+        """Finish; `failed` says whether an exception ends the run."""
+        raise NotImplementedError
+
+    def on_train_start(self, state: RunState) -> None:
+        """Open it on the main process."""
+        if is_main():
+            self._is_open = self._succeeds(lambda: self.open(state))
+
+    def on_log(self, state: RunState, record: Record) -> None:
+        """Pass a record on."""
+        if self._is_open:
+            self._is_open = self._succeeds(lambda: self.write(record))
+
+    def on_train_end(self, state: RunState, *, failed: bool) -> None:
+        """Close it."""
+        if self._is_open:
+            try:
+                self.close(failed=failed)
+            except Exception as error:
+                name = type(self).__name__
+                logger.warning("%s did not close: %s: %s", name, type(error).__name__, error)
+
+    def _succeeds(self, action: Callable[[], None]) -> bool:
+        try:
+            action()
+        except WriterError:
+            raise
+        except Exception as error:  # of any library
+            logger.warning(
+                "%s failed and is switched off, metrics.jsonl has all log records: %s: %s",
+                type(self).__name__, type(error).__name__, error,
+            )  # fmt: skip
+            with suppress(Exception):  # what fails is often broken for good
+                self.close(failed=True)
+            return False
+        return True
+
+
+class TensorBoard(RecordWriter):
+    """Writes TensorBoard's event files to `tensorboard/` in the output folder."""
+
+    def open(self, state: RunState) -> None:
+        """Hide the events of later iterations, which an abandoned run wrote."""
         # Imported here: it loads TensorFlow where that is installed, which takes seconds.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
+        self._iteration = state.iteration
+        self._open = partial(SummaryWriter, str(state.output_dir / "tensorboard"))
+        self._board = self._open(purge_step=state.iteration + 1)
 
-    def write(self, row: Row) -> None:
-        """Add a scalar for every number of the row."""
-        for name, value in row.items():
+    def write(self, record: Record) -> None:
+        """Add a scalar for every number of the record."""
+        iteration = int(record["iteration"] or 0)
+        if iteration < self._iteration:  # after a rollback
+            self._board.close()
+            self._board = self._open(purge_step=iteration)
+        self._iteration = iteration
+        for name, value in record.items():
             if name != "iteration" and value is not None:
-                self._board.add_scalar(name, value, row["iteration"])
+                self._board.add_scalar(name, value, iteration)
         self._board.flush()
 
-    def close(self, *, failed: bool = False) -> None:
+    def close(self, *, failed: bool) -> None:
         """Close the event file."""
         self._board.close()
 
 
-class WandbWriter:
-    """Sends rows to a run of Weights & Biases; a resumed run continues the same one.
+class WeightsAndBiases(RecordWriter):
+    """Sends the log records to a run of Weights & Biases; a resumed run continues the same one.
 
-    Rows are plotted over `iteration`, which wandb is told is the axis: its own step only counts
-    rows, because wandb drops rows whose step it has seen, and a resumed run repeats iterations.
+    They are plotted over `iteration`, which wandb is told is the axis: its own step only counts
+    records, because wandb drops those whose step it has seen, and a resumed run repeats iterations.
+    The id of its run is kept in `wandb_run_id.txt` in the output folder.
 
     Args:
-        folder: output folder of the run; keeps the id of the wandb run.
-        iteration: the run continues after this one; 0 starts a new wandb run.
         settings: the section `train.wandb`.
         config: of the run, to be shown and searched.
-
-    Raises:
-        WriterError: the package wandb is missing.
     """
 
-    def __init__(
-        self, folder: Path, iteration: int, settings: WandbSettings, config: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, settings: WandbSettings, config: Mapping[str, Any]) -> None:
+        self._settings = settings
+        self._config = dict(config)
+
+    def open(self, state: RunState) -> None:
+        """Start a run of wandb, or continue the one of the output folder.
+
+        Raises:
+            WriterError: the package wandb is missing, or a new run cannot start. A resumed one,
+                which may run unattended, goes on without.
+        """
         try:
             import wandb
         except ImportError as error:
@@ -166,146 +234,43 @@ class WandbWriter:
                 f"train.wandb.enabled=true, but the package wandb cannot be imported ({error}): "
                 "pip install 'dn_detr[wandb]', or train.wandb.enabled=false"
             ) from error
-        id_file = folder / WANDB_RUN_FILE
-        known = id_file.read_text().strip() if iteration > 0 and id_file.exists() else None
-        self._run = wandb.init(
-            project=settings.project,
-            name=settings.name,
-            mode=cast(Any, settings.mode),  # wandb checks it
-            dir=folder,
-            config=dict(config),
-            id=known,
-            resume="allow" if known else None,
-        )
+        is_resumed = state.iteration > 0
+        id_file = state.output_dir / WANDB_RUN_FILE
+        known = id_file.read_text().strip() if is_resumed and id_file.exists() else None
+        try:
+            self._run = wandb.init(
+                project=self._settings.project,
+                name=self._settings.name,
+                mode=cast(Any, self._settings.mode),  # wandb checks it
+                dir=state.output_dir,
+                config=self._config,
+                id=known,
+                resume="allow" if known else None,
+            )
+        except Exception as error:
+            if is_resumed:
+                raise
+            raise WriterError(
+                "Weights & Biases does not start; `wandb login`, train.wandb.mode=offline or "
+                f"train.wandb.enabled=false helps: {error}"
+            ) from error
         id_file.write_text(self._run.id + "\n")
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
 
-    def write(self, row: Row) -> None:
-        """Log one row."""
-        self._run.log({name: value for name, value in row.items() if value is not None})
+    def write(self, record: Record) -> None:
+        """Log one record."""
+        self._run.log({name: value for name, value in record.items() if value is not None})
 
-    def close(self, *, failed: bool = False) -> None:
-        """Finish the wandb run; it shows as failed if an exception ends it."""
+    def close(self, *, failed: bool) -> None:
+        """Finish the run of wandb; it shows as failed if an exception ends the training."""
         self._run.finish(exit_code=int(failed))
 
 
-class RunWriters:
-    """Passes every row to all writers; a context manager that closes them.
-
-    Args:
-        record: may not fail; `JsonLinesWriter` in a training. None: there is no record.
-    """
-
-    def __init__(self, record: MetricsWriter | None = None) -> None:
-        self._record = record
-        self._others: dict[str, MetricsWriter] = {}
-
-    def add(self, name: str, writer: MetricsWriter) -> None:
-        """Add a writer that is switched off with a warning when it fails.
-
-        Args:
-            name: for messages.
-            writer: gets all rows from now on.
-        """
-        self._others[name] = writer
-
-    def write(self, row: Row) -> None:
-        """Pass on one row; it needs `iteration`, and what is not finite becomes None."""
-        finite = {name: value if _is_finite(value) else None for name, value in row.items()}
-        if self._record is not None:
-            self._record.write(finite)
-        for name, writer in list(self._others.items()):
-            try:
-                writer.write(finite)
-            except Exception as error:  # of any library: it is not worth the training
-                del self._others[name]
-                _warn_switched_off(name, error)
-                with suppress(Exception):  # what fails is often broken for good
-                    writer.close(failed=True)
-
-    def close(self, *, failed: bool = False) -> None:
-        """Close all writers; `failed` says whether an exception ends the run."""
-        if self._record is not None:
-            self._record.close(failed=failed)
-        for name, writer in self._others.items():
-            try:
-                writer.close(failed=failed)
-            except Exception as error:
-                logger.warning("%s did not close: %s: %s", name, type(error).__name__, error)
-
-    def __enter__(self) -> RunWriters:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self.close(failed=kind is not None)
-
-
-def open_writers(
-    folder: Path,
-    iteration: int,
-    *,
-    is_evaluated: bool = False,
-    wandb: WandbSettings | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> RunWriters:
-    """Open the writers of a run on the first process; on the others rows are dropped.
-
-    Args:
-        folder: output folder of the run.
-        iteration: the run continues after this one; 0 for a new run.
-        is_evaluated: whether rows of the evaluation at `iteration` are kept.
-        wandb: Weights & Biases, if it is enabled.
-        config: of the run, shown by Weights & Biases.
-
-    Raises:
-        WriterError: metrics.jsonl cannot be written, or a new run cannot start Weights & Biases. A
-            resumed run, which nobody may be watching, goes on without.
-    """
-    if not is_main():
-        return RunWriters()
-    writers = RunWriters(JsonLinesWriter(folder, iteration, is_evaluated=is_evaluated))
-    try:
-        writers.add("TensorBoard", TensorBoardWriter(folder, iteration))
-    except Exception as error:
-        _warn_switched_off("TensorBoard", error)
-    if wandb is not None and wandb.enabled:
-        try:
-            writers.add("Weights & Biases", WandbWriter(folder, iteration, wandb, config or {}))
-        except Exception as error:
-            if isinstance(error, WriterError):
-                raise
-            if iteration == 0:
-                raise WriterError(
-                    "Weights & Biases does not start; `wandb login`, train.wandb.mode=offline or "
-                    f"train.wandb.enabled=false helps: {error}"
-                ) from error
-            _warn_switched_off("Weights & Biases", error)
-    return writers
-
-
-def _warn_switched_off(name: str, error: Exception) -> None:
-    logger.warning(
-        "%s failed and is switched off, metrics.jsonl has all rows: %s: %s",
-        name, type(error).__name__, error,
-    )  # fmt: skip
-
-
-def _is_finite(value: float | int | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _write_all(file: FileIO, content: bytes) -> None:
-    """Write everything; what meets the end of the disk is a short write first, then an error."""
-    view = memoryview(content)
-    while view:
-        view = view[file.write(view) :]
-
-
 def _truncate(path: Path, iteration: int, is_evaluated: bool) -> None:
-    """Keep the rows up to `iteration`; drop the line that a killed process was writing.
+    """Keep the log records up to `iteration`; drop the line that a killed process was writing.
 
-    A new run does not continue the rows of one whose checkpoints are gone, and keeps them aside.
+    A new run does not continue the records of one whose checkpoints are gone, and keeps them aside.
     """
     if not path.exists():
         return
@@ -323,10 +288,10 @@ def _truncate(path: Path, iteration: int, is_evaluated: bool) -> None:
 
 def _is_kept(line: str, iteration: int, is_evaluated: bool) -> bool:
     try:
-        row = json.loads(line)
-        at = row["iteration"]
+        record = json.loads(line)
+        at = record["iteration"]
     except (ValueError, KeyError, TypeError):
         return False
-    is_evaluation = any(name.startswith("eval") for name in row)
+    is_evaluation = any(name.startswith("eval") for name in record)
     is_pending = is_evaluation and at == iteration and not is_evaluated
     return at <= iteration and not is_pending

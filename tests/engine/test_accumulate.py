@@ -1,4 +1,4 @@
-"""A batch computed in pieces is the batch computed at once, on any number of processes."""
+"""A batch computed in micro-batches is the batch computed as one, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def step_of(pieces: int, *, dtype: str | None = None, images: tuple[int, ...] = 
 
 
 @pytest.mark.parametrize("name", [DENSE, pytest.param(DEFORMABLE, marks=pytest.mark.slow)])
-def test_two_pieces_of_four_are_a_batch_of_eight(name, tmp_path):
+def test_two_micro_batches_of_four_are_a_batch_of_eight(name, tmp_path):
     train(small_run(tmp_path / "whole", *EIGHT, name=name))
     train(small_run(tmp_path / "pieces", *EIGHT, "train.accumulate=2", name=name))
     whole, pieces = (rows(tmp_path / run)[0] for run in ("whole", "pieces"))
@@ -46,13 +46,13 @@ def test_two_pieces_of_four_are_a_batch_of_eight(name, tmp_path):
         {key: whole[key] for key in losses}, rel=1e-4
     )
     log = (tmp_path / "pieces/log.txt").read_text()
-    assert "each step: 8 images = 1 process(es) x 2 piece(s) of 4" in log
+    assert "each step: 8 images = 1 rank(s) x 2 micro-batch(es) of 4" in log
     assert "normalisation" not in log
 
 
 @pytest.mark.parametrize("images", [(3, 1, 4, 2, 7), (4, 3), (4, 8)])
 @pytest.mark.parametrize("pieces", [2, 9])
-def test_uneven_pieces_and_pieces_without_objects_add_up(pieces, images):
+def test_uneven_micro_batches_and_micro_batches_without_objects_add_up(pieces, images):
     whole, expected, _ = step_of(1, images=images)
     result, weights, _ = step_of(pieces, images=images)
     assert result.names == whole.names
@@ -62,7 +62,7 @@ def test_uneven_pieces_and_pieces_without_objects_add_up(pieces, images):
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
 
 
-def test_pieces_in_float16_share_one_loss_scale():
+def test_micro_batches_in_float16_share_one_loss_scale():
     whole, expected, _ = step_of(1, dtype="float16")
     result, weights, step = step_of(2, dtype="float16")
     assert result.outcome == whole.outcome and step.scaler.get_scale() == 64.0
@@ -72,21 +72,21 @@ def test_pieces_in_float16_share_one_loss_scale():
         torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=1e-3)
 
 
-def test_more_pieces_than_images_are_as_many_as_there_are_images(tmp_path):
+def test_more_micro_batches_than_images_are_as_many_as_there_are_images(tmp_path):
     train(small_run(tmp_path, "train.accumulate=9", "train.max_iter=1"))
     log = (tmp_path / "log.txt").read_text()
-    assert "each step: 4 images = 1 process(es) x 4 piece(s) of 1" in log
-    assert "a process has 4 images of a step, which are computed in 4 pieces" in log
+    assert "each step: 4 images = 1 rank(s) x 4 micro-batch(es) of 1" in log
+    assert "a rank has 4 images of a step, which are computed in 4 micro-batches" in log
 
 
-def test_batch_statistics_of_pieces_are_warned_about(tmp_path):
+def test_batch_statistics_of_micro_batches_are_warned_about(tmp_path):
     trainable = [
         "model.model.backbone.batch_norm=trainable",
         "model.model.backbone.frozen_stages=0",
     ]
     train(small_run(tmp_path, *trainable, "train.accumulate=2", "train.max_iter=1"))
     assert (
-        "trainable batch normalisation normalises with the images of a piece"
+        "trainable batch normalisation normalises with the images of a micro-batch"
         in (tmp_path / "log.txt").read_text()
     )
 
@@ -94,15 +94,15 @@ def test_batch_statistics_of_pieces_are_warned_about(tmp_path):
 TWO_PROCESSES = {
     "even": ["dataloader.train.total_batch_size=8", "train.accumulate=2"],
     "uneven shares": ["dataloader.train.total_batch_size=7", "train.accumulate=2"],
-    "more pieces than images": ["dataloader.train.total_batch_size=7", "train.accumulate=9"],
-    "pieces averaged apart": [
+    "more micro-batches than images": ["dataloader.train.total_batch_size=7", "train.accumulate=9"],
+    "micro-batches averaged apart": [
         "dataloader.train.total_batch_size=7", "train.accumulate=9", "train.oom=skip",
     ],
 }  # fmt: skip
 
 
-def step_with_unequal_numbers_of_pieces() -> None:
-    """One process has three images and three pieces, the other one image."""
+def step_with_unequal_numbers_of_micro_batches() -> None:
+    """One process has three images and three micro-batches, the other one image."""
     from torch.nn.parallel import DistributedDataParallel
 
     from dn_detr.distributed import all_gather, rank
@@ -127,14 +127,14 @@ def step_with_unequal_numbers_of_pieces() -> None:
 def run_on_two_processes(folder: str) -> None:
     for name, overrides in TWO_PROCESSES.items():
         train(small_run(Path(folder, name), *overrides, *PLAIN, "train.max_iter=3", name=DENSE))
-    step_with_unequal_numbers_of_pieces()
+    step_with_unequal_numbers_of_micro_batches()
 
 
 @pytest.mark.slow
-def test_pieces_on_two_processes_are_the_batch_on_one(tmp_path):
+def test_micro_batches_on_two_processes_are_the_batch_on_one(tmp_path):
     launch(run_on_two_processes, 2, str(tmp_path), device="cpu")
     for name, overrides in TWO_PROCESSES.items():
         alone = small_run(tmp_path, overrides[0], *PLAIN, name=DENSE)
         assert_weights(tmp_path / name, train_by_hand(alone, [1, 2, 3])[0], rounding=2e-6)
     log = (tmp_path / "uneven shares/log.txt").read_text()
-    assert "each step: 7 images = 2 process(es) x 2 piece(s) of 1 to 2" in log
+    assert "each step: 7 images = 2 rank(s) x 2 micro-batch(es) of 1 to 2" in log

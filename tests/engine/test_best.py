@@ -148,7 +148,8 @@ def test_results_of_another_metric_are_forgotten():
     first.update({"AP": 0.9})
     second = BestResult("AP50")
     second.load_state_dict(first.state_dict())
-    assert second.update({"AP50": 0.1})
+    second.update({"AP50": 0.1})
+    assert second.is_best
 
 
 COMMAND = "import sys; from tools import train_net; sys.exit(train_net.main(sys.argv[1:]))"

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-import logging
 import sys
+import types
+from typing import Any
 
 from dn_detr.engine.progress import Progress
 from dn_detr.engine.schedule import Timetable
 from dn_detr.engine.setup import logging_to
 
-ROW = {
+RECORD = {
     "iteration": 4, "epoch": 0.5, "loss": 1.25, "grad_norm": 2.0, "lr/default": 1e-4,
     "lr/backbone": 1e-5, "data_time": 0.125, "iter_time": 2.0, "images_per_s": 8.0,
     "memory_mib": 100.0,
@@ -15,13 +16,17 @@ ROW = {
 
 
 def show(folder, capsys) -> tuple[str, str]:
-    """Show one row; returns what the terminal and the log file got."""
-    with (
-        logging_to(folder),
-        Progress(Timetable(8, 10), 3, logging.getLogger("dn_detr.engine")) as progress,
-    ):
-        progress.move_to(4)
-        progress.show(ROW)
+    """Show one log record; returns what the terminal and the log file got."""
+    state: Any = types.SimpleNamespace(iteration=3, timetable=Timetable(8, 10))
+    result: Any = None
+    progress = Progress()
+    with logging_to(folder):
+        progress.on_train_start(state)
+        state.iteration = 4
+        progress.after_step(state, [], result)
+        progress.on_log(state, RECORD)
+        progress.on_log(state, {"iteration": 4, "eval/AP": 0.5})
+        progress.on_train_end(state, failed=False)
     return capsys.readouterr().out, (folder / "log.txt").read_text()
 
 

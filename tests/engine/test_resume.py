@@ -225,7 +225,7 @@ def test_a_real_detector_resumes_exactly(tmp_path):
 
 
 def _other_random_numbers(saved: Snapshot) -> None:
-    random = saved.training_state["processes"][0]["random"]
+    random = saved.training_state["ranks"][0]["random"]
     random["torch"] = torch.Generator().manual_seed(1).get_state()
 
 
@@ -237,13 +237,12 @@ def _other_ema(saved: Snapshot) -> None:
     saved.ema["head.bias"] += 1e-3
 
 
-def _no_rows_begun(saved: Snapshot) -> None:
-    saved.training_state["processes"][0]["interval"]["losses"].clear()
-    saved.training_state["processes"][0]["interval"]["grad_norms"].clear()
+def _no_log_record_begun(saved: Snapshot) -> None:
+    saved.training_state["ranks"][0]["metrics"]["sums"].clear()
 
 
 def _other_matching(saved: Snapshot) -> None:
-    saved.training_state["stability"]["sums"][0] += 1
+    saved.training_state["callbacks"]["matching_stability"]["previous"].fill_(-1)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +254,7 @@ def _other_matching(saved: Snapshot) -> None:
             for change in (
                 _other_moments,
                 _other_ema,
-                _no_rows_begun,
+                _no_log_record_begun,
                 _other_matching,
                 lambda saved: saved.training_state["scaler"].update(scale=2.0**10),
                 lambda saved: saved.training_state.update(batches_drawn=3),

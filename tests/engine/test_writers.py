@@ -7,36 +7,56 @@ import signal
 import struct
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dn_detr.engine import RecordWriter
+from dn_detr.engine.callbacks import Callbacks
 from dn_detr.engine.settings import WandbSettings
-from dn_detr.engine.writers import WriterError, open_writers
+from dn_detr.engine.writers import (
+    MetricsFile,
+    TensorBoard,
+    WeightsAndBiases,
+    WriterError,
+    finite_record,
+)
 
-# Runs in a process of its own; `rows` are iterations, "limit" fills the disk and "free" frees it.
+# Runs in a process of its own; arguments: iterations, "limit" to fill the disk, "free" to free it.
 DISK_SCRIPT = """
-import json, logging, resource, signal, sys
+import json, logging, resource, signal, sys, types
 from pathlib import Path
-from dn_detr.engine.writers import open_writers
+from dn_detr.engine.writers import MetricsFile, TensorBoard
 
 logging.basicConfig(format="%(levelname)s %(message)s")
 folder, actions = Path(sys.argv[1]), sys.argv[2:]
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-with open_writers(folder, 0) as writers:
-    for action in actions:
-        if action == "limit":
-            size = (folder / "metrics.jsonl").stat().st_size + 20
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        elif action == "free":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        elif action == "kill":
-            signal.raise_signal(signal.SIGKILL)
-        else:
-            writers.write({"iteration": int(action), "loss": 0.25})
-    print((folder / "metrics.jsonl").read_text(), end="", flush=True)
+state = types.SimpleNamespace(output_dir=folder, iteration=0)
+file, board = MetricsFile(folder, 0), TensorBoard()
+board.on_train_start(state)
+for action in actions:
+    if action == "limit":
+        size = (folder / "metrics.jsonl").stat().st_size + 20
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    elif action == "free":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    elif action == "kill":
+        signal.raise_signal(signal.SIGKILL)
+    else:
+        record = {"iteration": int(action), "loss": 0.25}
+        file.write(record)
+        board.on_log(state, record)
+print((folder / "metrics.jsonl").read_text(), end="", flush=True)
+file.close()
+board.on_train_end(state, failed=False)
 """
+
+
+def state_of(folder: Path, iteration: int = 0) -> Any:
+    """As much of the state of a run as a writer asks for."""
+    return types.SimpleNamespace(output_dir=folder, iteration=iteration)
 
 
 def run_script(script: str, *arguments: object, **environment: str) -> Any:
@@ -62,70 +82,79 @@ def warnings(caplog, monkeypatch):
 
 
 def test_what_is_not_finite_is_stored_as_null_so_that_every_line_is_json(tmp_path):
-    with open_writers(tmp_path, 0) as writers:
-        writers.write({"iteration": 1, "grad_norm": float("inf"), "loss": 1.0, "none": None})
+    file = MetricsFile(tmp_path, 0)
+    file.write(
+        finite_record({"iteration": 1, "grad_norm": float("inf"), "loss": 1.0, "none": None})
+    )
+    file.close()
     assert rows(tmp_path) == [{"iteration": 1, "grad_norm": None, "loss": 1.0, "none": None}]
 
 
 def test_a_new_run_starts_an_empty_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
-    open_writers(tmp_path, 0).close()
+    MetricsFile(tmp_path, 0).close()
     assert rows(tmp_path) == []
 
 
 @pytest.mark.parametrize("is_evaluated", [True, False])
-def test_resuming_drops_later_rows_half_written_ones_and_an_evaluation_to_be_repeated(
+def test_resuming_drops_later_records_half_written_ones_and_an_evaluation_to_be_repeated(
     tmp_path, is_evaluated
 ):
     lines = ['{"iteration": 1}', '{"iteration": 2}', '{"iteration": 2, "eval/AP": 0.5}']
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"iteration": 3}', '{"iter']))
-    open_writers(tmp_path, 2, is_evaluated=is_evaluated).close()
+    MetricsFile(tmp_path, 2, is_evaluated=is_evaluated).close()
     kept = lines if is_evaluated else lines[:2]
     assert rows(tmp_path) == [json.loads(line) for line in kept]
 
 
 @pytest.mark.parametrize("junk", [b"\x00\x00\x00", b"\xff\xfe{", b"7", b'{"loss": 1.0}', b"[1]"])
-def test_resuming_drops_what_a_crashed_disk_left_between_the_rows(tmp_path, junk):
+def test_resuming_drops_what_a_crashed_disk_left_between_the_records(tmp_path, junk):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"iteration": 1}\n' + junk + b"\n")
-    with open_writers(tmp_path, 1) as writers:
-        writers.write({"iteration": 2})
+    file = MetricsFile(tmp_path, 1)
+    file.write({"iteration": 2})
+    file.close()
     assert rows(tmp_path) == [{"iteration": 1}, {"iteration": 2}]
 
 
 def test_a_file_that_cannot_be_written_at_the_start_is_an_error_with_its_path(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(WriterError, match=r"metrics\.jsonl: Is a directory; free disk space"):
-        open_writers(tmp_path, 0)
+        MetricsFile(tmp_path, 0)
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path):
+def test_tensorboard_gets_the_same_numbers_also_after_a_rollback(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with open_writers(tmp_path, 0) as writers:
-        writers.write({"iteration": 4, "loss": 1.5, "grad_norm": None})
+    board, state = TensorBoard(), state_of(tmp_path)
+    board.on_train_start(state)
+    for iteration, loss in ((2, 2.0), (4, 9.0), (6, 9.0), (4, 1.5)):
+        board.on_log(state, {"iteration": iteration, "loss": loss, "grad_norm": None})
+    board.on_train_end(state, failed=False)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(4, 1.5)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 2.0), (4, 1.5)]
     assert events.Tags()["scalars"] == ["loss"]
 
 
 def test_a_tensorboard_that_cannot_start_is_a_warning(tmp_path, warnings):
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
-    with open_writers(tmp_path, 0) as writers:
-        writers.write({"iteration": 1})
+    board, state = TensorBoard(), state_of(tmp_path)
+    board.on_train_start(state)
+    board.on_log(state, {"iteration": 1})
+    board.on_train_end(state, failed=False)
     assert "TensorBoard failed and is switched off" in warnings.text
-    assert rows(tmp_path) == [{"iteration": 1}]
+    assert len(warnings.records) == 1
 
 
 @pytest.fixture(scope="module")
 def full_disk(tmp_path_factory):
-    """A process that writes four rows, the middle two on a full disk."""
+    """A process that writes four records, the middle two on a full disk."""
     folder = tmp_path_factory.mktemp("full_disk")
     done = run_script(DISK_SCRIPT, folder, 1, "limit", 2, 3, "free", 4)
     return folder, done
 
 
 @pytest.mark.slow
-def test_rows_that_met_a_full_disk_are_written_when_there_is_room(full_disk):
+def test_records_that_met_a_full_disk_are_written_when_there_is_room(full_disk):
     folder, done = full_disk
     assert done.returncode == 0, done.stderr
     assert [row["iteration"] for row in rows(folder)] == [1, 2, 3, 4]
@@ -149,56 +178,54 @@ def test_a_run_that_ends_or_is_killed_on_a_full_disk_leaves_whole_lines(tmp_path
     (killed := tmp_path / "killed").mkdir()
     done = run_script(DISK_SCRIPT, ended, 1, "limit", 2, 3)
     assert done.returncode == 0 and iterations(done.stdout) == [1]
-    assert "metrics.jsonl lacks the last 2 rows" in done.stderr
+    assert "metrics.jsonl lacks the last 2 log records" in done.stderr
     assert run_script(DISK_SCRIPT, killed, 1, "limit", 2, "kill").returncode == -signal.SIGKILL
     assert rows(ended) == rows(killed) == [{"iteration": 1, "loss": 0.25}]
 
 
-class FailingWriter:
+class FailingWriter(RecordWriter):
     """A writer of a user's own with a bug."""
 
-    def write(self, row):
+    def open(self, state):
+        pass
+
+    def write(self, record):
         raise KeyError("a bug")
 
     def close(self, *, failed):
         raise OSError("another one")
 
 
-def test_a_writer_that_fails_costs_one_warning_and_no_row(tmp_path, warnings):
-    writers = open_writers(tmp_path, 0)
-    writers.add("mine", FailingWriter())
+def test_a_writer_that_fails_costs_one_warning(tmp_path, warnings):
+    writers, state = Callbacks({"mine": FailingWriter()}), state_of(tmp_path)
+    writers.on_train_start(state)
     for iteration in (1, 2):
-        writers.write({"iteration": iteration})
-    writers.close()
-    assert [row["iteration"] for row in rows(tmp_path)] == [1, 2]
+        writers.on_log(state, {"iteration": iteration})
+    writers.on_train_end(state, failed=False)
     assert [record.getMessage() for record in warnings.records] == [
-        "mine failed and is switched off, metrics.jsonl has all rows: KeyError: 'a bug'"
+        "FailingWriter failed and is switched off, metrics.jsonl has all log records: "
+        "KeyError: 'a bug'"
     ]
 
 
 def test_a_writer_that_does_not_close_is_a_warning(tmp_path, warnings):
-    writers = open_writers(tmp_path, 0)
-    writers.add("mine", FailingWriter())
-    writers.close()
-    assert warnings.messages == ["mine did not close: OSError: another one"]
+    writers, state = Callbacks({"mine": FailingWriter()}), state_of(tmp_path)
+    writers.on_train_start(state)
+    writers.on_train_end(state, failed=False)
+    assert warnings.messages == ["FailingWriter did not close: OSError: another one"]
 
 
 def test_weights_and_biases_without_its_package_is_an_error_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # what an import finds where it is missing
     with pytest.raises(WriterError, match=r"pip install 'dn_detr\[wandb\]'"):
-        open_writers(tmp_path, 0, wandb=WandbSettings(enabled=True))
-
-
-def test_weights_and_biases_is_off_by_default(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    open_writers(tmp_path, 0, wandb=WandbSettings()).close()
+        WeightsAndBiases(WandbSettings(enabled=True), {}).on_train_start(state_of(tmp_path))
 
 
 WANDB_SCRIPT = """
-import logging, os, signal, subprocess, sys, time
+import logging, os, signal, subprocess, sys, time, types
 from pathlib import Path
 from dn_detr.engine.settings import WandbSettings
-from dn_detr.engine.writers import open_writers
+from dn_detr.engine.writers import MetricsFile, WeightsAndBiases, finite_record
 
 def kill_service():
     for process in Path("/proc").glob("[0-9]*"):
@@ -214,7 +241,11 @@ def kill_service():
 logging.basicConfig(format="%(levelname)s %(message)s")
 folder, start, *actions = sys.argv[1:]
 settings = WandbSettings(enabled=True, name="a name")
-with open_writers(Path(folder), int(start), wandb=settings, config={"seed": 7}) as writers:
+state = types.SimpleNamespace(output_dir=Path(folder), iteration=int(start))
+file, writer = MetricsFile(Path(folder), int(start)), WeightsAndBiases(settings, {"seed": 7})
+failed = True
+try:
+    writer.on_train_start(state)
     for action in actions:
         if action == "kill":
             kill_service()
@@ -222,7 +253,13 @@ with open_writers(Path(folder), int(start), wandb=settings, config={"seed": 7}) 
         elif action == "fail":
             raise RuntimeError("on purpose")
         else:
-            writers.write({"iteration": int(action), "loss": 0.25, "grad_norm": float("nan")})
+            record = {"iteration": int(action), "loss": 0.25, "grad_norm": float("nan")}
+            file.write(finite_record(record))
+            writer.on_log(state, finite_record(record))
+    failed = False
+finally:
+    writer.on_train_end(state, failed=failed)
+    file.close()
 """
 
 
@@ -271,7 +308,7 @@ def history(records: list[Any]) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def resumed_wandb(run_wandb, tmp_path_factory):
-    """A run that fails after three rows, and one that resumes it after the second."""
+    """A run that fails after three records, and one that resumes it after the second."""
     folder = tmp_path_factory.mktemp("wandb")
     first = run_wandb(folder, 0, 1, 2, 3, "fail")
     second = run_wandb(folder, 2, 3, 4)
@@ -312,7 +349,7 @@ def test_training_outlives_the_service_of_weights_and_biases(run_wandb, tmp_path
     done = run_wandb(tmp_path, 0, 1, "kill", 2, 3)
     assert done.returncode == 0 and "killed the service" in done.stdout, done.stderr
     assert [row["iteration"] for row in rows(tmp_path)] == [1, 2, 3]
-    assert done.stderr.count("Weights & Biases failed and is switched off") == 1
+    assert done.stderr.count("WeightsAndBiases failed and is switched off") == 1
 
 
 @pytest.mark.slow
@@ -323,5 +360,5 @@ def test_a_new_run_that_is_not_logged_in_is_an_error_and_a_resumed_one_goes_on(r
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
     resumed = run_wandb(tmp_path, 1, 2, mode="online")
     assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stderr.count("Weights & Biases failed and is switched off") == 1
+    assert resumed.stderr.count("WeightsAndBiases failed and is switched off") == 1
     assert [row["iteration"] for row in rows(tmp_path)] == [1, 2]
