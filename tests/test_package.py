@@ -49,6 +49,14 @@ def run_installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     for name in (*SOURCES, *FOLDERS):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, checkout / name)
+    project = checkout / "projects" / "small_project"
+    (project / "configs").mkdir(parents=True)
+    (project / "__init__.py").touch()
+    (project / "modeling.py").write_text("class Net:\n    width = 3\n")
+    config = (
+        "from dn_detr.config import LazyCall as L\nfrom ..modeling import Net\nmodel = L(Net)()"
+    )
+    (project / "configs" / "small_net.py").write_text(config)
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=folder)
     python = environment / "bin" / "python"
     site_packages = Path(
@@ -78,6 +86,16 @@ def test_zoo_loads_outside_the_checkout(run_installed: Run) -> None:
     assert num_classes == "80"
 
 
+def test_projects_are_found_outside_the_checkout(run_installed: Run) -> None:
+    program = (
+        "from dn_detr.config import get_config, instantiate\n"
+        "model = get_config('small_net').model\n"
+        "print(model._target_, instantiate(model).width)"
+    )
+    found = run_installed("python", "-c", program).strip()
+    assert found == "dn_detr.projects.small_project.modeling.Net 3"
+
+
 def test_console_command_is_the_train_tool(run_installed: Run) -> None:
     usage = run_installed("dn-detr-train", "--help")
     for option in ("--config-file", "--eval-only", "--resume", "--num-gpus", "--print-config"):
@@ -91,7 +109,7 @@ def test_installed_package_holds_every_file_of_the_sources(run_installed: Run) -
         "print(*dn_detr.__path__, zoo_root(), *dn_detr.tools.__path__, sep='\\n')"
     )
     places = map(Path, run_installed("python", "-c", program).splitlines())
-    for source, place in zip(("dn_detr", "configs", "tools", "projects"), places, strict=True):
+    for source, place in zip(("dn_detr", "configs", "tools"), places, strict=True):
         expected = {path.relative_to(ROOT / source) for path in (ROOT / source).rglob("*.py")}
         assert expected
         assert expected <= {path.relative_to(place) for path in place.rglob("*.py")}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from dn_detr.config import ConfigError, LazyConfig
 from dn_detr.engine import TrainSettings
 from dn_detr.engine.random_state import preserved_random_state, seed_everything
 
@@ -17,6 +18,30 @@ def test_the_largest_seed_is_one_for_every_process(tiny_config):
     with preserved_random_state():
         for rank in (0, 1, 100_000):
             seed_everything(settings.seed + rank)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train.seed = 1.5", "Value '1.5' of type 'float' could not be converted to Integer"),
+        ("train.sede = 1", "Key 'sede' not in 'TrainSettings'"),
+        ("train.amp.enabled = 0.5", "full_key: amp.enabled"),
+        ("train.epochs = None", "full_key: epochs"),
+    ],
+)
+def test_a_wrong_setting_in_a_config_file_is_an_error_with_its_line(tmp_path, line, message):
+    config = tmp_path / "my_config.py"
+    config.write_text(f"from dn_detr.configs.common.train import train\n\n{line}\n")
+    with pytest.raises(ConfigError, match=r"my_config\.py, line 3") as error:
+        LazyConfig.load(config)
+    assert message in str(error.value)
+
+
+def test_an_int_is_a_float_in_a_config_file(tmp_path):
+    config = tmp_path / "my_config.py"
+    config.write_text("from dn_detr.configs.common.train import train\n\ntrain.epochs = 3\n")
+    cfg = LazyConfig.load(config, overrides=["train.epochs=1.5", "train.clip_grad.max_norm=1"])
+    assert (cfg.train.epochs, cfg.train.clip_grad.max_norm) == (1.5, 1.0)
 
 
 @pytest.mark.parametrize(
