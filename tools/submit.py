@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dn_detr.config import LazyConfig, resolve_config_file
@@ -46,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from dn_detr.engine.cluster import Resources, parse_minutes, submit
-    from dn_detr.engine.cluster_job import ClusterJob
+    from dn_detr.engine.cluster import ClusterJob, Resources, parse_minutes, submit
 
     config_file = resolve_config_file(arguments.config_file).resolve()
     cfg = LazyConfig.load(config_file, allow=arguments.trust, overrides=arguments.overrides)
@@ -61,15 +60,17 @@ def _submit(arguments: argparse.Namespace) -> int:
         cpus_per_process=arguments.cpus_per_gpu,
         name=arguments.name or Path(settings.output_dir).name,
         save_before=arguments.save_before,
+        max_requeues=arguments.max_requeues,
         sbatch={k: v for k, v in options.items() if v is not None} | dict(arguments.sbatch),
     )
-    resources.check_device(settings.device)
-    batch_size = _batch_size(cfg)
-    if batch_size is not None:
-        resources.check_batch_size(batch_size)
+    try:
+        batch_size = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
+    except OmegaConfBaseException:  # it refers to what is not there: the job says so
+        batch_size = None
+    resources.check(settings.device, batch_size if isinstance(batch_size, int) else None)
     trust = [f"--trust={package}" for package in arguments.trust]
     command = ("--config-file", str(config_file), *trust, *arguments.overrides)
-    job = ClusterJob(str(SCRIPT), command, arguments.max_requeues)
+    job = ClusterJob(str(SCRIPT), command)
     folder = Path(settings.output_dir).absolute() / "slurm"
     submitted = submit(job, resources, folder, cluster=arguments.cluster)
     log = submitted.task(0).paths.stdout
@@ -81,19 +82,10 @@ def _submit(arguments: argparse.Namespace) -> int:
         return 0
     print(f"  save and end:  kill {submitted.job_id}", flush=True)
     submitted.wait()
-    # The first process leaves a result only when the run is finished.
+    # The main process leaves a result only when the run is finished.
     if submitted.task(0).paths.result_pickle.exists():
         return 0
     return _report(f"the run was stopped or failed, see {log}; the same command continues it")
-
-
-def _batch_size(cfg: DictConfig) -> int | None:
-    """Return the images of a batch; None where the config does not say it as other configs do."""
-    try:
-        value = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
-    except OmegaConfBaseException:  # it refers to what is not there: the job says so
-        return None
-    return value if isinstance(value, int) else None
 
 
 def _report(message: str) -> int:
@@ -145,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=100,
         metavar="N",
-        help="start again at most N times (default: %(default)s)",
+        help="start again at most N times after the time limit (default: %(default)s)",
     )
     for name in PASSED_ON:
         parser.add_argument(f"--{name}", help=f"as sbatch --{name}")

@@ -16,7 +16,7 @@ Again what a run did, with the code of a project of yours that its config names:
 
 from __future__ import annotations
 
-from dn_detr.early_signals import exit_when_signalled
+from dn_detr.signals import exit_when_signalled
 
 if __name__ in ("__main__", "__mp_main__"):  # the command, and processes that it starts
     exit_when_signalled()  # before the imports, which take seconds
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     try:
         _run(arguments)
-    except KeyboardInterrupt:  # before or after training, which takes it as a request to stop
+    except KeyboardInterrupt:  # from a program that calls this function
         return _report("interrupted", EXIT_SIGNAL + signal.SIGINT)
     except Stopped as stop:
         print(stop, file=sys.stderr, flush=True)

@@ -1,13 +1,20 @@
-"""Sending a training to a cluster: the resources it asks for, and the submission.
+"""Training on a Slurm cluster: what to ask for, the submission, and the job itself.
 
-This module needs the extra `slurm` (submitit).
+submitit starts one process for each GPU, which unpickles a `ClusterJob` and calls it, and queues
+the job again where `ClusterJob.checkpoint` says so. This module needs the extra `slurm`.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import re
+import runpy
+import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -16,16 +23,97 @@ from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.helpers import DelayedSubmission
 
 from dn_detr.errors import UserError
+from dn_detr.signals import EXIT_STOPPED, exit_when_signalled
 
-from .cluster_job import ClusterJob, python_command
+from .devices import use_cores
 
+# Below the ports that Linux gives to outgoing connections (32768 and more).
+_FIRST_PORT, _PORTS = 20000, 12000
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+# A signal during the imports, before submitit listens, would end the process.
+PYTHON_COMMAND = shlex.join(
+    ["bash", "-c", "trap '' INT TERM USR1 USR2; exec \"$0\" \"$@\"", sys.executable]
+)  # fmt: skip
 
 
 class SubmissionError(UserError):
     """A job cannot be submitted as asked; the message says why and what to change."""
+
+
+@dataclass(frozen=True)
+class ClusterJob:
+    """One process of a training on a cluster.
+
+    Attributes:
+        script: path of tools/train_net.py, whose `main` takes arguments and returns an exit code.
+        arguments: of `script`, without `--resume`, which is always added: a first start finds
+            nothing to resume and starts a new run.
+    """
+
+    script: str
+    arguments: tuple[str, ...]
+
+    def __call__(self) -> None:
+        """Train until the end, or until the time limit or a preemption stops it.
+
+        Raises:
+            SystemExit: the training failed, or stopped.
+        """
+        job = submitit.JobEnvironment()
+        os.environ.update(distributed_environment(job))
+        share = (os.cpu_count() or 1) * job.num_nodes // job.num_tasks
+        use_cores(int(os.environ.get("SLURM_CPUS_PER_TASK", share)))
+        if job.cluster == "local":
+            exit_when_signalled()
+        code = runpy.run_path(self.script)["main"]([*self.arguments, "--resume"])
+        if code == EXIT_STOPPED and job.global_rank != 0:
+            return  # not a failure, which would end the main process: it queues the job again
+        if code == EXIT_STOPPED and job.cluster == "slurm":
+            # to submitit's handler, which asks `checkpoint` and exits
+            signal.raise_signal(getattr(signal, f"SIG{job.USR_SIG}"))
+        if code:
+            raise SystemExit(code)
+
+    def checkpoint(self) -> DelayedSubmission | None:
+        """Say whether the main process queues this job again; submitit asks.
+
+        It does if Slurm calls the job RUNNING (its time limit is near, a preemption gives it grace
+        time, or somebody sent the signal alone), or ended it at its time limit. A cancelled job is
+        not RUNNING any more, and Slurm itself queues one that is preempted without grace time. One
+        that has more restarts than this process was started again already: its node failed, and
+        Slurm did not wait for this process.
+        """
+        job_id = submitit.JobEnvironment().raw_job_id
+        words = subprocess.run(
+            ["scontrol", "--oneliner", "show", "job", job_id],
+            check=True, stdout=subprocess.PIPE, text=True, timeout=60,
+        ).stdout.split()  # fmt: skip
+        job = {key: value for key, _, value in (word.partition("=") for word in words)}
+        # A job that is being sent the signal may be called SIGNALING for a moment.
+        goes_on = job["JobState"] in ("RUNNING", "SIGNALING") or job["Reason"] == "TimeLimit"
+        is_latest = job["Restarts"] == os.environ.get("SLURM_RESTART_COUNT", "0")
+        return DelayedSubmission(self) if goes_on and is_latest else None
+
+
+def distributed_environment(job: submitit.JobEnvironment) -> dict[str, str]:
+    """Return the variables by which torch.distributed finds the processes of the job.
+
+    The port follows from the number of the job, so that all processes know it and jobs that share
+    a node do not collide. MASTER_PORT and MASTER_ADDR, set at submission, have priority.
+    """
+    address = "127.0.0.1" if job.num_nodes == 1 else job.hostnames[0]
+    port = _FIRST_PORT + int(job.raw_job_id) % _PORTS
+    return {
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", address),
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(port)),
+        "RANK": str(job.global_rank),
+        "WORLD_SIZE": str(job.num_tasks),
+        "LOCAL_RANK": str(job.local_rank),
+        "LOCAL_WORLD_SIZE": str(job.num_tasks // job.num_nodes),
+    }
 
 
 @dataclass(frozen=True)
@@ -40,6 +128,7 @@ class Resources:
         cpus_per_process: cores of each process; None: what the cluster gives.
         name: of the job.
         save_before: seconds between the request to save and the time limit.
+        max_requeues: how often the job starts again after its time limit.
         sbatch: further options of sbatch by long name, such as {"partition": "gpu"}.
     """
 
@@ -50,9 +139,25 @@ class Resources:
     cpus_per_process: int | None = None
     name: str = "dn_detr"
     save_before: int = 120
+    max_requeues: int = 100
     sbatch: Mapping[str, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    @property
+    def num_processes(self) -> int:
+        """Of the whole job."""
+        return self.nodes * self.processes_per_node
+
+    def check(self, device: str, total_batch_size: int | None) -> None:
+        """Refuse what cannot be, or does not go with a config.
+
+        Args:
+            device: `train.device`.
+            total_batch_size: images of a batch over all processes; None: unknown.
+
+        Raises:
+            SubmissionError: a number is too small, GPUs are asked for a training on CPUs or the
+                other way round, or a process would get no image.
+        """
         positive = ("minutes", "nodes", "processes_per_node", "cpus_per_process", "save_before")
         for name in positive:
             value = getattr(self, name)
@@ -63,21 +168,6 @@ class Resources:
                 f"a time limit of {self.minutes} min leaves nothing to train when the run is asked "
                 f"to save {self.save_before} s before it: ask for more time, or save later"
             )
-
-    @property
-    def num_processes(self) -> int:
-        """Of the whole job."""
-        return self.nodes * self.processes_per_node
-
-    def check_device(self, device: str) -> None:
-        """Refuse GPUs for a training on CPUs, and the other way round.
-
-        Args:
-            device: as `train.device`.
-
-        Raises:
-            SubmissionError: they do not go together.
-        """
         if self.gpus_per_node and device == "cpu":
             raise SubmissionError(
                 "train.device=cpu uses no GPUs: ask for --processes-per-node instead of "
@@ -88,20 +178,11 @@ class Resources:
                 f"train.device={device} needs GPUs: ask for --gpus-per-node, or train with "
                 "train.device=cpu"
             )
-
-    def check_batch_size(self, total: int) -> None:
-        """Refuse more processes than a batch has images.
-
-        Args:
-            total: images of a batch over all processes, `dataloader.train.total_batch_size`.
-
-        Raises:
-            SubmissionError: a process would get none.
-        """
-        if total < self.num_processes:
+        if total_batch_size is not None and total_batch_size < self.num_processes:
             raise SubmissionError(
-                f"dataloader.train.total_batch_size={total} leaves some of {self.num_processes} "
-                f"processes without an image: set {self.num_processes} or more, or ask for fewer"
+                f"dataloader.train.total_batch_size={total_batch_size} leaves some of "
+                f"{self.num_processes} processes without an image: set {self.num_processes} or "
+                "more, or ask for fewer"
             )
 
 
@@ -134,7 +215,7 @@ def parse_minutes(text: str) -> int:
 
 def submit(
     job: ClusterJob, resources: Resources, folder: str | Path, *, cluster: str = "slurm"
-) -> submitit.Job[str]:
+) -> submitit.Job[None]:
     """Queue a training.
 
     Args:
@@ -147,20 +228,22 @@ def submit(
         SubmissionError: Slurm is not there, or refuses.
     """
     if cluster == "local":
-        return _local_executor(resources, folder).submit(job)
+        if resources.nodes != 1:
+            raise SubmissionError(f"--cluster local has one node, not {resources.nodes}")
+        here = submitit.LocalExecutor(folder, python=PYTHON_COMMAND)
+        here.update_parameters(
+            timeout_min=resources.minutes,
+            tasks_per_node=resources.processes_per_node,
+            gpus_per_node=resources.gpus_per_node,
+            signal_delay_s=resources.save_before,
+            stderr_to_stdout=True,
+        )
+        return here.submit(job)
     if shutil.which("sbatch") is None:
         raise SubmissionError(
             "sbatch is not on the PATH: submit from a login node of the cluster, or try "
             "--cluster local on this machine"
         )
-    try:
-        with redirect_stderr(io.StringIO()):  # submitit prints what it raises
-            return _slurm_executor(resources, folder).submit(job)
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise SubmissionError(f"Slurm refused the job: {error}") from error
-
-
-def _slurm_executor(resources: Resources, folder: str | Path) -> submitit.SlurmExecutor:
     parameters: dict[str, Any] = {
         "job_name": resources.name,
         "time": resources.minutes,
@@ -169,29 +252,21 @@ def _slurm_executor(resources: Resources, folder: str | Path) -> submitit.SlurmE
         "signal_delay_s": resources.save_before,
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True, **resources.sbatch},
+        # A process that fails ends the others, which would wait for it.
+        "srun_args": ["--kill-on-bad-exit=1"],
     }
-    # One process that fails ends the others, which would wait for it.
-    srun_args = ["--kill-on-bad-exit=1"]
     if resources.gpus_per_node:
         parameters["gpus_per_node"] = resources.gpus_per_node
     if resources.cpus_per_process is not None:
         parameters["cpus_per_task"] = resources.cpus_per_process
         # srun does not take it from sbatch since Slurm 22.05
-        srun_args.append(f"--cpus-per-task={resources.cpus_per_process}")
-    executor = submitit.SlurmExecutor(folder, python=python_command())
-    executor.update_parameters(**parameters, srun_args=srun_args)
-    return executor
-
-
-def _local_executor(resources: Resources, folder: str | Path) -> submitit.LocalExecutor:
-    if resources.nodes != 1:
-        raise SubmissionError(f"--cluster local has one node, not {resources.nodes}")
-    executor = submitit.LocalExecutor(folder, python=python_command())
-    executor.update_parameters(
-        timeout_min=resources.minutes,
-        tasks_per_node=resources.processes_per_node,
-        gpus_per_node=resources.gpus_per_node,
-        signal_delay_s=resources.save_before,
-        stderr_to_stdout=True,
-    )
-    return executor
+        parameters["srun_args"].append(f"--cpus-per-task={resources.cpus_per_process}")
+    try:
+        with redirect_stderr(io.StringIO()):  # submitit prints what it raises
+            executor = submitit.SlurmExecutor(
+                folder, max_num_timeout=resources.max_requeues, python=PYTHON_COMMAND
+            )
+            executor.update_parameters(**parameters)
+            return executor.submit(job)
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise SubmissionError(f"Slurm refused the job: {error}") from error

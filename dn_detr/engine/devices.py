@@ -1,6 +1,8 @@
-"""Which device a process computes on."""
+"""Which device and how many cores a process computes on."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -39,6 +41,12 @@ def parse_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"train.device={name!r}: expected auto, cpu, cuda or cuda:0")
     return device
+
+
+def use_cores(count: int) -> None:
+    """Let torch compute with so many threads (at least one), unless OMP_NUM_THREADS says."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, count))
 
 
 def require_gpus(count: int, name: str) -> None:

@@ -73,21 +73,21 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
     """
     settings = TrainSettings.from_config(cfg)
     keep_freed_memory()
-    with StopRequest(settings.grace_seconds, settings.max_hours) as stop:
-        device = choose_device(settings.device)
-        seed_everything(settings.seed + rank())
-        folder = make_folder(settings.output_dir)
-        with logging_to(folder), _end_logged(), sole_run(folder) if is_main() else nullcontext():
-            checkpoint = _starting_point(settings, resume)
-            announce_device(device, settings.device)
-            config = LazyConfig.to_yaml(cfg)
-            if checkpoint is not None:  # first: what changed explains what then does not fit
-                _log_resumption(checkpoint, config)
-            elif resume:
-                logger.warning("nothing to resume in %s: starting a new run", folder)
-            trainer = build_trainer(cfg, device, stop, checkpoint)
-            del checkpoint  # its memory: all of it is in the trainer now
-            stop.begin_training()
+    stop = StopRequest(settings.grace_seconds, settings.max_hours)
+    device = choose_device(settings.device)
+    seed_everything(settings.seed + rank())
+    folder = make_folder(settings.output_dir)
+    with logging_to(folder), _end_logged(), sole_run(folder) if is_main() else nullcontext():
+        checkpoint = _starting_point(settings, resume)
+        announce_device(device, settings.device)
+        config = LazyConfig.to_yaml(cfg)
+        if checkpoint is not None:  # first: what changed explains what then does not fit
+            _log_resumption(checkpoint, config)
+        elif resume:
+            logger.warning("nothing to resume in %s: starting a new run", folder)
+        trainer = build_trainer(cfg, device, stop, checkpoint)
+        del checkpoint  # its memory: all of it is in the trainer now
+        with stop:  # from now on a signal is a request to save
             if is_main():  # only now: a refused start leaves the record of the run before as it was
                 record_run(config, folder, device)
             return trainer.run()

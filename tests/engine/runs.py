@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -26,8 +27,8 @@ import torch.utils.tensorboard  # for the server: importing it takes a second
 from torch.distributed import TCPStore
 
 from dn_detr.checkpoint import load_checkpoint, read_manifest
-from dn_detr.early_signals import exit_when_signalled
-from tests.engine.pausing import let_go_on, pause_at_the_end, pause_while_saving, wait_for_pause
+from dn_detr.signals import exit_when_signalled
+from tests.engine.pausing import has_paused, let_go_on, pause_at_the_end, pause_while_saving
 from tools.train_net import main
 
 CONFIG = str(Path(__file__).with_name("tiny_config.py"))
@@ -35,7 +36,8 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["dn_detr.checkpoint", __name__])
 
 _TIMINGS = ("data_time", "iter_time", "images_per_s", "memory_mib")
-_SECONDS = 60.0
+# A run is stuck that has printed and written nothing for so long, on the busiest machine.
+IDLE_SECONDS = 180.0
 
 
 class Run:
@@ -93,7 +95,8 @@ class Run:
 
     def reach_pause(self) -> Run:
         """Return when the process is at its next place."""
-        wait_for_pause(self._pauses, self._places[0], self._process.is_alive)
+        place = self._places[0]
+        self._wait_until(lambda: has_paused(self._pauses, place), f"nothing came to {place!r}")
         return self
 
     def go_on(self) -> Run:
@@ -115,10 +118,9 @@ class Run:
         resource.prlimit(self.pid, resource.RLIMIT_FSIZE, limits)
         return self
 
-    def wait_for_log(self, text: str, seconds: float = _SECONDS) -> Run:
+    def wait_for_log(self, text: str) -> Run:
         """Return when the process has printed a text."""
-        wait_until(lambda: text in self.log or not self._process.is_alive(), seconds)
-        assert text in self.log, self.log
+        self._wait_until(lambda: text in self.log, f"no {text!r}")
         return self
 
     def wait_for_checkpoint(self, iteration: int) -> Run:
@@ -128,13 +130,29 @@ class Run:
         def is_written() -> bool:
             return folder.is_dir() and read_manifest(folder).metrics is not None
 
-        wait_until(is_written)
+        self._wait_until(is_written, f"no checkpoint {iteration}")
         return self
 
-    def wait(self, seconds: float = _SECONDS) -> int:
-        """Return the exit code, minus the number of the signal that killed the process."""
-        self._process.join(seconds)
-        assert self._process.exitcode is not None, f"still running:\n{self.log}"
+    def _wait_until(self, condition: Callable[[], bool], failure: str) -> None:
+        wait_until(lambda: condition() or not self._process.is_alive(), self._progress)
+        assert condition(), f"{failure}:\n{self.log}"
+
+    def _progress(self) -> object:
+        """What changes as long as the run goes on."""
+        files = [file for file in self.folder.rglob("*") if file.is_file()]
+        return len(self._printed), len(files)
+
+    def wait(self, seconds: float = math.inf) -> int:
+        """Return the exit code, minus the number of the signal that killed the process.
+
+        Args:
+            seconds: how long that may take, where a test is about that.
+        """
+        started = time.monotonic()
+        wait_until(lambda: not self._process.is_alive(), self._progress)
+        assert time.monotonic() - started < seconds
+        self._process.join()
+        assert self._process.exitcode is not None
         self._reader.join(1)  # it ends with the last worker
         return self._process.exitcode
 
@@ -181,9 +199,9 @@ class Group:
             for rank, pause in enumerate(pauses)
         ]
 
-    def wait(self, seconds: float = _SECONDS) -> list[int]:
+    def wait(self) -> list[int]:
         """Return the exit codes."""
-        return [run.wait(seconds) for run in self.runs]
+        return [run.wait() for run in self.runs]
 
     @property
     def log(self) -> str:
@@ -262,9 +280,17 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in _TIMINGS} for row in found]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = _SECONDS) -> None:
-    """Return when `condition()` is true."""
-    deadline = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool], progress: Callable[[], object] = str) -> None:
+    """Return when `condition()` is true.
+
+    Args:
+        condition: asked all the time.
+        progress: the wait fails where what it returns stays the same for `IDLE_SECONDS`.
+    """
+    before, deadline = progress(), time.monotonic() + IDLE_SECONDS
     while not condition():
-        assert time.monotonic() < deadline
         time.sleep(0.01)
+        if time.monotonic() > deadline:
+            now = progress()
+            assert now != before, f"nothing has happened for {IDLE_SECONDS:g} s"
+            before, deadline = now, time.monotonic() + IDLE_SECONDS

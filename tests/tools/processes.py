@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 from dn_detr.checkpoint import read_weights
+from tests.engine.runs import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW_CONFIG = str(ROOT / "tests" / "tools" / "slow_config.py")
@@ -32,16 +32,18 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 def assert_success(*processes: subprocess.Popen[str]) -> None:
     """Wait for all; each must exit with 0."""
-    said = [process.communicate(timeout=180)[0] for process in processes]
+    said = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
 
 
 def wait_for_log(folder: Path, text: str) -> None:
     """Until the run in `folder` has logged `text`."""
-    log, deadline = folder / "log.txt", time.monotonic() + 180
-    while not log.exists() or text not in log.read_text():
-        assert time.monotonic() < deadline, f"no {text!r} in {log}"
-        time.sleep(0.1)
+    log = folder / "log.txt"
+
+    def logged() -> str:
+        return log.read_text() if log.exists() else ""
+
+    wait_until(lambda: text in logged(), logged)
 
 
 def assert_equal_weights(first: Path, second: Path) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
+from tests.engine.runs import wait_until
+
 # Where Debian keeps the daemons, which an ordinary PATH does not name.
 SEARCH_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
@@ -128,24 +130,24 @@ class SlurmCluster:
         return {key: value for key, _, value in pairs}
 
     def wait_for(
-        self, job_id: str, condition: Callable[[Mapping[str, str]], bool], timeout: float
+        self,
+        job_id: str,
+        condition: Callable[[Mapping[str, str]], bool],
+        log: Callable[[], str] = str,
     ) -> dict[str, str]:
-        """The job as soon as it is as wanted.
+        """The job as soon as it is as wanted; `log` grows while there is progress."""
 
-        Raises:
-            TimeoutError: it never was; the message has the job.
-        """
-        deadline = time.monotonic() + timeout
-        while not condition(job := self.job(job_id)):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"after {timeout} s the job is {job}")
+        def is_as_wanted() -> bool:
             time.sleep(0.2)
-        return job
+            return condition(self.job(job_id))
 
-    def wait_until_ended(self, job_id: str, timeout: float) -> dict[str, str]:
+        wait_until(is_as_wanted, log)
+        return self.job(job_id)
+
+    def wait_until_ended(self, job_id: str, log: Callable[[], str]) -> dict[str, str]:
         """The job when Slurm is done with it."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE")
-        return self.wait_for(job_id, lambda job: job["JobState"] in ended, timeout)
+        return self.wait_for(job_id, lambda job: job["JobState"] in ended, log)
 
     def lose_node(self, job_id: str) -> None:
         """Let the node that runs a job end as by a power cut, be noticed, and come back."""
@@ -156,7 +158,7 @@ class SlurmCluster:
         _kill(self._processes(f"SLURM_JOB_ID={job_id}"))
         node = ("scontrol", "update", f"NodeName={self.host}")
         self.run(*node, "State=DOWN", "Reason=test")
-        self.wait_for(job_id, lambda job: job["Restarts"] == "1", 60)
+        self.wait_for(job_id, lambda job: job["Restarts"] == "1")
         self._start_node()
         self.run(*node, "State=RESUME")
 

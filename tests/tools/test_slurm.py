@@ -6,7 +6,6 @@ import io
 import os
 import re
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -14,7 +13,8 @@ from unittest.mock import patch
 
 import pytest
 
-from dn_detr.engine.cluster_job import requeue
+from dn_detr.engine.cluster import ClusterJob
+from tests.engine.runs import wait_until
 from tests.tools.processes import ENVIRONMENT, SLOW_CONFIG, assert_equal_weights
 from tests.tools.slurm_cluster import SlurmCluster, missing_requirement
 from tools.submit import main
@@ -69,13 +69,10 @@ class Job:
         self.id = re.search(r"job (\d+)", self.said)[1]
 
     def wait_for_iteration(self, iteration: int) -> None:
-        deadline = time.monotonic() + 180
-        while f"iteration {iteration}/60" not in self.log():
-            assert time.monotonic() < deadline, self.log()
-            time.sleep(0.2)
+        wait_until(lambda: f"iteration {iteration}/60" in self.log(), self.log)
 
-    def end(self, timeout: float = 180) -> dict[str, str]:
-        return self.cluster.wait_until_ended(self.id, timeout)
+    def end(self) -> dict[str, str]:
+        return self.cluster.wait_until_ended(self.id, self.log)
 
     def log(self) -> str:
         files = sorted((self.folder / "slurm").glob(f"{self.id}_*_log.out"))
@@ -101,7 +98,7 @@ def test_a_job_at_its_time_limit_saves_and_resumes_to_the_same_weights(
     cluster, tmp_path, uninterrupted
 ):
     job = Job(cluster, tmp_path, "--time", "1", "--save-before", "15", SLOW)
-    cluster.wait_for(job.id, lambda state: state["Restarts"] != "0", 180)
+    cluster.wait_for(job.id, lambda state: state["Restarts"] != "0", job.log)
     job.assert_resumed_to(uninterrupted)
 
 
@@ -119,7 +116,7 @@ def test_a_preempted_job_saves_and_resumes_to_the_same_weights(
         "--output=/dev/null",
         "--wrap=true",
     )
-    cluster.wait_until_ended(urgent.stdout.split()[-1], 180)
+    cluster.wait_until_ended(urgent.stdout.split()[-1], job.log)
     job.assert_resumed_to(uninterrupted)
 
 
@@ -133,17 +130,20 @@ def test_a_job_whose_node_fails_resumes_to_the_same_weights(cluster, tmp_path, u
 def test_a_process_that_outlives_a_restart_does_not_queue_the_job_again(cluster):
     sleeping = cluster.run("sbatch", "--chdir=/", "--output=/dev/null", "--wrap=sleep 600")
     job_id = sleeping.stdout.split()[-1]
-    cluster.wait_for(job_id, lambda state: state["JobState"] == "RUNNING", 60)
+    cluster.wait_for(job_id, lambda state: state["JobState"] == "RUNNING")
     cluster.run("scontrol", "requeue", job_id)
     cluster.wait_for(
-        job_id, lambda state: (state["JobState"], state["Restarts"]) == ("RUNNING", "1"), 60
+        job_id, lambda state: (state["JobState"], state["Restarts"]) == ("RUNNING", "1")
     )
-    with patch.dict(os.environ, {**cluster.environment, "SLURM_RESTART_COUNT": "0"}):
-        assert not requeue(job_id, max_requeues=10)
-    assert cluster.job(job_id)["JobState"] == "RUNNING"
-    with patch.dict(os.environ, {**cluster.environment, "SLURM_RESTART_COUNT": "1"}):
-        assert requeue(job_id, max_requeues=10)
+    process = {**cluster.environment, "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": job_id}
+    job = ClusterJob("train_net.py", ())
+    with patch.dict(os.environ, {**process, "SLURM_RESTART_COUNT": "0"}):
+        assert job.checkpoint() is None
+    with patch.dict(os.environ, {**process, "SLURM_RESTART_COUNT": "1"}):
+        assert job.checkpoint() is not None
     cluster.run("scancel", job_id)
+    with patch.dict(os.environ, {**process, "SLURM_RESTART_COUNT": "1"}):
+        assert job.checkpoint() is None
 
 
 def test_a_cancelled_job_saves_and_does_not_start_again(cluster, tmp_path):
@@ -160,8 +160,8 @@ def test_a_job_starts_again_as_often_as_allowed(cluster, tmp_path):
     job.wait_for_iteration(4)
     cluster.run("scancel", "--signal=USR2", job.id)
     state = job.end()
-    assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "0", "75:0")
-    assert "as often as --max-requeues allows" in job.log()
+    assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "0", "1:0")
+    assert "Job not requeued because: timed-out too many times" in job.log()
 
 
 def test_a_job_that_crashes_does_not_start_again(cluster, tmp_path):

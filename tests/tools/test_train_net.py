@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from dn_detr.checkpoint import read_weights
+from tests.engine.runs import wait_until
 from tools.train_net import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ def run(*arguments: str, launcher: tuple[str, ...] = (), **environment: str):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
 
 
@@ -81,11 +81,10 @@ def test_an_interrupt_of_the_parent_alone_stops_all_processes(tmp_path):
         # A shell script that started these tests in the background would pass on a deaf ear.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    metrics, deadline = tmp_path / "a" / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    metrics = tmp_path / "a" / "metrics.jsonl"
+    wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 0)
     parent.send_signal(signal.SIGINT)
-    _, error = parent.communicate(timeout=60)
+    _, error = parent.communicate(timeout=600)
     assert parent.returncode == 75 and "--resume continues" in error
 
 
