@@ -1,6 +1,6 @@
-"""What a bug report needs to say about a machine: ``python -m dn_detr.collect_env``.
+"""The environment of a run, and what a bug report needs: `python -m dn_detr.collect_env`.
 
-It prints versions, devices, which kernels compute deformable attention on each of them, and where
+Versions, commit, devices, which kernels compute deformable attention on each of them, and where
 compiled kernels are missing, why.
 """
 
@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -48,22 +49,55 @@ VARIABLES = (
 )
 
 
-def describe() -> str:
-    """The report, one "name: value" per line, in blocks."""
-    blocks = (_system(), _packages(), _devices(), _operators(), _variables())
-    return "\n".join("".join(f"{name}: {block[name]}\n" for name in block) for block in blocks)
+def describe_environment() -> str:
+    """Return what a reader needs to repeat a run or to find a fault.
 
-
-def _system() -> dict[str, str]:
-    return {
+    Returns:
+        A "name: value" per line, in blocks.
+    """
+    system = {
+        "command": " ".join([sys.executable, *sys.argv]),
+        "git commit": _git_commit(),
         "platform": platform.platform(),
         "Python": f"{platform.python_version()} ({sys.executable})",
         "dn_detr": f"{__version__} ({CPU_LIBRARY.parent})",
     }
+    devices = {
+        "CPU": f"{_cpu_name()}, {os.cpu_count()} logical cores",
+        "threads": f"{torch.get_num_threads()} (of torch; OMP_NUM_THREADS sets them)",
+        "CUDA of torch": str(torch.version.cuda or "none, torch was built for CPUs"),
+    }
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            devices[f"GPU {index}"] = (
+                f"{device.name}, compute capability {device.major}.{device.minor}, "
+                f"{device.total_memory / 2**30:.0f} GiB"
+            )
+    else:
+        devices["GPU"] = "none that torch can use"
+    operators = {f"kernels for {device}": _kernels(device) for device in ("cpu", "cuda")}
+    built = build_info()
+    for path in (CPU_LIBRARY, CUDA_LIBRARY):
+        operators[str(path)] = _origin(built[path.name]) if path.name in built else "not usable"
+    packages = {name: _version(name) for name in PACKAGES}
+    variables = {name: os.environ.get(name, "not set") for name in VARIABLES}
+    blocks = (system, packages, devices, operators, variables)
+    return "\n".join("".join(f"{name}: {block[name]}\n" for name in block) for block in blocks)
 
 
-def _packages() -> dict[str, str]:
-    return {name: _version(name) for name in PACKAGES}
+def _git_commit() -> str:
+    """Return the commit of the checkout that holds this file, "-dirty" appended if changed."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return "not a checkout"
+    # exclude: the commit itself, not its distance from a tag
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run([*command, "--abbrev=40"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"unknown: {getattr(error, 'stderr', error)}".strip()
+    return done.stdout.strip()
 
 
 def _version(package: str) -> str:
@@ -73,37 +107,12 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _devices() -> dict[str, str]:
-    entries = {
-        "CPU": f"{_cpu_name()}, {os.cpu_count()} logical cores",
-        "threads": f"{torch.get_num_threads()} (of torch; OMP_NUM_THREADS sets them)",
-        "CUDA of torch": str(torch.version.cuda or "none, torch was built for CPUs"),
-    }
-    if not torch.cuda.is_available():
-        return entries | {"GPU": "none that torch can use"}
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        entries[f"GPU {index}"] = (
-            f"{device.name}, compute capability {device.major}.{device.minor}, "
-            f"{device.total_memory / 2**30:.0f} GiB"
-        )
-    return entries
-
-
 def _cpu_name() -> str:
     """In the words of the kernel where there are any."""
     information = Path("/proc/cpuinfo")
     text = information.read_text(errors="replace") if information.is_file() else ""
     name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
     return name.group(1) if name else platform.processor() or platform.machine()
-
-
-def _operators() -> dict[str, str]:
-    entries = {f"kernels for {device}": _kernels(device) for device in ("cpu", "cuda")}
-    built = build_info()
-    for path in (CPU_LIBRARY, CUDA_LIBRARY):
-        entries[str(path)] = _origin(built[path.name]) if path.name in built else "not usable"
-    return entries
 
 
 def _kernels(device: str) -> str:
@@ -139,9 +148,5 @@ def _digest(sources: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
-def _variables() -> dict[str, str]:
-    return {name: os.environ.get(name, "not set") for name in VARIABLES}
-
-
 if __name__ == "__main__":
-    print(describe(), end="")
+    print(describe_environment(), end="")

@@ -374,7 +374,7 @@ def test_report_without_libraries_says_why(folder, monkeypatch):
     for name in ("CPU_LIBRARY", "CUDA_LIBRARY"):
         monkeypatch.setattr(collect_env, name, getattr(library, name))
     (folder / "_C.missing.txt").write_text("no compiler\n")
-    text = collect_env.describe()
+    text = collect_env.describe_environment()
     for device in ("cpu", "cuda"):
         reason = "the installation built no _C.so: no compiler"
         assert f"\nkernels for {device}: PyTorch (slow): {reason}\n" in text
@@ -386,7 +386,7 @@ def test_report_has_versions_devices_and_variables(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("DN_DETR_CUDA", "0")
     monkeypatch.delenv("DN_DETR_CPU_KERNELS", raising=False)
-    lines = collect_env.describe().splitlines()
+    lines = collect_env.describe_environment().splitlines()
     for name in ("torch", "torchvision", "numpy"):
         assert f"{name}: {version(name)}" in lines
     for line in ("OMP_NUM_THREADS: 1", "DN_DETR_CUDA: 0", "DN_DETR_CPU_KERNELS: not set"):
@@ -416,7 +416,9 @@ def test_module_prints_the_instruction_set_and_what_built_the_library():
 )
 def test_report_tells_the_effect_of_a_variable(monkeypatch, variable, value, line):
     monkeypatch.setenv(variable, value)
-    (kernels,) = re.findall("^kernels for cpu: .*", collect_env.describe(), re.MULTILINE)
+    (kernels,) = re.findall(
+        "^kernels for cpu: .*", collect_env.describe_environment(), re.MULTILINE
+    )
     assert kernels.endswith(line)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
 
 from dn_detr.distributed import local_rank, world_size
 from dn_detr.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
@@ -28,6 +31,21 @@ def choose_device(name: str) -> torch.device:
         require_gpus(device.index + 1, name)
         torch.cuda.set_device(device)
     return device
+
+
+def announce_device(device: torch.device, wanted: str) -> None:
+    """Log what the run computes on; a CPU that train.device=auto fell back to is a warning.
+
+    Args:
+        device: of this process.
+        wanted: `train.device`.
+    """
+    if device.type == "cuda":
+        logger.info("running on %s (%s)", device, torch.cuda.get_device_name(device))
+    elif wanted == "auto":
+        logger.warning("no GPU was found: running on the CPU, as with train.device=cpu")
+    else:
+        logger.info("running on %s", device)
 
 
 def parse_device(name: str) -> torch.device:

@@ -19,10 +19,10 @@ from dn_detr.errors import UserError
 from dn_detr.evaluation import inference_on_dataset
 from dn_detr.protocols import Evaluator, NamesResults, TestLoader
 
-from .devices import choose_device
+from .devices import announce_device, choose_device
 from .random_state import preserved_random_state, seed_everything
 from .settings import TrainSettings
-from .setup import announce_device, logging_to, make_folder, record_run
+from .setup import logging_to, make_folder, record_run
 
 logger = logging.getLogger(__name__)
 

@@ -1,29 +1,33 @@
-"""What happens before the first iteration: device, seed, output folder, log, environment."""
+"""The output folder of a run: its lock, its log, and the record of config and environment."""
 
 from __future__ import annotations
 
 import datetime
+import fcntl
 import logging
 import os
 import platform
-import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from dn_detr.collect_env import describe_environment
 from dn_detr.distributed import is_main, rank, world_size
 from dn_detr.errors import UserError
 
-_PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "omegaconf", "safetensors", "scipy")
-# Rows of numbers that a progress bar shows anyway go to the file only.
+# Log records that a progress bar shows anyway go to the file only.
 FILE_ONLY = {"file_only": True}
-# What somebody else prints goes to the file in any case.
+# What the command prints by itself goes to the file only.
 NEVER_IN_TERMINAL = {"never_in_terminal": True}
+
+_LOCK_FILE = ".lock"
+# Processes of a run that was killed may need a moment to notice and to save.
+_LOCK_SECONDS = 20.0
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +56,7 @@ class _LogFile(logging.FileHandler):
             print(f"{self.baseFilename} will lack lines: {error.strerror}", file=sys.stderr)
 
     def close(self) -> None:
-        """Close the file; what could not be written is given up."""
+        """Close the file; what could not be written is lost."""
         with suppress(OSError):
             super().close()
 
@@ -95,21 +99,6 @@ def _open_log(path: Path) -> logging.Handler:
         raise UserError(f"{path}: cannot be written to: {error.strerror}") from error
 
 
-def announce_device(device: torch.device, wanted: str) -> None:
-    """Log what the run computes on; a CPU where nobody asked for it is a warning.
-
-    Args:
-        device: of this process.
-        wanted: `train.device`.
-    """
-    if device.type == "cuda":
-        logger.info("running on %s (%s)", device, torch.cuda.get_device_name(device))
-    elif wanted == "auto":
-        logger.warning("no GPU was found: running on the CPU, as with train.device=cpu")
-    else:
-        logger.info("running on %s", device)
-
-
 def make_folder(path: str | Path) -> Path:
     """Create a folder and its parents.
 
@@ -128,6 +117,43 @@ def make_folder(path: str | Path) -> Path:
     return folder
 
 
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of an output folder; the OS releases the lock when the process exits.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        UserError: another run goes on writing there; the message names its machine and process.
+    """
+    with (folder / _LOCK_FILE).open("a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                # of the process, unlike flock: workers that outlive it do not hold it
+                fcntl.lockf(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() > deadline:
+                    owner = (folder / _LOCK_FILE).read_text(encoding="utf-8").strip()
+                    raise UserError(
+                        f"train.output_dir={folder}: another run is writing there ({owner}); wait "
+                        "until it has ended, stop it, or choose another folder"
+                    ) from None
+                time.sleep(0.2)
+            except OSError as error:
+                logger.warning(
+                    "%s cannot be locked (%s): make sure that no second run writes there",
+                    folder, error,
+                )  # fmt: skip
+                break
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+
+
 def record_run(config: str, folder: Path, device: torch.device) -> None:
     """Write `config.yaml` (can be run again) and add to `environment.txt`.
 
@@ -141,51 +167,14 @@ def record_run(config: str, folder: Path, device: torch.device) -> None:
     Raises:
         ValueError: they cannot be written.
     """
+    started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     try:
         (folder / "config.yaml").write_text(config, encoding="utf-8")
         with (folder / "environment.txt").open("a", encoding="utf-8") as file:
-            file.write(describe_environment(device) + "\n")
+            file.write(f"started: {started}\ndevice: {device}\nranks: {world_size()}\n")
+            file.write(describe_environment() + "\n")
     except OSError as error:
         raise UserError(
             f"train.output_dir={folder}: cannot be written to: {error.strerror}; free disk space, "
             "or choose another folder"
         ) from error
-
-
-def describe_environment(device: torch.device) -> str:
-    """Return what a reader needs to repeat a run: versions, hardware, commit, command line."""
-    entries = {
-        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": " ".join([sys.executable, *sys.argv]),
-        "git commit": _git_commit(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("dn_detr", *_PACKAGES)},
-        "platform": platform.platform(),
-        "device": str(device),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none used",
-        "cuda": f"{torch.version.cuda}, cudnn {torch.backends.cudnn.version()}",
-        "processes": str(world_size()),
-        "cpu threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
-    }
-    return "".join(f"{name}: {value}\n" for name, value in entries.items())
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _git_commit() -> str:
-    """Return the commit of the checkout that holds this file, "-dirty" appended if changed."""
-    checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / ".git").exists():
-        return "not a checkout"
-    # exclude: the commit itself, not its distance from a tag
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run([*command, "--abbrev=40"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"unknown: {getattr(error, 'stderr', error)}".strip()
-    return done.stdout.strip()

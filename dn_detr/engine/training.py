@@ -34,15 +34,14 @@ from .build import (
     build_schedule,
     build_step,
 )
-from .devices import choose_device
+from .devices import announce_device, choose_device
 from .evaluation import check_watched_result
-from .lock import sole_run
 from .random_state import seed_everything
 from .run_state import RunState, load_last
 from .settings import TrainSettings
 from .setup import (
     NEVER_IN_TERMINAL,
-    announce_device,
+    lock_folder,
     logging_to,
     make_folder,
     record_run,
@@ -77,7 +76,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
     device = choose_device(settings.device)
     seed_everything(settings.seed + rank())
     folder = make_folder(settings.output_dir)
-    with logging_to(folder), _end_logged(), sole_run(folder) if is_main() else nullcontext():
+    with logging_to(folder), _end_logged(), lock_folder(folder) if is_main() else nullcontext():
         checkpoint = _starting_point(settings, resume)
         announce_device(device, settings.device)
         config = LazyConfig.to_yaml(cfg)

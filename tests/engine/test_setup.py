@@ -7,12 +7,12 @@ import time
 
 import pytest
 
-from dn_detr.engine import lock
-from dn_detr.engine.lock import sole_run
+from dn_detr.engine import setup
+from dn_detr.engine.setup import lock_folder
 
 
 def hold(folder, is_held) -> None:
-    with sole_run(folder):
+    with lock_folder(folder):
         is_held.set()
         time.sleep(60)
 
@@ -33,19 +33,19 @@ def other_run(tmp_path):
 def test_a_second_run_in_the_same_folder_is_refused_and_told_which_is_the_first(
     tmp_path, other_run, monkeypatch
 ):
-    monkeypatch.setattr(lock, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(setup, "_LOCK_SECONDS", 0.3)
     message = f"another run is writing there .process {other_run.pid} on"
-    with pytest.raises(ValueError, match=message), sole_run(tmp_path):
+    with pytest.raises(ValueError, match=message), lock_folder(tmp_path):
         pass
 
 
 def test_a_run_that_was_killed_holds_nothing(tmp_path, other_run):
     os.kill(other_run.pid, signal.SIGKILL)
-    with sole_run(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
 def test_runs_may_follow_each_other(tmp_path):
     for _ in range(2):
-        with sole_run(tmp_path):
+        with lock_folder(tmp_path):
             pass
