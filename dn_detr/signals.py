@@ -55,6 +55,7 @@ class SignalThread:
         self._handlers = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
         self._thread = threading.Thread(target=self._read, name="signals", daemon=True)
         self._thread.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a cluster's job starts with them
 
     def __enter__(self) -> SignalThread:
         return self

@@ -26,17 +26,18 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission
 
 from dn_detr.errors import UserError
-from dn_detr.signals import EXIT_STOPPED, exit_when_signalled
+from dn_detr.signals import EXIT_STOPPED, STOP_SIGNALS
 
 from .devices import use_cores
 
 # Below the ports that Linux gives to outgoing connections (32768 and more).
 _FIRST_PORT, _PORTS = 20000, 12000
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
-# A signal during the imports, before submitit listens, would end the process.
-PYTHON_COMMAND = shlex.join(
-    ["bash", "-c", "trap '' INT TERM USR1 USR2; exec \"$0\" \"$@\"", sys.executable]
-)  # fmt: skip
+# How submitit starts Python: with STOP_SIGNALS blocked, so that one during the imports, which take
+# seconds, waits for the training.
+_BLOCKED = f"signal.pthread_sigmask(signal.SIG_BLOCK, {[int(number) for number in STOP_SIGNALS]})"
+_START = "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+PYTHON_COMMAND = shlex.join([sys.executable, "-c", f"import os, signal, sys; {_BLOCKED}; {_START}"])
 
 
 class SubmissionError(UserError):
@@ -66,8 +67,6 @@ class ClusterJob:
         os.environ.update(distributed_environment(job))
         share = (os.cpu_count() or 1) * job.num_nodes // job.num_tasks
         use_cores(int(os.environ.get("SLURM_CPUS_PER_TASK", share)))
-        if job.cluster == "local":
-            exit_when_signalled()
         code = runpy.run_path(self.script)["main"]([*self.arguments, "--resume"])
         if code == EXIT_STOPPED and job.global_rank != 0:
             return  # not a failure, which would end the main process: it queues the job again

@@ -121,7 +121,7 @@ class StopRequest:
             if is_main():
                 _tell(
                     f"{signal.Signals(number).name}: finishing this step and saving, for at most "
-                    f"{self._grace_seconds:g} s; a second signal exits without saving"
+                    f"{self._grace_seconds:g} s; a second signal exits now"
                 )
         passed = now - self._requested_at
         if number is not None and passed > _ONE_REQUEST_SECONDS:

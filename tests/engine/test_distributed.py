@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def fail_on_one_process(kind: str) -> None:
     if rank() == 1:
         if kind == "user":
             raise UserError("lr=0: expected > 0")
+        if kind == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("from the depths")
     barrier()  # would wait for rank 1 for ever
     time.sleep(600)
@@ -90,6 +93,11 @@ def test_one_failing_process_ends_all_and_its_error_is_told_once(kind, error, me
     with pytest.raises(error, match=message) as caught:
         launch(fail_on_one_process, 2, kind, device="cpu")
     assert str(caught.value).count("Traceback") == (kind == "bug")
+
+
+def test_a_killed_rank_ends_all():
+    with pytest.raises(ProcessFailure):
+        launch(fail_on_one_process, 2, "killed", device="cpu")
 
 
 def test_less_than_one_process_is_an_error():

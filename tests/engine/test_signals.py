@@ -13,11 +13,10 @@ import pytest
 
 from dn_detr.checkpoint import last_checkpoint, read_manifest
 from dn_detr.engine import StopRequest
-from dn_detr.signals import exit_when_signalled
+from dn_detr.signals import STOP_SIGNALS, exit_when_signalled
 
 from .runs import Group, Run, outcome, rows, wait_until
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
 STOPPED = 75
 # A signal that comes so much later is another request.
@@ -48,7 +47,9 @@ def assert_resumes(folder: Path, expected: dict, processes: int = 1) -> None:
     assert outcome(folder) == expected
 
 
-@pytest.mark.parametrize("number", [USR1, *(pytest.param(n, marks=slow) for n in SIGNALS)])
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=() if n == USR1 else slow) for n in STOP_SIGNALS]
+)
 def test_a_signal_lets_the_step_end_and_saves(tmp_path, whole, number):
     with Run(tmp_path / "run", pause="step 5") as run:
         run.reach_pause().signal(number)
@@ -62,8 +63,15 @@ def test_a_signal_lets_the_step_end_and_saves(tmp_path, whole, number):
 
 
 @slow
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("place", ["evaluation 2", "saving 6", "start"])
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        ("evaluation 2", signal.SIGINT),
+        ("saving 6", TERM),
+        ("start", USR1),
+        ("start", signal.SIGUSR2),
+    ],
+)
 def test_a_signal_to_all_processes_stops_evaluations_saving_and_starts(
     tmp_path, whole, place, number
 ):
@@ -189,8 +197,10 @@ def test_two_processes_end_after_the_grace_period_where_a_loader_hangs(tmp_path,
 
 
 @slow
-@pytest.mark.parametrize("place", ["step 5", "evaluation 2", "saving 6"])
-@pytest.mark.parametrize("signalled", [0, 1])
+@pytest.mark.parametrize(
+    ("place", "signalled"),
+    [("step 5", 1), ("evaluation 2", 0), ("evaluation 2", 1), ("saving 6", 1)],
+)
 def test_a_signal_to_one_process_stops_both(tmp_path, whole, place, signalled):
     pauses = (place, "" if place.startswith("saving") else place)
     with Group(tmp_path / "run", pauses=pauses) as group:
@@ -222,7 +232,7 @@ def test_a_request_that_arrives_several_times_at_several_processes_counts_once(t
 
 
 @slow
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [TERM, signal.SIGINT])
 def test_a_second_signal_ends_a_stuck_step(tmp_path, number):
     with Run(tmp_path / "run", pause="step 5") as run:
         run.reach_pause().signal(TERM)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from dn_detr.engine.cluster import PYTHON_COMMAND, SubmissionError, parse_minutes
-from dn_detr.signals import STOP_SIGNALS
 from tests.tools.processes import (
     SLOW_CONFIG,
     assert_equal_weights,
@@ -79,13 +78,18 @@ def test_a_machine_without_slurm_is_one_clear_message(tmp_path, capsys, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_during_the_imports_of_a_job_does_not_end_it(number):
-    program = f"import os; os.kill(os.getpid(), {int(number)}); print('started')"
+def test_a_signal_during_the_imports_of_a_job_waits_for_the_training():
+    program = (
+        "import os, signal, time; os.kill(os.getpid(), signal.SIGUSR2); "
+        "from dn_detr.engine import StopRequest\n"
+        "with StopRequest() as stop:\n"
+        "    while stop.reason is None: time.sleep(0.01)\n"
+        "    print(stop.reason)"
+    )
     result = subprocess.run(
         f"{PYTHON_COMMAND} -c {shlex.quote(program)}", shell=True, capture_output=True, text=True
     )
-    assert (result.returncode, result.stdout) == (0, "started\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, "SIGUSR2\n"), result.stderr
 
 
 def submit_here(folder: Path, *arguments: str) -> subprocess.Popen[str]:

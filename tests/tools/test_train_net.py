@@ -43,19 +43,6 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
-def test_a_killed_run_resumes_to_the_weights_and_numbers_of_an_uninterrupted_one(tmp_path):
-    # In a process of its own as well: the number of threads decides on the last bit.
-    assert run(f"train.output_dir={tmp_path}/whole").returncode == 0
-    overrides = (f"train.output_dir={tmp_path}/killed", "model.kill_at=8")
-    killed = run(*overrides, TINY_DETECTOR_KILL="1")
-    assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "checkpoints" / "0000009").exists()
-    resumed = run(*overrides, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert_equal_weights(tmp_path / "whole", tmp_path / "killed")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
-
-
 def test_two_processes_train_evaluate_and_stop_together_on_nan(tmp_path):
     arguments = ("--num-gpus", "2", f"train.output_dir={tmp_path}/a", "model.nan_at=5")
     done = run(*arguments, "model.nan_rank=1")
@@ -108,15 +95,6 @@ def test_torchrun_and_num_gpus_give_the_same_weights(tmp_path):
     assert torchrun.returncode == 0, torchrun.stderr
     assert_equal_weights(tmp_path / "a", tmp_path / "b")
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
-
-
-@pytest.mark.slow
-def test_two_resumed_processes_equal_two_uninterrupted_ones(tmp_path):
-    assert run("--num-gpus", "2", f"train.output_dir={tmp_path}/a").returncode == 0
-    arguments = ("--num-gpus", "2", f"train.output_dir={tmp_path}/b", "model.kill_at=8")
-    assert run(*arguments, TINY_DETECTOR_KILL="1").returncode == 1
-    assert run(*arguments, "--resume").returncode == 0
-    assert_equal_weights(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.slow
