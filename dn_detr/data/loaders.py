@@ -14,7 +14,7 @@ from multiprocessing.util import Finalize
 from typing import Any, get_args
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dn_detr.distributed import rank, world_size
 
@@ -33,25 +33,39 @@ _STOP_SIGNALS = [
 _EXIT_TIMEOUT = 1  # seconds in which a worker that broke a connection has exited
 
 
-class SampleLoader(DataLoader[Sample]):
-    """A `DataLoader` whose batches are lists of samples and whose workers ignore stop signals.
+class SampleLoader:
+    """Batches, as lists of samples, through a `torch.utils.data.DataLoader`.
 
-    Workers live as long as an iterator: they are started by its first batch and killed when it is
-    closed, deleted or abandoned at the exit of the process, also in the middle of an image.
+    Workers ignore stop signals. They live as long as an iterator: they are started by its first
+    batch and killed when it is closed, deleted or abandoned at the exit of the process, also in the
+    middle of an image.
 
     Args:
         dataset: its keys are what the sampler yields.
         num_workers: worker processes, at most one per core; 0 = load in this process.
+        skip_seed: see `SkipBrokenImages`; None = an image that cannot be read is an error.
         **sampling: `batch_sampler`, or `sampler` and `batch_size`.
+
+    Attributes:
+        dataset, batch_sampler, sampler, batch_size: as given; the last two are torch's defaults
+            where there is a `batch_sampler`.
 
     Raises:
         DatasetError: while iterating: an image cannot be read, or a worker died. It is raised when
             the next batch is asked for, after at most 5 seconds.
     """
 
-    def __init__(self, dataset: Dataset[Sample], *, num_workers: int, **sampling: Any) -> None:
-        super().__init__(
-            dataset,
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        num_workers: int,
+        skip_seed: int | None = None,
+        **sampling: Any,
+    ) -> None:
+        self.dataset = dataset
+        self._loader: DataLoader[Sample] = DataLoader(
+            dataset if skip_seed is None else SkipBrokenImages(dataset, skip_seed),
             num_workers=min(num_workers, available_cores()),
             collate_fn=list,
             worker_init_fn=_ignore_stop_signals,
@@ -60,11 +74,18 @@ class SampleLoader(DataLoader[Sample]):
             generator=torch.Generator(),
             **sampling,
         )
+        self.batch_sampler = self._loader.batch_sampler
+        self.sampler = self._loader.sampler
+        self.batch_size = self._loader.batch_size
 
-    def __iter__(self) -> Iterator[list[Sample]]:  # type: ignore[override]
+    def __len__(self) -> int:
+        """Number of batches, of a loader that ends."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[list[Sample]]:
         others = set(active_children())
         with _signals_of_workers_blocked():
-            batches = super().__iter__()
+            batches = iter(self._loader)
         workers = set(active_children()) - others
         # With this priority it runs at the exit of the process before multiprocessing waits for
         # workers, which could take for ever.
@@ -100,7 +121,7 @@ def build_train_loader(
     on_error: OnError = "raise",
     seed: int = 0,
     start_iteration: int = 0,
-) -> DataLoader[Sample]:
+) -> SampleLoader:
     """Endless loader of this rank's share of each training batch: images r, r + world, ...
 
     The shares may differ by one image. Its iterator never stops, one serves the whole run.
@@ -138,8 +159,10 @@ def build_train_loader(
         if aspect_ratio_grouping
         else None,
     )
-    source = SkipBrokenImages(dataset, seed) if on_error == "skip" else dataset
-    return SampleLoader(source, num_workers=num_workers, batch_sampler=sampler)
+    skip_seed = seed if on_error == "skip" else None
+    return SampleLoader(
+        dataset, num_workers=num_workers, skip_seed=skip_seed, batch_sampler=sampler
+    )
 
 
 def build_test_loader(
@@ -148,7 +171,7 @@ def build_test_loader(
     *,
     num_workers: int = 2,
     limit: int | None = None,
-) -> DataLoader[Sample]:
+) -> SampleLoader:
     """Loader that visits every image once over all ranks: rank r gets images r, r + world, ...
 
     An image that cannot be read is always an error: metrics without it would be silently wrong.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sized
-from typing import Any, Literal, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
@@ -21,23 +21,18 @@ class SkipBrokenImages(Dataset[dict[str, Any]]):
     The other image is a function of (seed, epoch, index, attempt) only, so the number of workers
     and processes and resuming change nothing. It has its own random draws, not those of the
     image that it stands for, and carries `skipped_files`, the paths of the files that could not
-    be read. Only `ImageError` is skipped. All other attributes are those of the data set.
+    be read. Only `ImageError` is skipped.
 
     Args:
         dataset: with (epoch, index) as keys, and a method `image_path(index)`.
         seed: of the choice.
     """
 
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+    def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int:
-        return len(cast(Sized, self.dataset))
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "dataset":  # while it is being unpickled
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
+        return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """
@@ -59,7 +54,9 @@ class SkipBrokenImages(Dataset[dict[str, Any]]):
                 )
             chosen = stable_seed(self.seed, epoch, index, len(failures)) % len(self)
         if failures:
-            sample["skipped_files"] = [str(self.image_path(failed)) for failed, _ in failures]
+            sample["skipped_files"] = [
+                str(self.dataset.image_path(failed)) for failed, _ in failures
+            ]
         return sample
 
 

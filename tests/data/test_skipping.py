@@ -114,6 +114,10 @@ def test_an_evaluation_never_skips(dataset: CocoDetection) -> None:
         list(build_test_loader(dataset, num_workers=1))
 
 
+def test_a_loader_that_skips_has_the_data_set_that_it_was_given(dataset: CocoDetection) -> None:
+    assert build_train_loader(dataset, 2, on_error="skip").dataset is dataset
+
+
 def test_other_words_than_raise_and_skip_are_refused(dataset: CocoDetection) -> None:
     with pytest.raises(ValueError, match=r"on_error='ignore': expected raise or skip"):
         build_train_loader(dataset, 2, on_error="ignore")  # type: ignore[arg-type]

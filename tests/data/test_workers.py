@@ -221,7 +221,7 @@ def test_a_process_with_a_stuck_worker_ends_quickly(dataset: CocoDetection, haza
     start = time.monotonic()
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (0, "")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15  # multiprocessing alone would wait for ever
 
 
 @slow
