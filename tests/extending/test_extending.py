@@ -78,7 +78,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_page_has_a_config_for_each_door():
-    assert CONFIGS == ["my_backbone", "my_data", "my_detector", "my_loss"]
+    assert CONFIGS == ["my_backbone", "my_callback", "my_data", "my_detector", "my_loss"]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -101,7 +101,7 @@ def uninterrupted(folder: Path) -> Path:
 def test_every_part_is_at_work(uninterrupted):
     step = records(uninterrupted)[0]
     assert step["loss/loss_area"] > 0 and step["loss/loss_area_dn"] > 0
-    assert "loss/loss_area_0" in step
+    assert "loss/loss_area_0" in step and step["weights/distance"] > 0
     assert 0 <= records(uninterrupted)[-1]["eval/coverage"] <= 1
     config = (uninterrupted / "config.yaml").read_text()
     for name in ("decoder.ImageFirstLayer", "backbone.ConvBackbone", "losses.AreaCost"):
