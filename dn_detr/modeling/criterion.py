@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dn_detr.distributed import is_distributed, world_size
 
+from .classification import FocalClassification
 from .losses import BoxGIoULoss, BoxL1Loss, ClassificationLoss, LossTerm
 from .matcher import HungarianMatcher
 from .pairs import Outputs, Pairs, Targets
@@ -37,9 +38,9 @@ class DetectionCriterion(nn.Module):
         super().__init__()
         if losses is None:
             losses = {
-                "loss_ce": ClassificationLoss(),
-                "loss_bbox": BoxL1Loss(),
-                "loss_giou": BoxGIoULoss(),
+                "loss_ce": ClassificationLoss(FocalClassification()),
+                "loss_bbox": BoxL1Loss(weight=5.0),
+                "loss_giou": BoxGIoULoss(weight=2.0),
             }
         self.losses = nn.ModuleDict(losses)
         self.matcher = matcher or HungarianMatcher()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .pairs import Outputs, Pairs, Targets
@@ -172,20 +173,25 @@ class QueryDenoising(nn.Module):
             seeds: see `noise`.
 
         Raises:
-            ValueError: not one target (and seed) per image of `content`.
+            ValueError: not one target (and seed) per image of `content`, or no `embed`.
         """
         if len(targets) != len(content):
             raise ValueError(f"{len(targets)} targets for a batch of {len(content)} images")
+        if self.embed is None:
+            raise ValueError("QueryDenoising makes no queries without the argument `embed`")
         noised = self.noise(targets, seeds, dtype=position.dtype)
-        num_slots = noised.group_of_slot.shape[1]
+        group_BD = noised.group_of_slot
+        num_slots = group_BD.shape[1]
         joint = []
-        assert self.embed is not None, "QueryDenoising was built without `embed`"
         embedded = self.embed(noised.labels, noised.boxes, noised.group)
         for x, matching in zip(embedded, (content, position), strict=True):
             slots = matching.new_zeros(len(targets), num_slots, matching.shape[-1])
             slots[noised.image, noised.slot] = x.to(matching.dtype)
             joint.append(torch.cat([slots, matching], dim=1))
-        mask = _attention_mask(noised.group_of_slot, content.shape[1])
+        seeing = F.pad(group_BD, (0, content.shape[1]), value=_MATCHING)
+        blocked = seeing[:, :, None] != group_BD[:, None, :]
+        blocked |= (group_BD == _EMPTY)[:, None, :]
+        mask = F.pad(blocked, (0, content.shape[1]), value=False)
         return NoisedQueries(joint[0], joint[1], mask, num_slots, noised.pairs)
 
     def noise(
@@ -299,15 +305,3 @@ class QueryDenoising(nn.Module):
     def _groups(self, slots_per_group: int) -> int:
         """Groups that `max_queries` leaves for an image."""
         return min(self.num_groups, max(1, self.max_queries // max(slots_per_group, 1)))
-
-
-def _attention_mask(group_BD: Tensor, num_matching: int) -> Tensor:
-    """(B, D + Q, D + Q) bool, True = blocked, from the group of each denoising slot."""
-    batch, num_slots = group_BD.shape
-    matching = group_BD.new_full((batch, num_matching), _MATCHING)
-    seeing = torch.cat([group_BD, matching], dim=1)
-    blocked = seeing[:, :, None] != group_BD[:, None, :]
-    blocked |= (group_BD == _EMPTY)[:, None, :]
-    return torch.cat(
-        [blocked, blocked.new_zeros(batch, num_slots + num_matching, num_matching)], dim=-1
-    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dn_detr.structures import box_cxcywh_to_xyxy, generalized_box_iou
 
-from .classification import NOTHING, Classification, FocalClassification
+from .classification import NOTHING, Classification
 from .pairs import Outputs, Pairs, Targets, Term
 
 
@@ -44,15 +44,13 @@ class ClassificationLoss(LossTerm):
     """Classes of the paired queries, and nothing for the others that are classified.
 
     Args:
-        classification: what the logits mean.
+        classification: gives the loss of logits.
         weight: factor of the term.
     """
 
-    def __init__(
-        self, classification: Classification | None = None, *, weight: float = 1.0
-    ) -> None:
+    def __init__(self, classification: Classification, *, weight: float = 1.0) -> None:
         super().__init__(weight)
-        self.classification = classification or FocalClassification()
+        self.classification = classification
 
     def forward(
         self, outputs: Outputs, targets: Targets, pairs: Pairs, count: Tensor | float
@@ -70,9 +68,6 @@ class ClassificationLoss(LossTerm):
 class BoxL1Loss(LossTerm):
     """Distance of (cx, cy, w, h) in the unit square."""
 
-    def __init__(self, weight: float = 5.0) -> None:
-        super().__init__(weight)
-
     def sums(self, outputs: Outputs, targets: Targets, pairs: Pairs) -> Tensor:
         """See `LossTerm.sums`."""
         boxes = pairs.predictions(outputs["pred_boxes"])
@@ -82,9 +77,6 @@ class BoxL1Loss(LossTerm):
 
 class BoxGIoULoss(LossTerm):
     """1 minus the generalised IoU, in [0, 2] for each pair."""
-
-    def __init__(self, weight: float = 2.0) -> None:
-        super().__init__(weight)
 
     def sums(self, outputs: Outputs, targets: Targets, pairs: Pairs) -> Tensor:
         """See `LossTerm.sums`."""

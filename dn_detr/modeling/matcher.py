@@ -41,15 +41,13 @@ class ClassificationCost(MatchingCost):
     """What the classification takes for its cost.
 
     Args:
-        classification: what the logits mean.
+        classification: gives the cost of logits.
         weight: factor of the term.
     """
 
-    def __init__(
-        self, classification: Classification | None = None, *, weight: float = 2.0
-    ) -> None:
+    def __init__(self, classification: Classification, *, weight: float = 1.0) -> None:
         super().__init__(weight)
-        self.classification = classification or FocalClassification()
+        self.classification = classification
 
     def forward(self, outputs: Outputs, targets: Targets) -> Tensor:
         """See `MatchingCost.forward`."""
@@ -58,9 +56,6 @@ class ClassificationCost(MatchingCost):
 
 class BoxL1Cost(MatchingCost):
     """Distance of (cx, cy, w, h) in the unit square."""
-
-    def __init__(self, weight: float = 5.0) -> None:
-        super().__init__(weight)
 
     def forward(self, outputs: Outputs, targets: Targets) -> Tensor:
         """See `MatchingCost.forward`."""
@@ -71,9 +66,6 @@ class BoxL1Cost(MatchingCost):
 
 class BoxGIoUCost(MatchingCost):
     """The negative generalised IoU, in [-1, 1]."""
-
-    def __init__(self, weight: float = 2.0) -> None:
-        super().__init__(weight)
 
     def forward(self, outputs: Outputs, targets: Targets) -> Tensor:
         """See `MatchingCost.forward`."""
@@ -95,9 +87,9 @@ class HungarianMatcher(nn.Module):
         super().__init__()
         if costs is None:
             costs = {
-                "cost_class": ClassificationCost(),
-                "cost_bbox": BoxL1Cost(),
-                "cost_giou": BoxGIoUCost(),
+                "cost_class": ClassificationCost(FocalClassification(), weight=2.0),
+                "cost_bbox": BoxL1Cost(weight=5.0),
+                "cost_giou": BoxGIoUCost(weight=2.0),
             }
         self.costs = nn.ModuleDict(costs)
 

@@ -116,7 +116,7 @@ def recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Any]]
 def traced_modules(model: Detector) -> dict[str, nn.Module]:
     """The modules whose outputs detrex printed; stages and layers have its names."""
     body, transformer = model.backbone.body, model.transformer
-    traced = {f"backbone.res{i + 1}": getattr(body, f"layer{i}") for i in range(1, 5)}
+    traced = {f"backbone.res{i + 1}": getattr(body, f"layer{i}")[-1] for i in range(1, 5)}
     traced |= {f"encoder.layers.{i}": layer for i, layer in enumerate(transformer.encoder.layers)}
     traced |= {f"decoder.layers.{i}": layer for i, layer in enumerate(transformer.decoder.layers)}
     traced |= {"neck": model.neck, "position_embedding": model.position_embedding}

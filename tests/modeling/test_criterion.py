@@ -61,7 +61,10 @@ def test_losses_are_named_by_layer():
 def test_weights_multiply_their_term():
     outputs, targets = _predictions(1), _targets([2])
     plain = _match(DetectionCriterion(), outputs, targets)
-    terms = {"loss_bbox": BoxL1Loss(10.0), "loss_ce": ClassificationLoss(weight=3.0)}
+    terms = {
+        "loss_bbox": BoxL1Loss(10.0),
+        "loss_ce": ClassificationLoss(FocalClassification(), weight=3.0),
+    }
     heavy = _match(DetectionCriterion(terms), outputs, targets)
     torch.testing.assert_close(heavy["loss_bbox"], 2 * plain["loss_bbox"])
     torch.testing.assert_close(heavy["loss_ce_0"], 3 * plain["loss_ce_0"])

@@ -69,7 +69,7 @@ def test_every_cost_counts_with_its_weight():
 
     def cost(by_class: float, bbox: float, giou: float) -> Tensor:
         costs = {
-            "cost_class": ClassificationCost(weight=by_class),
+            "cost_class": ClassificationCost(FocalClassification(), weight=by_class),
             "cost_bbox": BoxL1Cost(bbox),
             "cost_giou": BoxGIoUCost(giou),
         }

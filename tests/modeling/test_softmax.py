@@ -62,10 +62,10 @@ def _criterion() -> DetectionCriterion:
     softmax = SoftmaxClassification()
     costs = {
         "cost_class": ClassificationCost(softmax, weight=1.0),
-        "cost_bbox": BoxL1Cost(),
-        "cost_giou": BoxGIoUCost(),
+        "cost_bbox": BoxL1Cost(5.0),
+        "cost_giou": BoxGIoUCost(2.0),
     }
-    losses = (ClassificationLoss(softmax), BoxL1Loss(1.0), BoxGIoULoss(1.0))
+    losses = (ClassificationLoss(softmax), BoxL1Loss(), BoxGIoULoss())
     return DetectionCriterion(dict(zip(TERMS, losses, strict=True)), HungarianMatcher(costs))
 
 
