@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code, 0 only when all went well.
 
     1: an error; 2: a wrong option; 75: stopped on request, a training after saving: `--resume`
-    continues; 128 + N: ended at once by signal N.
+    continues; 128 + N: ended by a second signal N, without saving.
     """
     arguments = _parser().parse_intermixed_args(argv)
     try:
