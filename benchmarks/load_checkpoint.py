@@ -24,9 +24,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dn_detr.checkpoint import load_model_weights, save_weights, to_layout
-from dn_detr.checkpoint.architecture import Traits
-from dn_detr.checkpoint.huggingface import huggingface_rules
+from dn_detr.checkpoint import (
+    DetrexLayout,
+    HuggingFaceLayout,
+    OfficialLayout,
+    load_model_weights,
+    save_weights,
+)
 from dn_detr.config import get_config, instantiate
 
 CONFIG = "models/dn_deformable_detr_r50.py"
@@ -43,13 +47,13 @@ def _safetensors(state: State, folder: Path) -> Path:
 
 
 def _official(state: State, folder: Path) -> Path:
-    return _saved({"model": to_layout(state, "official")}, folder / "official.pth")
+    return _saved({"model": OfficialLayout().to_theirs(state)}, folder / "official.pth")
 
 
 def _official_with_optimizer(state: State, folder: Path) -> Path:
     moments = {i: {"exp_avg": v, "exp_avg_sq": v + 1} for i, v in enumerate(state.values())}
     content = {
-        "model": to_layout(state, "official"),
+        "model": OfficialLayout().to_theirs(state),
         "optimizer": {"state": moments},
         "args": argparse.Namespace(lr=1e-4),
     }
@@ -57,15 +61,15 @@ def _official_with_optimizer(state: State, folder: Path) -> Path:
 
 
 def _detrex(state: State, folder: Path) -> Path:
-    return _saved({"model": to_layout(state, "detrex")}, folder / "detrex.pth")
+    return _saved({"model": DetrexLayout().to_theirs(state)}, folder / "detrex.pth")
 
 
 def _detrex_before_zip(state: State, folder: Path) -> Path:
-    return _saved({"model": to_layout(state, "detrex")}, folder / "legacy.pth", zipped=False)
+    return _saved({"model": DetrexLayout().to_theirs(state)}, folder / "legacy.pth", zipped=False)
 
 
 def _arrays(state: State, folder: Path) -> Path:
-    arrays = {name: value.numpy() for name, value in to_layout(state, "detrex").items()}
+    arrays = {name: value.numpy() for name, value in DetrexLayout().to_theirs(state).items()}
     path = folder / "arrays.pkl"
     path.write_bytes(pickle.dumps({"model": arrays}, protocol=2))
     return path
@@ -76,8 +80,9 @@ def _huggingface(state: State, folder: Path) -> Path:
     folder = folder / "huggingface"
     folder.mkdir()
     result = {}
-    for name, value in state.items():
-        name = _huggingface_name(name)
+    for name, value in HuggingFaceLayout().to_theirs(state).items():
+        name = name.replace("backbone.body.", "backbone.conv_encoder.model._backbone.")
+        name = name if name.startswith(("class_embed", "bbox_embed")) else f"model.{name}"
         if ".in_proj_" in name:
             for letter, part in zip("qkv", value.chunk(3), strict=True):
                 result[name.replace("in_proj_", f"{letter}_proj.")] = part.clone()
@@ -86,14 +91,6 @@ def _huggingface(state: State, folder: Path) -> Path:
     save_file(result, folder / "model.safetensors")
     (folder / "config.json").write_text("{}")
     return folder
-
-
-def _huggingface_name(name: str) -> str:
-    traits = Traits(dense_decoder=False, deformable_encoder=True, two_stage=False, num_layers=6)
-    their = huggingface_rules(traits).to_theirs(name)
-    assert their is not None, name
-    their = their.replace("backbone.body.", "backbone.conv_encoder.model._backbone.")
-    return their if their.startswith(("class_embed", "bbox_embed")) else f"model.{their}"
 
 
 def _saved(content: dict[str, Any], path: Path, *, zipped: bool = True) -> Path:

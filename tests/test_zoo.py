@@ -11,9 +11,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dn_detr.checkpoint import read_weights, to_layout
+from dn_detr.checkpoint import read_weights
 from dn_detr.config import LazyConfig, get_config, instantiate, list_configs
 from dn_detr.engine import train
+from tests.checkpoint.layouts import to_layout
 from tools import train_net
 from tools.make_digits import write_digits_dataset
 

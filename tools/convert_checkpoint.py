@@ -1,4 +1,4 @@
-"""Convert weights: any known layout into ours, and ours into the layout of other code bases.
+"""Convert weights: from any layout that the model knows into ours, or into another one.
 
     python tools/convert_checkpoint.py --config-file dn_detr_r50_50ep \\
         --input checkpoint.pth --output weights/dn_detr_r50
@@ -15,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dn_detr.checkpoint import LAYOUTS, convert_checkpoint
+from dn_detr.checkpoint import convert_checkpoint
 from dn_detr.config import LazyConfig, instantiate, resolve_config_file
 from dn_detr.errors import UserError, user_message
 
@@ -54,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Convert weights from any known layout.",
+        description="Convert weights from any layout that the model knows.",
         epilog="Overrides: key=value changes a key of the config, as in model.num_classes=91.",
     )
     parser.add_argument(
@@ -73,8 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", required=True, metavar="OUT", help="checkpoint folder (or .pth file) to write"
     )
-    parser.add_argument("--to", choices=LAYOUTS, default=LAYOUTS[0], help="layout to write")
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights of the file")
+    parser.add_argument(
+        "--to",
+        default="dn_detr",
+        metavar="LAYOUT",
+        help="layout to write: dn_detr (ours, the default), or one of the model: official, detrex",
+    )
+    parser.add_argument("--ema", action="store_true", help="take the EMA of the file")
     parser.add_argument("--force", action="store_true", help="replace an output that exists")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
     return parser

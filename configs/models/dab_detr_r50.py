@@ -21,7 +21,7 @@ from dn_detr.modeling.transformers import (
     DenseEncoderLayer,
 )
 
-from .parts import backbone, classification, criterion
+from .parts import backbone, classification, criterion, key_maps
 
 _layer = dict(
     embed_dim="${model.transformer.embed_dim}",
@@ -36,6 +36,7 @@ model = L(Detector)(
     num_queries=300,
     num_patterns=0,
     classification=classification,
+    key_maps=key_maps,
     backbone=backbone,
     neck=L(ChannelMapper)(
         in_channels=[2048],

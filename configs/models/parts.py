@@ -1,5 +1,12 @@
 """What all models of the family have in common."""
 
+from dn_detr.checkpoint import (
+    Detectron2Layout,
+    DetrexLayout,
+    HuggingFaceLayout,
+    OfficialLayout,
+    TorchvisionLayout,
+)
 from dn_detr.config import LazyCall as L
 from dn_detr.modeling import (
     BoxGIoUCost,
@@ -54,3 +61,10 @@ denoising = L(QueryDenoising)(
     max_queries=500,
     mask_empty_slots=True,
 )
+key_maps = [  # code bases whose checkpoints load
+    L(OfficialLayout)(),
+    L(DetrexLayout)(),
+    L(HuggingFaceLayout)(),
+    L(TorchvisionLayout)(),
+    L(Detectron2Layout)(),
+]

@@ -1,4 +1,4 @@
-"""Which row of a file's classification each class of the model takes."""
+"""Which row of a file's class head each class of the model takes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
+from dn_detr.errors import first_names
+
 from .coco_classes import COCO_NAMES, names_of_coco_rows
 from .manifest import CheckpointError
 
 _NO_CLASS = {"", "n/a", "__background__", "background", "no object"}
 _LISTED = 10
+_Names = tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -21,60 +24,24 @@ class ClassRows:
     """Rows of the file for the classes of the model.
 
     Attributes:
-        rows: per class of the model its row in the file, -1 where it keeps its start value.
+        rows: per class of the model its row in the file, -1 where it keeps its initial value.
         file_classes: rows of the file.
-        names: class names of the model, None for a class without one; empty if unknown.
-        file_names: the same of the file's rows.
+        mapped: names of the classes that take their rows by name.
+        note: one sentence for the log; an empty string if there is nothing to say.
     """
 
     rows: tuple[int, ...]
     file_classes: int
-    names: tuple[str | None, ...] = ()
-    file_names: tuple[str | None, ...] = ()
+    mapped: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def is_identity(self) -> bool:
         """Whether the file's classes are the model's, in its order."""
         return self.rows == tuple(range(self.file_classes))
 
-    @property
-    def mapped(self) -> tuple[str, ...]:
-        """Names of the classes that take their rows by name."""
-        pairs = zip(self.names, self.rows, strict=False)
-        return tuple(name for name, row in pairs if name is not None and row >= 0)
-
-    def note(self) -> str | None:
-        """One sentence for the log; None if there is nothing to say."""
-        taken = sum(row >= 0 for row in self.rows)
-        if self.is_identity:
-            if not self.names or self.file_names:
-                return None
-            return (
-                "the class names of the file are unknown: its rows are taken in the order of the "
-                "data's classes"
-            )
-        if taken == len(self.rows):
-            return f"{self.file_classes} class rows were mapped to {taken} classes by class name"
-        if not taken:
-            return (
-                f"the file has {_count(self.file_names, self.file_classes)}, the model "
-                f"{len(self.rows)}, and {self._why_anew()}: the classification starts anew"
-            )
-        anew = [n for n, row in zip(self.names, self.rows, strict=True) if row < 0]
-        return (
-            f"{taken} of {len(self.rows)} classes take their rows by name ({_some(self.mapped)}); "
-            f"the others start anew ({_some(anew)})"
-        )
-
-    def _why_anew(self) -> str:
-        if self.names and self.file_names:
-            return "none of their names agree"
-        sides = [("the file", self.file_names), ("the data", self.names)]
-        unknown = " and of ".join(side for side, names in sides if not names)
-        return f"the class names of {unknown} are unknown"
-
     def source_of(self, target: Tensor, value: Tensor) -> tuple[list[int], list[int]] | None:
-        """Rows of ``target`` and of ``value`` to copy; None if the shapes do not allow it.
+        """Rows of `target` and of `value` to copy; None if the shapes do not allow it.
 
         A label table has one row more than there are classes, "no object", which is kept as it is.
         """
@@ -110,76 +77,94 @@ def choose_rows(
         class_names: of the model's data; classes after the last one have no name.
         file_names: of the file's rows, None for a row without a class.
         file_is_coco: a published file: 80 or 91 rows are COCO's.
-        fine_tune: allow classes that keep their start values, and another order.
+        fine_tune: allow classes that keep their initial values, and another order.
 
     Raises:
-        CheckpointError: without ``fine_tune``, the file's classes are not the model's.
+        CheckpointError: without `fine_tune`, the file's classes are not the model's.
     """
     theirs = known_names(file_names, file_classes)
     if theirs is None and file_is_coco:
         theirs = names_of_coco_rows(file_classes)
     names = known_names(class_names, model_classes)
-    if names is None and theirs is not None and _is_coco(theirs, model_classes):
-        names = COCO_NAMES
-    if names is None or theirs is None:
-        return _by_count(model_classes, file_classes, names or (), theirs or (), fine_tune)
-    if _normals(names) == _normals(theirs):
-        return ClassRows(tuple(range(file_classes)), file_classes, names, theirs)
-    index = {_normal(name): row for row, name in enumerate(theirs) if name is not None}
-    rows = tuple(-1 if name is None else index.get(_normal(name), -1) for name in names)
-    if not fine_tune and list(rows) != sorted(index.values()):
-        raise CheckpointError(_disagreement(names, theirs))
-    return ClassRows(rows, file_classes, names, theirs)
+    if names is None and theirs is not None and model_classes == len(COCO_NAMES):
+        names = COCO_NAMES if may_be_coco(theirs, file_classes) else None
+    identity = tuple(range(file_classes))
+    if names is not None and theirs is not None:
+        if _normals(names) == _normals(theirs):
+            return ClassRows(identity, file_classes)
+        index = {_normal(name): row for row, name in enumerate(theirs) if name is not None}
+        rows = tuple(-1 if name is None else index.get(_normal(name), -1) for name in names)
+        is_allowed = fine_tune or list(rows) == sorted(index.values())
+    elif model_classes == file_classes:
+        order = "its rows are taken in the order of the data's classes"
+        note = f"the class names of the file are unknown: {order}" if names is not None else ""
+        return ClassRows(identity, file_classes, note=note)
+    else:
+        rows, is_allowed = (-1,) * model_classes, fine_tune
+    if not is_allowed:
+        wanted = file_classes if theirs is None else sum(name is not None for name in theirs)
+        raise CheckpointError(
+            f"the file has {_count(theirs, file_classes)}, the model "
+            f"{_count(names, model_classes)}{_first_difference(names, theirs)}; use data with the "
+            f"same list of categories and model.num_classes={wanted}, or train from it with "
+            "train.init_checkpoint"
+        )
+    pairs = list(zip(names or (None,) * model_classes, rows, strict=True))
+    mapped = tuple(name for name, row in pairs if name is not None and row >= 0)
+    if len(mapped) == model_classes:
+        note = f"{file_classes} class rows were mapped to {model_classes} classes by class name"
+    elif mapped:
+        others = [name or "(no name)" for name, row in pairs if row < 0]
+        note = (
+            f"{len(mapped)} of {model_classes} classes take their rows by name "
+            f"({first_names(mapped, _LISTED)}); the others are re-initialised "
+            f"({first_names(others, _LISTED)})"
+        )
+    else:
+        note = (
+            f"the file has {_count(theirs, file_classes)}, the model "
+            f"{_count(names, model_classes)}: the classification head is re-initialised"
+        )
+    return ClassRows(rows, file_classes, mapped, note)
 
 
 def may_be_coco(names: Sequence[str | None], num_rows: int) -> bool:
     """Whether the names of a head's rows are those of a head trained on COCO, or unknown."""
     known = known_names(names, num_rows)
-    return known is None or _are_rows_of_coco(known)
+    coco = names_of_coco_rows(num_rows)
+    return known is None or (coco is not None and _normals(known) == _normals(coco))
 
 
-def _by_count(
-    model_classes: int,
-    file_classes: int,
-    names: tuple[str | None, ...],
-    theirs: tuple[str | None, ...],
-    fine_tune: bool,
-) -> ClassRows:
-    if model_classes == file_classes:
-        return ClassRows(tuple(range(model_classes)), file_classes, names, theirs)
-    if not fine_tune:
-        wanted = len(COCO_NAMES) if _are_rows_of_coco(theirs) else file_classes
-        raise CheckpointError(
-            f"the file has {_count(theirs, file_classes)}, the model {model_classes}; set "
-            f"model.num_classes={wanted}, or train from it with train.init_checkpoint"
-        )
-    return ClassRows((-1,) * model_classes, file_classes, names, theirs)
-
-
-def _is_coco(names: Sequence[str | None], model_classes: int) -> bool:
-    named = tuple(_normal(name) for name in names if name is not None)
-    return model_classes == len(COCO_NAMES) and named == COCO_NAMES
-
-
-def _are_rows_of_coco(names: Sequence[str | None]) -> bool:
-    coco = names_of_coco_rows(len(names))
-    return coco is not None and _normals(names) == _normals(coco)
-
-
-def _count(names: Sequence[str | None], num_classes: int) -> str:
-    """How many classes a file has, in words; COCO's are 80, however many rows they take."""
-    if not _are_rows_of_coco(names):
-        return f"{num_classes} classes"
-    by_id = "" if len(names) == len(COCO_NAMES) else f" ({len(names)} rows)"
-    return f"COCO's {len(COCO_NAMES)} classes{by_id}"
-
-
-def known_names(names: Sequence[str | None], count: int) -> tuple[str | None, ...] | None:
+def known_names(names: Sequence[str | None], count: int) -> _Names | None:
     """One name per row, None for a row without a class; None if the names say nothing."""
     known = tuple(None if _normal(name) in _NO_CLASS else name for name in names)
     if len(names) > count or all(n is None or n.startswith("LABEL_") for n in known):
         return None
     return known + (None,) * (count - len(known))
+
+
+def copy_rows(target: Tensor, value: Tensor, rows: tuple[list[int], list[int]]) -> None:
+    """Copy rows of `value` into rows of `target`, which may be on another device."""
+    into, out_of = rows
+    if into:
+        target[torch.tensor(into, device=target.device)] = value[torch.tensor(out_of)].to(target)
+
+
+def _count(names: _Names | None, num_rows: int) -> str:
+    """How many classes and rows there are, and the first names."""
+    named = [name for name in names or () if name is not None]
+    if not named:
+        return f"{num_rows} classes without names"
+    rows = f" in {num_rows} rows" if len(named) != num_rows else ""
+    return f"{len(named)} classes{rows} ({first_names(named, 3)})"
+
+
+def _first_difference(names: _Names | None, theirs: _Names | None) -> str:
+    both = zip_longest(*([n for n in side or () if n is not None] for side in (names, theirs)))
+    for index, (now, before) in enumerate(both):
+        if now and before and _normal(now) != _normal(before):
+            return f", and class {index} was {before!r} and now is {now!r}"
+    return ""
 
 
 def _normal(name: str | None) -> str:
@@ -188,43 +173,3 @@ def _normal(name: str | None) -> str:
 
 def _normals(names: Sequence[str | None]) -> list[str]:
     return [_normal(name) for name in names]
-
-
-def _disagreement(names: Sequence[str | None], theirs: Sequence[str | None]) -> str:
-    named = [name for name in theirs if name is not None]
-    count = _count(theirs, len(named))
-    both = enumerate(zip_longest(names, named))
-    differ = [(i, pair) for i, pair in both if _normal(pair[0]) != _normal(pair[1])]
-    if not differ:
-        return (
-            f"the file has {count} in other rows than the model; set model.num_classes={len(named)}"
-        )
-    index, (now, before) = differ[0]
-    return (
-        f"the file was trained on {count}, the data has "
-        f"{sum(name is not None for name in names)}: class {index} was {_quoted(before)} and now "
-        f"is {_quoted(now)}; evaluate on data with the same list of categories (and "
-        f"model.num_classes={len(named)}), or train from it with train.init_checkpoint"
-    )
-
-
-def _quoted(name: str | None) -> str:
-    return "absent" if name is None else repr(name)
-
-
-def copy_rows(target: Tensor, value: Tensor, rows: tuple[list[int], list[int]]) -> None:
-    """Copy rows of ``value`` into rows of ``target``, which may be on another device."""
-    into, out_of = rows
-    if into:
-        target[torch.tensor(into, device=target.device)] = value[torch.tensor(out_of)].to(target)
-
-
-def _some(names: Sequence[str | None]) -> str:
-    """The first of the names, and how many there are besides and without a name."""
-    named = [name for name in names if name is not None]
-    text = ", ".join(named[:_LISTED])
-    if len(named) > _LISTED:
-        text += f", ... {len(named) - _LISTED} more"
-    if unnamed := len(names) - len(named):
-        text += f"{' and ' if named else ''}{unnamed} without a name"
-    return text

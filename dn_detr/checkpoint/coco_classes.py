@@ -1,6 +1,6 @@
 """COCO's object categories: 80 of the ids from 1 to 90.
 
-Source: the ``categories`` of COCO's instance annotations (https://cocodataset.org). The authors'
+Source: the `categories` of COCO's instance annotations (https://cocodataset.org). The authors'
 code uses the id as index of 91 rows; everybody else counts the 80 from 0.
 """
 

@@ -12,12 +12,12 @@ from torch import nn
 from .class_rows import known_names, may_be_coco
 from .coco_classes import COCO_NAMES
 from .files import CLASS_NAMES, read_file
-from .layouts import OURS, WRITABLE, to_layout
+from .layouts import OwnLayout
 from .manifest import MANIFEST_NAME, CheckpointError
 from .storage import save_weights
-from .weights import LoadReport, is_dilated, load_tensors
+from .weights import LoadReport, load_tensors
 
-TARGETS = (OURS, *WRITABLE)
+OURS = OwnLayout.name
 
 
 def convert_checkpoint(
@@ -30,17 +30,18 @@ def convert_checkpoint(
     force: bool = False,
     config: str = "",
 ) -> LoadReport:
-    """Load a file into ``model``, every tensor of it, and write the model.
+    """Load a file into `model`, every tensor of it, and write the model.
 
     Args:
         model: of the architecture that the file holds; it is filled.
-        source: as for ``load_model_weights``.
-        output: for "dn_detr" the checkpoint folder to write, else a ``.pth`` file that holds
-            ``{"model": state_dict}``, and the list ``"class_names"``, a name per row ("" for a
+        source: as for `load_model_weights`.
+        output: for "dn_detr" the checkpoint folder to write, else a `.pth` file that holds
+            `{"model": state_dict}`, and the list `"class_names"`, a name per row ("" for a
             row without one), if they are known and not COCO's.
-        to: "dn_detr", "official" or "detrex".
-        ema: take the averaged weights of a file of detrex.
-        force: replace an ``output`` that exists.
+        to: "dn_detr", or the name of a layout in the model's `key_maps` that can be written:
+            "official", "detrex".
+        ema: take the EMA of the file.
+        force: replace an `output` that exists.
         config: the model's config as YAML text, for the manifest.
 
     Returns:
@@ -48,11 +49,12 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: the file does not fit the model, the layout has no place for the model,
-            or ``output`` exists.
+            or `output` exists.
     """
     output = Path(output)
-    if to not in TARGETS:
-        raise CheckpointError(f"layout {to!r}: choose from {', '.join(TARGETS)}")
+    writable = {each.name: each for each in getattr(model, "key_maps", ()) if each.can_write}
+    if to != OURS and to not in writable:
+        raise CheckpointError(f"layout {to!r}: choose from {', '.join([OURS, *writable])}")
     _check_output(output, Path(source), is_folder=to == OURS, force=force)
     content = read_file(source, ema=ema)
     report = load_tensors(
@@ -67,9 +69,7 @@ def convert_checkpoint(
     if to == OURS:
         save_weights(output, model.state_dict(), config=config, class_names=names)
         return report
-    state = to_layout(
-        model.state_dict(), to, class_names=names, torchvision_backbone=is_dilated(model)
-    )
+    state = writable[to].to_theirs(model.state_dict(), class_names=names, model=model)
     written: dict[str, object] = {"model": state}
     num_classes: int = getattr(model, "num_classes", len(names))
     if not may_be_coco(names, num_classes):

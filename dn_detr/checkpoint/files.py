@@ -70,10 +70,10 @@ def read_file(path: str | Path, *, ema: bool = False) -> FileContent:
     """Read weights.
 
     Args:
-        path: a checkpoint folder or output folder of ours; ``model.safetensors`` or
-            ``ema.safetensors`` in such a checkpoint; a folder of transformers; a file of torch
-            (``.pth``, ``.pt``, ``.bin``), of safetensors, or a pickle of numpy arrays.
-        ema: take the averaged weights: of a checkpoint of ours, or ``ema_state`` of a file of
+        path: a checkpoint folder or output folder of ours; `model.safetensors` or
+            `ema.safetensors` in such a checkpoint; a folder of transformers; a file of torch
+            (`.pth`, `.pt`, `.bin`), of safetensors, or a pickle of numpy arrays.
+        ema: take the averaged weights: of a checkpoint of ours, or `ema_state` of a file of
             detrex.
 
     Raises:
@@ -255,7 +255,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _class_names_of_config(path: Path) -> tuple[str | None, ...]:
-    """``id2label`` of a config of transformers; empty if there is none."""
+    """`id2label` of a config of transformers; empty if there is none."""
     try:
         labels = json.loads(path.read_text(encoding="utf-8"))["id2label"]
         by_row = {int(row): str(name) for row, name in labels.items()}

@@ -109,7 +109,7 @@ def read_pickle(path: Path, *, mmap: bool = True) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise CheckpointError if a zip archive is not one of ``torch.save``."""
+    """Raise CheckpointError if a zip archive is not one of `torch.save`."""
     with zipfile.ZipFile(path) as archive:
         names = {Path(name).name for name in archive.namelist()}
     if "constants.pkl" in names:

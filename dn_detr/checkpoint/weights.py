@@ -1,22 +1,30 @@
-"""Model weights from a file into a model, with one complete account of what does not fit."""
+"""Model weights from a file into a model, with one report of what does not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .account import Frame, account, check_finite
 from .class_rows import ClassRows, choose_rows, copy_rows, number_of_classes
 from .files import read_file
-from .layouts import BACKBONE_ONLY, DETREX, OURS, Translation, recognise, to_ours, without_wrapper
+from .layouts import Layout, OwnLayout, Translation
 from .manifest import CheckpointError
+from .tensor_files import non_finite
 
+_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 _BACKBONE = "backbone."
+_BODY = "backbone.body."
 _DENOISING = "denoising."
+_COUNTER = "num_batches_tracked"  # of trainable normalisation; frozen ones have none
+_LISTED = 10
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,8 +33,8 @@ class LoadReport:
 
     Attributes:
         layout: where the file's names come from: "dn_detr", "official", "detrex", "huggingface",
-            "torchvision" or "detectron2".
-        fresh: tensors of the model that kept their start values, all of them.
+            "torchvision", "detectron2" or a project's own.
+        fresh: tensors of the model that kept their initial values, all of them.
         mapped_classes: classes whose rows were found by name, in the model's order; empty if the
             rows are used as they are.
         notes: one sentence each, for the log.
@@ -45,19 +53,20 @@ def load_model_weights(
     class_names: Sequence[str] = (),
     fine_tune: bool = False,
 ) -> LoadReport:
-    """Load every weight of ``model`` from a checkpoint of any known layout.
+    """Load every weight of `model` from a checkpoint of any layout that it knows.
 
     Args:
         model: the module to fill, on any device, not wrapped by DistributedDataParallel. Its
-            method ``class_tensors() -> list[str]``, if it has one, names the tensors with a row
-            per class.
-        path: a checkpoint folder of ours, ``.../checkpoints/last``, a run's output folder, a
-            ``.safetensors`` file; a file of the authors' code, of detrex or of transformers (or
-            its folder); with ``fine_tune`` a ResNet of torchvision or detectron2.
+            attribute `key_maps`, if it has one, holds the layouts of other code bases that it
+            understands; its method `class_tensors() -> list[str]`, if it has one, names the
+            tensors with a row per class.
+        path: a checkpoint folder of ours, `.../checkpoints/last`, a run's output folder, a
+            `.safetensors` file; a file of torch, or a folder of transformers; with `fine_tune` also
+            a backbone alone.
         class_names: of the model's data; index = class.
         fine_tune: a training starts from the file: classes are mapped by name where both sides'
-            names are known, others start anew, and a file of the backbone alone is accepted.
-            Without it every tensor must come from the file.
+            names are known, others are re-initialised, and a file of the backbone alone is
+            accepted. Without it every tensor must come from the file.
 
     Raises:
         CheckpointError: no such file, a damaged one, or one of another model; the message lists
@@ -88,110 +97,176 @@ def load_tensors(
     notes: Sequence[str] = (),
     has_config: bool = False,
 ) -> LoadReport:
-    """Load every weight of ``model`` from tensors under the names of any known layout.
+    """Load every weight of `model` from tensors under the names of any layout that it knows.
 
     Args:
-        model: see ``load_model_weights``.
+        model: see `load_model_weights`.
         tensors: name -> tensor, any device.
         what: where they come from, for messages.
-        class_names: see ``load_model_weights``.
+        class_names: see `load_model_weights`.
         source_class_names: of the rows of the tensors' class head, if known.
-        fine_tune: see ``load_model_weights``.
+        fine_tune: see `load_model_weights`.
         notes: sentences to put before the report's own.
         has_config: the tensors are from a checkpoint folder of ours that holds its config.
 
     Raises:
-        CheckpointError: see ``load_model_weights``; the model is unchanged.
+        CheckpointError: see `load_model_weights`; the model is unchanged.
     """
     expected = model.state_dict()
-    translation = translate(tensors, what, expected)
-    _drop_counters(expected, translation)
-    report_notes = [*notes, *_drop_denoising(expected, translation)]
-    frame = Frame(what, expected, translation, has_config=has_config)
-    alone = translation.layout in BACKBONE_ONLY
-    if alone:
-        report_notes.append(_accept_backbone(expected, translation, what, fine_tune))
-    rows = None
-    class_tensors: list[str] = getattr(model, "class_tensors", list)()
-    if not alone:
-        rows = _class_rows(
-            expected,
-            translation,
-            class_tensors,
-            class_names,
-            source_class_names,
-            fine_tune=fine_tune,
-            frame=frame,
+    translation = translate(tensors, getattr(model, "key_maps", ()), expected, what)
+    layout, found = translation.layout, translation.tensors
+    report_notes = list(notes)
+    if not any(name.startswith(_DENOISING) for name in expected):
+        unused = [name for name in found if name.startswith(_DENOISING)]
+        if unused:
+            listed = ", ".join(map(translation.file_name, unused))
+            report_notes.append(f"the model has no denoising: {listed} unused")
+        for name in unused:
+            del found[name]
+
+    wanted = expected
+    class_tensors: list[str] = []
+    if layout.is_backbone:
+        if not fine_tune:
+            raise CheckpointError(
+                f"{what}: a backbone alone ({layout.name} layout), which detects nothing; train "
+                "from it with train.init_checkpoint"
+            )
+        wanted = {name: value for name, value in expected.items() if name.startswith(_BACKBONE)}
+        report_notes.append(
+            f"a backbone alone ({layout.name} layout): the {len(expected) - len(wanted)} other "
+            "tensors are re-initialised"
         )
-    by_row = _copied_by_row(expected, translation, class_tensors, rows)
-    wanted = {n: v for n, v in expected.items() if not alone or n.startswith(_BACKBONE)}
-    if differences := account(wanted, translation, list(by_row)):
-        raise frame.mismatch(differences)
-    _check_dilation(model, translation, what)
-    check_finite(translation, what)
-    report_notes += _notes_on_types(expected, translation)
-    for name, value in translation.tensors.items():
+    elif hasattr(model, "class_tensors"):
+        class_tensors = cast(Any, model).class_tensors()
+
+    by_row: dict[str, tuple[list[int], list[int]]] = {}
+    rows, other_classes = None, ""
+    try:
+        rows = _class_rows(
+            translation, expected, class_tensors, class_names, source_class_names, fine_tune
+        )
+    except CheckpointError as error:
+        other_classes = str(error)
+    if rows is not None and not rows.is_identity:
+        for name in class_tensors:
+            if name in found and name in expected and found[name].dim():
+                pair = rows.source_of(expected[name], found[name])
+                if pair is not None:
+                    by_row[name] = pair
+    handled = class_tensors if other_classes else list(by_row)
+    if mismatch := _report_mismatch(wanted, translation, handled, other_classes, has_config):
+        raise CheckpointError(f"{what}: {mismatch}")
+    try:
+        layout.check(translation, model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{what}: {error}") from None
+    _check_finite(translation, what)
+
+    dtypes = {(value.dtype, expected[name].dtype) for name, value in found.items()}
+    for before, after in sorted(dtypes, key=str):
+        if before != after:
+            report_notes.append(f"weights of {before} were converted to {after}")
+    for name, value in found.items():
         if name in by_row:
             copy_rows(expected[name], value, by_row[name])
         else:
             expected[name].copy_(value)
+    fresh = [name for name in expected if name not in wanted]
     mapped: tuple[str, ...] = ()
-    anew: set[str] = set()
-    if rows is not None and (note := rows.note()):
-        report_notes.append(note)
-    if rows is not None and not rows.is_identity:
-        mapped = rows.mapped
-        anew = set() if any(row >= 0 for row in rows.rows) else set(by_row)
-    fresh = tuple(name for name in expected if name not in wanted or name in anew)
-    return LoadReport(translation.layout, fresh, mapped, tuple(report_notes))
+    if rows is not None:
+        report_notes += [rows.note] if rows.note else []
+        if not rows.is_identity:
+            mapped = rows.mapped
+            fresh += [] if any(row >= 0 for row in rows.rows) else list(by_row)
+    return LoadReport(layout.name, tuple(fresh), mapped, tuple(report_notes))
 
 
-def is_dilated(model: nn.Module) -> bool:
-    """Whether the last stage has stride 16 ("DC5"): detrex names such a backbone otherwise."""
-    backbone = getattr(model, "backbone", None)
-    return list(getattr(backbone, "out_strides", [])) == [16]
+def log_loading(checkpoint: str | Path, report: LoadReport) -> None:
+    """Log what weights a model got, and warn of what it did not get.
 
-
-def _check_dilation(model: nn.Module, translation: Translation, what: str) -> None:
-    """Shapes do not tell a dilated backbone, but detrex's names do."""
-    if translation.layout != DETREX or not hasattr(model, "backbone"):
-        return
-    file_is_dilated = any(n.startswith("backbone.body.") for n in translation.origin.values())
-    if file_is_dilated != is_dilated(model):
-        kinds = ("one without dilation", "a dilated one (DC5)")
-        raise CheckpointError(
-            f"{what}: the backbone is {kinds[file_is_dilated]}, that of the model is "
-            f"{kinds[not file_is_dilated]}; take the config that has it (model.backbone.dilation)"
+    Args:
+        checkpoint: what was loaded.
+        report: of `load_model_weights`.
+    """
+    logger.info("weights from %s (%s layout)", checkpoint, report.layout)
+    for note in report.notes:
+        logger.info("%s: %s", checkpoint, note)
+    if report.fresh:
+        logger.warning(
+            "%d tensors keep their initial values (%s%s), everything else is loaded",
+            len(report.fresh),
+            ", ".join(report.fresh[:3]),
+            ", ..." if len(report.fresh) > 3 else "",
         )
 
 
+@torch.no_grad()
+def load_backbone(
+    body: nn.Module, tensors: Mapping[str, Tensor], key_maps: Sequence[Layout], what: str
+) -> None:
+    """Load every tensor of a backbone from a file that holds one.
+
+    Args:
+        body: the backbone, with torchvision's names: `conv1.weight`, `layer1.0.conv1.weight`, ...
+        tensors: of a backbone, which may have further stages and a classifier, or of a detector.
+        key_maps: layouts that are known besides ours.
+        what: where the tensors come from, for messages.
+
+    Raises:
+        CheckpointError: something is missing, unexpected or of another shape.
+    """
+    expected = {_BODY + name: value for name, value in body.state_dict().items()}
+    translation = translate(tensors, key_maps, expected, what)
+    parts = tuple(f"{_BODY}{name}." for name, _ in body.named_children())
+    found = {name: v for name, v in translation.tensors.items() if name.startswith(parts)}
+    translation.tensors, translation.unknown = found, []
+    if mismatch := _report_mismatch(expected, translation):
+        raise CheckpointError(f"{what}: {mismatch}")
+    _check_finite(translation, what)
+    for name, value in found.items():
+        expected[name].copy_(value)
+
+
 def translate(
-    tensors: Mapping[str, Tensor], what: str, expected: Collection[str] = ()
+    tensors: Mapping[str, Tensor],
+    key_maps: Sequence[Layout],
+    expected: Mapping[str, Tensor],
+    what: str,
 ) -> Translation:
-    """Recognise the layout and bring the tensors under our names.
+    """Bring tensors under our names, from the layout that gives the most names of a model.
 
     Args:
         tensors: under the names of any layout.
-        what: where they come from, for messages.
-        expected: names of the model; tensors with exactly these need no recognition.
+        key_maps: layouts that are known besides ours.
+        expected: state of the model.
+        what: where the tensors come from, for messages.
 
     Raises:
-        CheckpointError: aliases that disagree, or a layout that is refused.
+        CheckpointError: two names of one tensor disagree.
     """
-    tensors = without_wrapper(tensors)
-    if set(tensors) == set(expected):
-        return to_ours(tensors, OURS)
-    try:
-        return to_ours(tensors, recognise(tensors) or OURS)
-    except CheckpointError as error:
-        raise CheckpointError(f"{what}: {error}") from None
+    tensors = _without_wrapper(tensors)
+    best = OwnLayout().to_ours(tensors)
+    if tensors.keys() != expected.keys():
+        translations = [best, *(layout.to_ours(tensors) for layout in key_maps)]
+        best = max(translations, key=lambda each: len(each.tensors.keys() & expected.keys()))
+    for first, second in best.conflicts:
+        raise CheckpointError(
+            f"{what}: {first} and {second} are two names of one tensor, but they disagree"
+        )
+    best.tensors = {
+        name: value
+        for name, value in best.tensors.items()
+        if name in expected or not name.endswith(_COUNTER)
+    }
+    return best
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read name -> tensor (CPU) under the file's own names, verified where there is a manifest.
 
     Args:
-        path: as for ``load_model_weights``.
+        path: as for `load_model_weights`.
 
     Raises:
         CheckpointError: no such checkpoint, or a damaged one.
@@ -199,91 +274,122 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return read_file(path).tensors
 
 
-def _drop_counters(expected: Mapping[str, Tensor], translation: Translation) -> None:
-    """Frozen normalisation has no counter of batches; a trainable one may have had."""
-    for name in [n for n in translation.tensors if n.endswith("num_batches_tracked")]:
-        if name not in expected:
-            del translation.tensors[name]
-
-
-def _drop_denoising(expected: Mapping[str, Tensor], translation: Translation) -> list[str]:
-    """Tensors that matter in training alone, if the model has no denoising."""
-    if any(name.startswith(_DENOISING) for name in expected):
-        return []
-    dropped = [name for name in translation.tensors if name.startswith(_DENOISING)]
-    for name in dropped:
-        translation.unused[name] = translation.tensors.pop(name)
-    if not dropped:
-        return []
-    return [f"the model has no denoising: {', '.join(map(translation.file_name, dropped))} unused"]
-
-
-def _accept_backbone(
-    expected: Mapping[str, Tensor], translation: Translation, what: str, fine_tune: bool
-) -> str:
-    if not fine_tune:
-        raise CheckpointError(
-            f"{what}: a backbone alone ({translation.layout} layout), which detects nothing; train "
-            "from it with train.init_checkpoint"
-        )
-    rest = sum(not name.startswith(_BACKBONE) for name in expected)
-    return f"a backbone alone ({translation.layout} layout): the {rest} other tensors start anew"
+def _without_wrapper(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take off the prefix that a wrapper of the model puts before every name."""
+    for prefix in _WRAPPERS:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return _without_wrapper({n.removeprefix(prefix): v for n, v in tensors.items()})
+    return dict(tensors)
 
 
 def _class_rows(
-    expected: Mapping[str, Tensor],
     translation: Translation,
-    class_tensors: Collection[str],
+    expected: Mapping[str, Tensor],
+    class_tensors: Sequence[str],
     class_names: Sequence[str],
     source_class_names: Sequence[str | None],
-    *,
     fine_tune: bool,
-    frame: Frame,
 ) -> ClassRows | None:
+    """Choose the rows of the classes; None if there is nothing to choose."""
     model_classes = number_of_classes(expected, class_tensors)
     file_classes = number_of_classes(translation.tensors, class_tensors)
     if model_classes is None or file_classes is None:
-        if fine_tune or not (class_names and source_class_names):
+        if fine_tune or not (class_names and source_class_names) or translation.layout.is_backbone:
             return None
         # Nothing to map, but the names still have to be the same.
         model_classes = file_classes = max(len(class_names), len(source_class_names))
-    try:
-        rows = choose_rows(
-            model_classes,
-            file_classes,
-            class_names=class_names,
-            file_names=source_class_names,
-            file_is_coco=translation.layout != OURS,
-            fine_tune=fine_tune,
-        )
-    except CheckpointError as error:
-        differences = account(expected, translation, list(class_tensors))
-        raise frame.other_classes(str(error), differences) from None
-    return rows
+    return choose_rows(
+        model_classes,
+        file_classes,
+        class_names=class_names,
+        file_names=source_class_names,
+        file_is_coco=translation.layout.is_coco,
+        fine_tune=fine_tune,
+    )
 
 
-def _copied_by_row(
-    expected: Mapping[str, Tensor],
+def _report_mismatch(
+    wanted: Mapping[str, Tensor],
     translation: Translation,
-    class_tensors: Collection[str],
-    rows: ClassRows | None,
-) -> dict[str, tuple[list[int], list[int]]]:
-    """Class tensors that are copied row by row."""
-    if rows is None or rows.is_identity:
-        return {}
+    handled: Sequence[str] = (),
+    other_classes: str = "",
+    has_config: bool = False,
+) -> str:
+    """Say what does not fit between a file and a model; an empty string if everything does.
+
+    Args:
+        wanted: state of the model that should come from the file.
+        translation: the file's tensors under our names.
+        handled: names whose shapes may differ.
+        other_classes: what is wrong with the file's classes.
+        has_config: see `load_tensors`.
+    """
     found = translation.tensors
-    pairs = {
-        name: rows.source_of(expected[name], found[name])
-        for name in class_tensors
-        if name in found and name in expected and found[name].dim()
+    names = [name for name in wanted if not name.endswith(_COUNTER)]
+    common = [name for name in wanted if name in found]
+    missing = [name for name in names if name not in found]
+    others = {
+        "unexpected in the file": [
+            *(translation.file_name(name) for name in found if name not in wanted),
+            *translation.unknown,
+        ],
+        "of another shape": [
+            f"{translation.file_name(name)} (file {tuple(found[name].shape)}, "
+            f"model {tuple(wanted[name].shape)})"
+            for name in common
+            if name not in handled and found[name].shape != wanted[name].shape
+        ],
+        "of another dtype": [
+            f"{translation.file_name(name)} ({found[name].dtype})"
+            for name in common
+            if found[name].is_floating_point() != wanted[name].is_floating_point()
+        ],
     }
-    return {name: pair for name, pair in pairs.items() if pair is not None}
+    if not missing and not any(others.values()):
+        return f"trained on other classes than the model has: {other_classes}" * bool(other_classes)
+    layout = translation.layout.name
+    if common and not any(others.values()) and not other_classes:
+        return (
+            f"incomplete: {len(missing)} of the model's {len(names)} tensors are missing from the "
+            f"file ({layout} layout):\n" + "\n".join(_entries(missing))
+        )
+    fitting = len(common) - len(others["of another shape"]) - len(others["of another dtype"])
+    lines = [
+        f"the weights of another model ({layout} layout): {fitting} of the model's {len(names)} "
+        "tensors fit"
+    ]
+    lines += [other_classes] if other_classes else []
+    for title, listed in {"missing from the file": missing, **others}.items():
+        if listed:
+            lines += [f"{len(listed)} {title}:", *_entries(listed)]
+    if not common:
+        lines.append(
+            "None of its names is known: it is of an architecture or a code base without a key map "
+            "(model.key_maps)"
+        )
+    elif isinstance(translation.layout, OwnLayout):
+        manifest = " (its manifest.json holds it)" if has_config else ""
+        lines.append(f"Use the config that it was trained with{manifest}")
+    else:
+        lines.append("Use the config of the model that the file holds, if docs/model_zoo.md has it")
+    return "\n".join(lines)
 
 
-def _notes_on_types(expected: Mapping[str, Tensor], translation: Translation) -> list[str]:
-    changed = {
-        (value.dtype, expected[name].dtype)
-        for name, value in translation.tensors.items()
-        if value.dtype != expected[name].dtype
-    }
-    return [f"weights of {a} were converted to {b}" for a, b in sorted(changed, key=str)]
+def _check_finite(translation: Translation, what: str) -> None:
+    broken = [
+        f"{translation.file_name(name)}: {int((~value.isfinite()).sum())} of {value.numel()}"
+        for name in non_finite(translation.tensors)
+        for value in [translation.tensors[name]]
+    ]
+    if broken:
+        raise CheckpointError(
+            f"{what}: {len(broken)} tensors hold weights that are NaN or infinite:\n"
+            + "\n".join(_entries(broken))
+            + "\nThe training that wrote it diverged, or the file is damaged; use another one"
+        )
+
+
+def _entries(names: Sequence[str]) -> list[str]:
+    """A line for each of the first names, and how many more there are."""
+    rest = [f"  ... and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
+    return [*(f"  {name}" for name in names[:_LISTED]), *rest]

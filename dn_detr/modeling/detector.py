@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dn_detr.checkpoint import Layout
 from dn_detr.structures import Instances, box_xyxy_to_cxcywh, pad_images
 
 from .classification import Classification, FocalClassification
@@ -61,6 +62,7 @@ class Detector(nn.Module):
         classification: what the logits mean, as all parts have it.
         target_fields: further fields of the ground truth that the losses need, such as `gt_masks`;
             the targets have them without `gt_`.
+        key_maps: layouts of other code bases whose checkpoints fit the model.
         pixel_mean: mean of R, G, B in [0, 255].
         pixel_std: standard deviation of R, G, B.
 
@@ -92,6 +94,7 @@ class Detector(nn.Module):
         num_patterns: int = 0,
         classification: Classification | None = None,
         target_fields: Sequence[str] = (),
+        key_maps: Sequence[Layout] = (),
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
     ) -> None:
@@ -133,6 +136,7 @@ class Detector(nn.Module):
         self.num_patterns = num_patterns
         self.classification = classification
         self.target_fields = tuple(target_fields)
+        self.key_maps = tuple(key_maps)
         self.diagnostics: Diagnostics | None = None
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)

@@ -13,11 +13,11 @@ from dn_detr.checkpoint import (
     load_model_weights,
     load_tensors,
     read_manifest,
-    to_layout,
 )
 from dn_detr.checkpoint.class_rows import choose_rows
 from dn_detr.checkpoint.coco_classes import COCO_CATEGORIES, COCO_NAMES
 from dn_detr.checkpoint.files import read_file
+from tests.checkpoint.layouts import to_layout
 from tests.checkpoint.tiny_models import assert_same_state, tiny_model
 from tests.checkpoint.writing import save
 
@@ -131,12 +131,12 @@ def test_rows_without_names_are_taken_in_order_with_a_note(tmp_path, fine_tune):
 @pytest.mark.parametrize(
     ("model_classes", "file_classes", "class_names", "words"),
     [
-        (5, 91, (), r"has COCO's 80 classes \(91 rows\), the model 5; set model.num_classes=80"),
-        (5, 80, (), "has COCO's 80 classes, the model 5; set model.num_classes=80"),
-        (91, 80, (), "has COCO's 80 classes, the model 91; set model.num_classes=80"),
-        (2, 91, ("a", "b"), r"on COCO's 80 classes \(91 rows\), the data.*model.num_classes=80"),
-        (91, 91, COCO_NAMES, r"COCO's 80 classes \(91 rows\) in other .*model.num_classes=80"),
-        (5, 7, (), "has 7 classes, the model 5; set model.num_classes=7"),
+        (5, 91, (), r"has 80 classes in 91 rows \(person, .*the model 5 .*model.num_classes=80"),
+        (5, 80, (), r"has 80 classes \(person, .*the model 5 .*model.num_classes=80"),
+        (91, 80, (), r"has 80 classes \(person, .*the model 91 .*model.num_classes=80"),
+        (2, 91, ("a", "b"), r"class 0 was 'person' and now is 'a'.*model.num_classes=80"),
+        (91, 91, COCO_NAMES, r"has 80 classes in 91 rows .*model.num_classes=80"),
+        (5, 7, (), r"has 7 classes without names, the model 5 .*model.num_classes=7"),
     ],
 )
 def test_a_published_file_asks_for_eighty_classes(model_classes, file_classes, class_names, words):
@@ -145,39 +145,29 @@ def test_a_published_file_asks_for_eighty_classes(model_classes, file_classes, c
 
 
 @pytest.mark.parametrize(
-    ("file_names", "class_names", "why"),
+    ("file_names", "class_names", "both"),
     [
-        (("a", "b"), ("c", "d"), "none of their names agree"),
-        ((), ("c", "d", "e"), "the class names of the file are unknown"),
-        (("a", "b"), (), "the class names of the data are unknown"),
-        ((), (), "the class names of the file and of the data are unknown"),
+        (("a", "b"), ("c", "d"), "2 classes (a, b), the model 2 classes (c, d)"),
+        ((), ("c", "d", "e"), "2 classes without names, the model 3 classes (c, d, e)"),
+        (("a", "b"), (), "2 classes (a, b), the model 3 classes without names"),
     ],
 )
-def test_a_classification_that_starts_anew_says_why(file_names, class_names, why):
+def test_a_re_initialised_classification_names_both_sides(file_names, class_names, both):
     count = len(class_names) or 3
     rows = choose_rows(count, 2, class_names=class_names, file_names=file_names, fine_tune=True)
-    assert rows.note() == (
-        f"the file has 2 classes, the model {count}, and {why}: the classification starts anew"
-    )
+    assert rows.note == f"the file has {both}: the classification head is re-initialised"
 
 
-@pytest.mark.parametrize(
-    ("class_names", "words"),
-    [
-        (["dog", "digger"], "(dog); the others start anew (digger and 78 without a name)"),
-        (["dog"], "(dog); the others start anew (79 without a name)"),
-        (["dog", *PARTS[:12]], "part10, ... 2 more and 67 without a name)"),
-    ],
-)
-def test_classes_without_a_name_are_counted(class_names, words):
-    rows = choose_rows(80, 91, class_names=class_names, file_is_coco=True, fine_tune=True)
-    assert rows.note().endswith(words)
+def test_classes_without_a_name_are_counted():
+    rows = choose_rows(80, 91, class_names=["dog"], file_is_coco=True, fine_tune=True)
+    assert rows.note.startswith("1 of 80 classes take their rows by name (dog); the others are re-")
+    assert rows.note.endswith("(no name) and 69 more)")
 
 
-def test_the_counted_note_reaches_the_report():
+def test_the_note_reaches_the_report():
     state = to_layout(tiny_model("dn_deformable_detr_r50").state_dict(), "official")
     report = load_tensors(empty(3), state, class_names=PARTS[:3], fine_tune=True)
     assert report.notes == (
-        "the file has COCO's 80 classes (91 rows), the model 3, and none of their names agree: "
-        "the classification starts anew",
+        "the file has 80 classes in 91 rows (person, bicycle, car and 77 more), the model 3 "
+        "classes (part1, part2, part3): the classification head is re-initialised",
     )

@@ -43,8 +43,8 @@ def test_classes_are_found_by_name():
     names = ["dog", "zebra crossing", "Person"]
     rows = choose_rows(3, 91, class_names=names, file_is_coco=True, fine_tune=True)
     assert rows.rows == (18, -1, 1) and rows.mapped == ("dog", "Person")
-    assert rows.note() == (
-        "2 of 3 classes take their rows by name (dog, Person); the others start anew "
+    assert rows.note == (
+        "2 of 3 classes take their rows by name (dog, Person); the others are re-initialised "
         "(zebra crossing)"
     )
 
@@ -54,7 +54,7 @@ def test_equal_counts_with_other_names_follow_the_names():
     assert rows.rows == (1, 0) and not rows.is_identity
 
 
-@pytest.mark.parametrize("names", [["cat", "dog"], ["dog", "bird"], ["dog"]])
+@pytest.mark.parametrize("names", [["cat", "dog"], ["dog", "bird"]])
 def test_other_names_are_an_error_where_nothing_is_trained(names):
     with pytest.raises(CheckpointError, match=r"class [01] was '(dog|cat)' and now is"):
         choose_rows(2, 2, class_names=names, file_names=["dog", "cat"])
@@ -65,10 +65,10 @@ def test_the_same_names_are_the_identity_unnamed_classes_included():
 
 
 @pytest.mark.parametrize("file_names", [(), ["LABEL_0", "LABEL_1", "LABEL_2"]])
-def test_without_names_another_count_starts_anew(file_names):
+def test_without_names_another_count_is_re_initialised(file_names):
     rows = choose_rows(2, 3, class_names=["a", "b"], file_names=file_names, fine_tune=True)
     assert rows.rows == (-1, -1) and rows.mapped == ()
-    with pytest.raises(CheckpointError, match="the file has 3 classes, the model 2"):
+    with pytest.raises(CheckpointError, match=r"the file has 3 classes .*, the model 2"):
         choose_rows(2, 3, class_names=["a", "b"], file_names=file_names)
 
 

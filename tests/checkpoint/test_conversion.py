@@ -15,9 +15,9 @@ from dn_detr.checkpoint import (
     read_manifest,
     read_weights,
     save_weights,
-    to_layout,
 )
 from dn_detr.checkpoint.coco_classes import COCO_NAMES
+from tests.checkpoint.layouts import to_layout
 from tests.checkpoint.tiny_models import assert_same_state, tiny_model
 from tests.checkpoint.writing import save
 
@@ -122,7 +122,7 @@ def test_a_failed_conversion_leaves_nothing_behind(tmp_path):
     save_run(tmp_path / "run", tiny_model("dab_detr_r50", num_classes=2))
     before = sorted(tmp_path.iterdir())
     for to in ("dn_detr", "detrex"):
-        with pytest.raises(CheckpointError, match="The file has 2 classes, the model 80"):
+        with pytest.raises(CheckpointError, match=r"the file has 2 classes .*, the model 80"):
             convert_checkpoint(
                 tiny_model("dab_detr_r50"), tmp_path / "run", tmp_path / "out", to=to
             )
@@ -134,8 +134,12 @@ def test_a_model_without_a_place_in_the_layout_is_an_error():
     for layout in ("official", "detrex"):
         with pytest.raises(CheckpointError, match=rf"mask_head.weight has no place in .*{layout}"):
             to_layout(state, layout)
-    with pytest.raises(CheckpointError, match="choose from official, detrex"):
-        to_layout(state, "mmdetection")
+
+
+def test_a_layout_that_the_model_does_not_know_is_an_error(tmp_path):
+    model = tiny_model("dab_detr_r50")
+    with pytest.raises(CheckpointError, match="choose from dn_detr, official, detrex"):
+        convert_checkpoint(model, tmp_path / "f.pth", tmp_path / "out", to="mmdetection")
 
 
 def test_converted_weights_cannot_be_resumed(tmp_path):

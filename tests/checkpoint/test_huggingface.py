@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dn_detr.checkpoint import CheckpointError, load_model_weights, load_tensors
-from dn_detr.checkpoint.architecture import Traits
-from dn_detr.checkpoint.huggingface import huggingface_rules, normalised_name
+from dn_detr.checkpoint import (
+    CheckpointError,
+    HuggingFaceLayout,
+    load_model_weights,
+    load_tensors,
+)
+from dn_detr.checkpoint.layouts.family import Traits
+from dn_detr.checkpoint.layouts.layout import Renaming
 from tests.checkpoint.tiny_models import assert_same_state, tiny_model
 
 ENCODER, DECODER = "transformer.encoder.layers.1.", "transformer.decoder.layers.0."
@@ -90,8 +95,9 @@ def test_names_of_all_versions_have_one_name_of_ours(dense, pairs):
     traits = Traits(
         dense_decoder=dense, deformable_encoder=not dense, two_stage=False, num_layers=6
     )
-    rules = huggingface_rules(traits)
-    assert [rules.to_ours(normalised_name(name)) for name, _ in pairs] == [our for _, our in pairs]
+    layout = HuggingFaceLayout()
+    to_ours = Renaming((their, our) for our, their in layout.pairs_of(traits))
+    assert [to_ours(layout.first_name(name)) for name, _ in pairs] == [our for _, our in pairs]
 
 
 def dab_detr(seed, **options):
@@ -156,12 +162,8 @@ def test_second_names_of_transformers_may_not_disagree():
 
 def stored_as_transformers(model):
     """A model of ours in DeformableDetr's layout, with query, key and value apart."""
-    state = model.state_dict()
-    rules = huggingface_rules(Traits.of(state))
     result = {}
-    for name, value in state.items():
-        their = rules.to_theirs(name)
-        assert their is not None, name
+    for their, value in HuggingFaceLayout().to_theirs(model.state_dict()).items():
         their = their.replace("backbone.body.", "backbone.conv_encoder.model._backbone.")
         their = their if their.startswith(("class_embed", "bbox_embed")) else f"model.{their}"
         if "in_proj_" in their:
@@ -195,7 +197,7 @@ def test_a_projection_without_its_siblings_is_unexpected():
         load_tensors(model, state)
 
 
-def test_plain_deformable_detr_is_refused_for_its_reference_points():
+def test_plain_deformable_detr_is_refused():
     transformers = pytest.importorskip("transformers", reason="the independent oracle")
     config = transformers.DeformableDetrConfig(
         use_timm_backbone=False,
@@ -209,5 +211,5 @@ def test_plain_deformable_detr_is_refused_for_its_reference_points():
         decoder_layers=2,
     )
     state = transformers.DeformableDetrForObjectDetection(config).state_dict()
-    with pytest.raises(CheckpointError, match="plain Deformable DETR, with 2-d reference points"):
+    with pytest.raises(CheckpointError, match=r"another model \(huggingface layout\)"):
         load_tensors(tiny_model("dab_deformable_detr_r50"), state)

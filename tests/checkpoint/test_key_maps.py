@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dn_detr.checkpoint import to_layout
-from dn_detr.checkpoint.architecture import Traits
-from dn_detr.checkpoint.key_maps import detrex_rules, official_rules
-from dn_detr.checkpoint.layouts import recognise, to_ours
+from dn_detr.checkpoint.layouts.family import Traits
+from dn_detr.checkpoint.layouts.layout import Renaming
+from tests.checkpoint.layouts import LAYOUTS, to_layout
 
 OFFICIAL = [
     "dn_dab_detr_r50",
@@ -54,20 +53,15 @@ def published(request, shared):
     return layout, {key: values[key] for key in shapes}
 
 
-def test_the_layout_is_recognised(published):
-    layout, state = published
-    assert recognise(state) == layout
-
-
 def test_every_published_name_has_one_name_of_ours(published):
     layout, state = published
-    translation = to_ours(state, layout)
-    assert translation.unknown == [] and translation.dropped == []
+    translation = LAYOUTS[layout].to_ours(state)
+    assert translation.unknown == [] and translation.conflicts == []
 
 
 def test_there_and_back_is_the_identity(published):
     layout, state = published
-    back = to_layout(to_ours(state, layout).tensors, layout)
+    back = to_layout(LAYOUTS[layout].to_ours(state).tensors, layout)
     if layout == "detrex":
         # The 80 classes of a model of ours are detrex's; nothing grows or shrinks.
         assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in state.items()}
@@ -78,12 +72,12 @@ def test_there_and_back_is_the_identity(published):
 
 def test_our_names_survive_the_other_layout(published):
     layout, state = published
-    ours = to_ours(state, layout).tensors
+    ours = LAYOUTS[layout].to_ours(state).tensors
     if len(state.get("class_embed.bias", state.get("class_embed.0.bias"))) == 80:
         return  # the official layout counts COCO's 80 classes by category id
     encoder_only = "transformer.decoder.layers.0.cross_attn.level_attn.weight" in ours
     for other in ("official",) if encoder_only else ("official", "detrex"):
-        there = to_ours(to_layout(ours, other), other)
+        there = LAYOUTS[other].to_ours(to_layout(ours, other))
         assert there.unknown == []
         assert there.tensors.keys() == ours.keys()
         for name, value in ours.items():
@@ -197,15 +191,15 @@ OTHER_MEANING = [
     ],
 )
 def test_each_tensor_has_the_published_name_of_what_it_does(traits, ours, official, detrex):
-    assert official_rules(traits).to_theirs(ours) == official
-    assert official_rules(traits).to_ours(official) == ours
-    if detrex is not None:
-        assert detrex_rules(traits).to_theirs(ours) == detrex
-        assert detrex_rules(traits).to_ours(detrex) == ours
+    for name, their in (("official", official), ("detrex", detrex)):
+        if their is not None:
+            pairs = LAYOUTS[name].pairs_of(traits)
+            assert Renaming(pairs)(ours) == their
+            assert Renaming((second, first) for first, second in pairs)(their) == ours
 
 
-@pytest.mark.parametrize("rules", [official_rules, detrex_rules])
+@pytest.mark.parametrize("layout", ["official", "detrex"])
 @pytest.mark.parametrize("traits", [DENSE, DEFORMABLE, ENCODER_ONLY, TWO_STAGE])
-def test_no_two_rules_share_a_template(rules, traits):
-    ours, theirs = zip(*rules(traits).pairs, strict=True)
+def test_no_two_pairs_share_a_template(layout, traits):
+    ours, theirs = zip(*LAYOUTS[layout].pairs_of(traits), strict=True)
     assert len(set(ours)) == len(ours) and len(set(theirs)) == len(theirs)

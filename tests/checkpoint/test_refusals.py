@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from dn_detr.checkpoint import CheckpointError, load_tensors, read_weights, to_layout
+from dn_detr.checkpoint import CheckpointError, load_tensors, read_weights
 from dn_detr.config import get_config, instantiate
+from tests.checkpoint.layouts import to_layout
 
 from .tiny_models import tiny_model
 
@@ -21,7 +23,8 @@ def test_a_dilated_backbone_of_detrex_is_told_from_another(file_is_dilated):
     cfg.backbone.dilation = not file_is_dilated
     cfg.neck.in_strides = [32 if file_is_dilated else 16]
     model = instantiate(cfg)
-    state = to_layout(model.state_dict(), "detrex", torchvision_backbone=file_is_dilated)
+    other = SimpleNamespace(backbone=SimpleNamespace(out_strides=[16 if file_is_dilated else 32]))
+    state = to_layout(model.state_dict(), "detrex", model=other)
     with pytest.raises(CheckpointError, match=r"dilated.*model\.backbone\.dilation"):
         load_tensors(model, state)
 

@@ -17,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from dn_detr.checkpoint import load_tensors, to_layout
+from dn_detr.checkpoint import load_tensors
 from dn_detr.config import get_config, instantiate
 from dn_detr.layers import PositionEmbeddingSine
 from dn_detr.layers.position_embedding import _sine
@@ -25,6 +25,7 @@ from dn_detr.modeling import NOTHING, Detector, FocalClassification
 from dn_detr.modeling.denoising import Noise
 from dn_detr.modeling.queries import ProposalQueries
 from dn_detr.ops import missing_kernels, use_kernels
+from tests.checkpoint.layouts import to_layout
 
 # The published treatment of padding and of empty denoising slots. Every model masks in backbone
 # and neck; the other options belong to a part that only these models have.

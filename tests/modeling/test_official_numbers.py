@@ -21,10 +21,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dn_detr.checkpoint import to_layout
 from dn_detr.config import get_config, instantiate
 from dn_detr.modeling import Detector
 from dn_detr.structures import pad_images
+from tests.checkpoint.layouts import to_layout
 
 from ..threads import number_of_threads
 from .goldens import (

@@ -20,11 +20,27 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
-from dn_detr.checkpoint import describe_backbone, read_backbone
+from dn_detr.checkpoint import (
+    Detectron2Layout,
+    DetrexLayout,
+    HuggingFaceLayout,
+    Layout,
+    OfficialLayout,
+    TorchvisionLayout,
+    load_backbone,
+    read_weights,
+)
 from dn_detr.layers import run_checkpointed
 from dn_detr.structures import may_hold_padding
 
 _STAGE_STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
+_KEY_MAPS = (
+    TorchvisionLayout(),
+    Detectron2Layout(),
+    OfficialLayout(),
+    DetrexLayout(),
+    HuggingFaceLayout(),
+)
 _PARTS = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
 logger = logging.getLogger(__name__)
 
@@ -67,7 +83,7 @@ class ResNet(nn.Module):
             published recipe), and so on; 5 freezes everything.
         dilation: layer4 with stride 16 and dilation 2 ("DC5").
         weights: what `load_pretrained` loads: a file with a ResNet in it (of torchvision,
-            detectron2 or any detector that `dn_detr.checkpoint` reads), or the name of
+            detectron2 or of a detector, in one of the `key_maps`), or the name of
             torchvision weights such as `IMAGENET1K_V1`. None: nothing. Building the model
             alone reads no file and needs no network.
         batch_norm: `frozen`, or `trainable` for training from scratch. A trainable one
@@ -75,6 +91,7 @@ class ResNet(nn.Module):
         mask_padding: keep padded cells at zero through all layers, so that an image has the same
             features alone and in any batch. False is the published behaviour: biases of the
             normalisation leak from the padding into the image's border.
+        key_maps: layouts of other code bases that a file of `weights` may have.
 
     Attributes:
         activation_checkpointing: see `run_checkpointed`; stage by stage, which keeps less than
@@ -94,6 +111,7 @@ class ResNet(nn.Module):
         weights: str | None = None,
         batch_norm: str = "frozen",
         mask_padding: bool = True,
+        key_maps: Sequence[Layout] = _KEY_MAPS,
     ) -> None:
         super().__init__()
         if not 0 <= frozen_stages <= len(_PARTS):
@@ -113,6 +131,7 @@ class ResNet(nn.Module):
         self.name = name
         self.weights = weights
         self.mask_padding = mask_padding
+        self.key_maps = tuple(key_maps)
         self.activation_checkpointing = False
         stride = 4
         for stage_name, stage in self.body.items():
@@ -191,13 +210,13 @@ class ResNet(nn.Module):
                 )
                 return False
         elif Path(self.weights).is_file():
-            state = read_backbone(self.weights)
+            state = read_weights(self.weights)
         else:
             raise ValueError(
                 f"backbone weights {self.weights!r}: no such file, and not one of torchvision's "
                 f"{sorted(known.__members__)} for {self.name}"
             )
-        _load_fitting(self.body, state, f"backbone weights {self.weights!r}")
+        load_backbone(self.body, state, self.key_maps, f"backbone weights {self.weights!r}")
         return True
 
 
@@ -284,27 +303,3 @@ def _build_torchvision_resnet(name: str, batch_norm: str, dilation: bool) -> nn.
         norm_layer=norms[batch_norm],
         replace_stride_with_dilation=[False, False, dilation],
     )
-
-
-def _load_fitting(body: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Load every tensor of `body` from `state`, which may hold later stages and a classifier.
-
-    Counters of batch normalisation are neither wanted nor needed.
-    """
-    own = {k: v for k, v in body.state_dict().items() if not k.endswith("num_batches_tracked")}
-    built = tuple(f"{name}." for name, _ in body.named_children())
-    missing = sorted(set(own) - set(state))
-    unexpected = sorted(
-        k
-        for k in set(state) - set(own)
-        if k.startswith(built) and not k.endswith("num_batches_tracked")
-    )
-    misshapen = sorted(k for k in set(own) & set(state) if state[k].shape != own[k].shape)
-    if missing or unexpected or misshapen:
-        raise ValueError(
-            f"{what} ({describe_backbone(state)}) do not fit the backbone "
-            f"({describe_backbone(own)}): {len(missing)} tensors are missing {missing[:3]}, "
-            f"{len(unexpected)} are unexpected {unexpected[:3]}, "
-            f"{len(misshapen)} have another shape {misshapen[:3]}"
-        )
-    body.load_state_dict({k: state[k] for k in own}, strict=False)
