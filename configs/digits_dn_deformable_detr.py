@@ -1,6 +1,6 @@
 """A small DN-Deformable-DETR that learns handwritten digits, 5 epochs; no published AP.
 
-`make demo` writes the data set (``tools/make_digits.py``), trains this from scratch on a laptop
+`make demo` writes the data set (`tools/make_digits.py`), trains this from scratch on a laptop
 CPU and draws the result.
 Against the paper's model: a ResNet-18 without its last stage, three levels, 2 + 3 layers of width
 128, 30 queries; trainable batch normalisation, because nothing is pretrained.

@@ -7,6 +7,7 @@ built. It also copies the objects that it is given, and its errors do not name p
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 
 from .errors import ConfigError, did_you_mean
 from .nodes import join_path, key_path, to_node, value_of
-from .targets import binding_error, locate, parameter_names, signature_text
+from .targets import locate
 
 
 def instantiate(cfg: Any, **kwargs: Any) -> Any:
@@ -83,16 +84,18 @@ def _build_dict(
     if is_partial not in (None, True, False):
         raise ConfigError(f"{join_path(path, '_partial_')}: must be true or false")
     target = _find(built.pop("_target_"), join_path(path, "_target_"))
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # some builtins have none
+        signature = None
+    call = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', repr(target))}"
+    call += "(...)" if signature is None else _text(signature)
     where = path or "(top)"
-    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', repr(target))}"
-    call = f"{name}{signature_text(target)}"
-    problem = binding_error(target, built, partial=bool(is_partial))
-    if problem is not None:
-        known = parameter_names(target)
-        unknown = [str(key) for key in built if known is not None and key not in known]
-        if unknown:
-            problem = f"it has no parameter {unknown[0]!r}{did_you_mean(unknown[0], known or ())}"
-        raise ConfigError(f"{where}: {call}: {problem}")
+    if signature is not None:
+        try:
+            (signature.bind_partial if is_partial else signature.bind)(**built)
+        except TypeError as error:
+            raise ConfigError(f"{where}: {call}: {_misfit(signature, built) or error}") from error
     if is_partial:
         return partial(target, **built) if built else target
     try:
@@ -101,6 +104,22 @@ def _build_dict(
         # What went wrong comes first; a ValueError's text says it without its type.
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ConfigError(f"{where}: {kind}{error}\n(while building {call})") from error
+
+
+def _text(signature: inspect.Signature) -> str:
+    """The parameters with their defaults, without types."""
+    bare = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
+    return str(inspect.Signature(bare))
+
+
+def _misfit(signature: inspect.Signature, arguments: dict[Any, Any]) -> str:
+    """Name the argument that is no parameter; "" where something else is wrong."""
+    parameters = signature.parameters.values()
+    names = [each.name for each in parameters if each.kind is not each.POSITIONAL_ONLY]
+    unknown = [str(key) for key in arguments if key not in names]
+    if not unknown or any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return ""
+    return f"it has no parameter {unknown[0]!r}{did_you_mean(unknown[0], names)}"
 
 
 def _find(target: Any, where: str) -> Any:

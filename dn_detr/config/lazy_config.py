@@ -26,7 +26,7 @@ class LazyConfig:
     def load(
         path: str | Path,
         keys: str | Sequence[str] | None = None,
-        allow: Iterable[str] = (),
+        allow: str | Iterable[str] = (),
         overrides: Sequence[str] = (),
     ) -> Any:
         """Load a config file.
@@ -38,8 +38,8 @@ class LazyConfig:
         Args:
             path: the file.
             keys: a name, or several, to return instead of the whole config.
-            allow: further packages that a YAML file may name, such as "my_project"; one that
-                cannot be imported is looked for in the current folder.
+            allow: a further package, or several, that a YAML file may name, such as
+                "my_project"; one that cannot be imported is looked for in the current folder.
             overrides: see `apply_overrides`.
 
         Returns:
@@ -55,9 +55,10 @@ class LazyConfig:
         if not path.is_file():
             raise ConfigError(f"config file {path} does not exist{near_files(path)}")
         if path.suffix in (".yaml", ".yml"):
-            find_trusted(allow)
+            packages = (allow,) if isinstance(allow, str) else tuple(allow)
+            find_trusted(packages)
             root = apply_overrides(read_yaml(path), overrides)
-            check_data(root, path, allow)
+            check_data(root, path, packages)
         elif path.suffix == ".py":
             try:
                 root = to_node(read_python(path))

@@ -80,6 +80,8 @@ def find_trusted(packages: Iterable[str]) -> None:
     """
     for package in packages:
         library = package.partition(".")[0]
+        if not library.isidentifier():
+            raise ConfigError(f"the trusted package {package!r} is not the name of a package")
         if importlib.util.find_spec(library) is None:
             folder = str(Path.cwd())
             sys.path.append(folder)  # last, so that it hides nothing

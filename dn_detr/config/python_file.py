@@ -92,25 +92,14 @@ def _run(path: Path, code: CodeType, importers: tuple[Path, ...]) -> ModuleType:
     try:
         exec(code, module.__dict__)
     except Exception as error:
-        raise ConfigError(f"{path}, line {_line_in(path, error)}: {_reason(error)}") from error
+        frames = traceback.extract_tb(error.__traceback__)
+        line = [frame.lineno for frame in frames if frame.filename == str(path)][-1]
+        reason = str(error)
+        if not isinstance(error, ConfigError):
+            texts = [text.strip() for text in reason.splitlines() if "object_type=" not in text]
+            reason = f"{type(error).__name__}: {' '.join(texts)}"
+        raise ConfigError(f"{path}, line {line}: {reason}") from error
     return module
-
-
-def _line_in(path: Path, error: Exception) -> int:
-    frames = traceback.extract_tb(error.__traceback__)
-    return [frame.lineno or 0 for frame in frames if frame.filename == str(path)][-1]
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(line.strip() for line in str(error).splitlines() if "object_type=" not in line)
-    return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"
-
-
-def _make_nodes(module: ModuleType) -> None:
-    """Turn the plain dicts of an imported config into nodes, so that `train.epochs = 12` works."""
-    for name, value in list(vars(module).items()):
-        if isinstance(value, dict) and not name.startswith("_"):
-            setattr(module, name, to_node(value))
 
 
 class _ConfigImport:
@@ -159,8 +148,10 @@ class _ConfigImport:
     def _load(self, path: Path) -> ModuleType:
         if path not in self._modules:
             code = compile(_parse(path), str(path), "exec", dont_inherit=True)
-            self._modules[path] = _run(path, code, self._importers)
-            _make_nodes(self._modules[path])
+            module = self._modules[path] = _run(path, code, self._importers)
+            for name, value in list(vars(module).items()):
+                if isinstance(value, dict) and not name.startswith("_"):
+                    setattr(module, name, to_node(value))  # `train.epochs = 12` works
         return self._modules[path]
 
     def _load_folder(self, folder: Path, names: Sequence[str]) -> ModuleType:

@@ -1,11 +1,10 @@
-"""Dotted names of callables: naming and finding them, and the parameters that they take."""
+"""Dotted names of callables: naming them, and finding them again."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import types
-from collections.abc import Callable
 from typing import Any
 
 from .errors import ConfigError
@@ -75,48 +74,3 @@ def _import_longest(parts: list[str]) -> tuple[Any, list[str]]:
                 raise ConfigError(f"{'.'.join(parts)!r}: there is no module {name!r}") from error
             return module, parts[count - 1 :]
     return module, []
-
-
-def signature_text(target: Callable[..., Any]) -> str:
-    """Parameters of a callable as written in its signature, "(...)" where it has none."""
-    signature = _signature(target)
-    if signature is None:
-        return "(...)"
-    bare = [
-        parameter.replace(annotation=inspect.Parameter.empty)
-        for parameter in signature.parameters.values()
-    ]
-    return str(inspect.Signature(bare))
-
-
-def parameter_names(target: Callable[..., Any]) -> list[str] | None:
-    """Names that a callable takes by keyword; None when it takes any, or has no signature."""
-    signature = _signature(target)
-    if signature is None:
-        return None
-    parameters = signature.parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [parameter.name for parameter in parameters if parameter.kind in keyword]
-
-
-def binding_error(
-    target: Callable[..., Any], arguments: dict[str, Any], *, partial: bool
-) -> str | None:
-    """What is wrong with the names of a call's arguments; None when they fit the signature."""
-    signature = _signature(target)
-    if signature is None:
-        return None
-    try:
-        (signature.bind_partial if partial else signature.bind)(**arguments)
-    except TypeError as error:
-        return str(error)
-    return None
-
-
-def _signature(target: Callable[..., Any]) -> inspect.Signature | None:
-    try:
-        return inspect.signature(target)
-    except (TypeError, ValueError):  # some builtins have none
-        return None

@@ -83,7 +83,7 @@ class WandbSettings:
     """Weights & Biases.
 
     Attributes:
-        enabled: whether rows go there; needs `pip install 'dn_detr[wandb]'`.
+        enabled: whether log records go there; needs `pip install 'dn_detr[wandb]'`.
         project: of the run.
         name: of the run; None: wandb invents one.
         mode: "online", "offline" (kept in the output folder for `wandb sync`) or "disabled"; None:
@@ -109,17 +109,17 @@ class TrainSettings:
         epochs: length of the run.
         max_iter: length in iterations; replaces `epochs` where it is not None.
         max_hours: save and stop after this time, measured from the start of this process; a
-            resumed run has it anew. None: no limit.
+            resumed run has all of it again. None: no limit.
         eval_period: iterations, or epochs as "1ep"; 0 or None: at the end only.
-        log_period: iterations between two rows of metrics.jsonl.
-        accumulate: in how many pieces a process computes its share of a batch, one after the
-            other. Results stay those of the whole batch, memory falls.
+        log_period: iterations between two records of metrics.jsonl.
+        accumulate: in how many micro-batches a rank computes its share of a batch, one after
+            the other. Results stay those of the whole batch, memory falls.
         nonfinite: what a NaN or infinite loss or gradient leads to: "raise" ends the run, "skip"
             drops the step, "rollback" goes back to the last checkpoint and on with new images.
         nonfinite_limit: how many such steps a run may have before it ends after all.
         oom: what running out of memory leads to: "raise" or "skip" the step.
         grace_seconds: how long after a signal a step may take to end and a checkpoint to be
-            written, before the process ends anyway.
+            written, before the rank ends anyway.
         callbacks: name -> `L(MyCallback)(...)`, see `Callback`. Their nodes stay in the config:
             `build_callbacks` makes them.
     """
@@ -193,17 +193,14 @@ class TrainSettings:
         _check("grace_seconds", self.grace_seconds, _positive, "> 0")
         modes = (None, "online", "offline", "disabled")
         _check("wandb.mode", self.wandb.mode, modes.__contains__, "null, online, offline, disabled")
-        self._check_early_stopping()
-        for period in (self.eval_period, self.checkpoint.period):
-            parse_period(period, 1)
-
-    def _check_early_stopping(self) -> None:
         patience = self.early_stopping.patience
         _check("early_stopping.patience", patience, _positive_or_none, ">= 1 or null")
         if patience is not None and self.checkpoint.best is None:
             raise UserError(
                 "train.early_stopping.patience needs the result to watch: set train.checkpoint.best"
             )
+        for period in (self.eval_period, self.checkpoint.period):
+            parse_period(period, 1)
 
 
 def _positive(value: float) -> bool:

@@ -50,7 +50,7 @@ FORBIDDEN = [
     "torch.optim.optimizer.torch.hub.load",
     "torch.nn.Module.__setattr__",
     "dn_detr.engine.train",
-    "dn_detr.engine.training.instantiate",
+    "dn_detr.engine.build.instantiate",
     "torchvision.io.write_file",
     "dn_detr.config.packages.sys.exit",
     "dn_detr.config.LazyConfig.load",
