@@ -3,7 +3,7 @@
     python benchmarks/reliability.py --json reliability_cpu.json
 
 Two copies of DN-Deformable-DETR-R50 take turns on the same batches of two 320 x 426 images: one in
-`dn_detr.engine.train` with all its guards, diagnostics, rows and checkpoints, one in a bare loop of
+`dn_detr.engine.train` with all its guards, log records and checkpoints, one in a bare loop of
 ten lines (forward, backward, clipping, AdamW). They alternate step by step in one process, so a
 machine that slows down slows both.
 
@@ -101,7 +101,7 @@ class NoTestImages:
 
 
 class BareLoop:
-    """The loop that everybody writes first."""
+    """The loop without any guard."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.train()

@@ -30,7 +30,7 @@ def parameter_groups(
         lr: learning rate of parameters that no rule names.
         lr_factors: rule -> factor of the learning rate. A rule is a part of a parameter's name, or
             several joined by "|", of which the model must have one: Deformable DETR's recipe is
-            ``{"backbone": 0.1, "sampling_offsets|reference_points": 0.1}``, and DAB models, which
+            `{"backbone": 0.1, "sampling_offsets|reference_points": 0.1}`, and DAB models, which
             predict no reference points, train with it too. A parameter that several rules name
             gets the product.
         norm_weight_decay: weight decay of the parameters of normalisation layers; None leaves
@@ -82,7 +82,7 @@ def describe_groups(optimizer: Optimizer) -> str:
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    """Return `lr/<group>` of every parameter group, as a row of metrics has it."""
+    """Return `lr/<group>` of every parameter group, as a log record has it."""
     return {f"lr/{group_name(group)}": float(group["lr"]) for group in optimizer.param_groups}
 
 

@@ -18,7 +18,7 @@ DENSE, DEFORMABLE = "dn_detr_r50", "dn_deformable_detr_r50"
 EIGHT = ["dataloader.train.total_batch_size=8", "train.max_iter=2"]
 
 
-def step_of(pieces: int, *, dtype: str | None = None, images: tuple[int, ...] = (3, 1, 4, 2)):
+def step_of(accumulate: int, *, dtype: str | None = None, images: tuple[int, ...] = (3, 1, 4, 2)):
     """Gradients and losses of one step over these images, of which the one with 4 is empty."""
     torch.manual_seed(0)
     model = instantiate(small_detector(DENSE)).train()
@@ -28,7 +28,7 @@ def step_of(pieces: int, *, dtype: str | None = None, images: tuple[int, ...] = 
         device=torch.device("cpu"),
         amp=AmpSettings(enabled=dtype is not None, dtype=dtype or "float16"),
         clip_grad=ClipGradSettings(None),
-        accumulate=pieces,
+        accumulate=accumulate,
     )
     if step.scaler.is_enabled():
         step.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)  # small enough for this model
@@ -39,22 +39,22 @@ def step_of(pieces: int, *, dtype: str | None = None, images: tuple[int, ...] = 
 @pytest.mark.parametrize("name", [DENSE, pytest.param(DEFORMABLE, marks=pytest.mark.slow)])
 def test_two_micro_batches_of_four_are_a_batch_of_eight(name, tmp_path):
     train(small_run(tmp_path / "whole", *EIGHT, name=name))
-    train(small_run(tmp_path / "pieces", *EIGHT, "train.accumulate=2", name=name))
-    whole, pieces = (rows(tmp_path / run)[0] for run in ("whole", "pieces"))
+    train(small_run(tmp_path / "parts", *EIGHT, "train.accumulate=2", name=name))
+    whole, parts = (rows(tmp_path / run)[0] for run in ("whole", "parts"))
     losses = {key for key in whole if key.startswith("loss")} | {"grad_norm"}
-    assert {key: pieces[key] for key in losses} == pytest.approx(
+    assert {key: parts[key] for key in losses} == pytest.approx(
         {key: whole[key] for key in losses}, rel=1e-4
     )
-    log = (tmp_path / "pieces/log.txt").read_text()
+    log = (tmp_path / "parts/log.txt").read_text()
     assert "each step: 8 images = 1 rank(s) x 2 micro-batch(es) of 4" in log
     assert "normalisation" not in log
 
 
 @pytest.mark.parametrize("images", [(3, 1, 4, 2, 7), (4, 3), (4, 8)])
-@pytest.mark.parametrize("pieces", [2, 9])
-def test_uneven_micro_batches_and_micro_batches_without_objects_add_up(pieces, images):
+@pytest.mark.parametrize("accumulate", [2, 9])
+def test_micro_batches_add_up_if_uneven_or_without_objects(accumulate, images):
     whole, expected, _ = step_of(1, images=images)
-    result, weights, _ = step_of(pieces, images=images)
+    result, weights, _ = step_of(accumulate, images=images)
     assert result.names == whole.names
     torch.testing.assert_close(result.losses, whole.losses, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(result.grad_norm, whole.grad_norm, rtol=1e-3, atol=1e-5)

@@ -115,7 +115,7 @@ def run_on_two_processes(folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_have_the_same_averages(tmp_path):
-    """Each evaluates its images with its own; the sum is that of the first one's."""
+    """Each evaluates its images with its own; the sum is that of the main process's."""
     launch(run_on_two_processes, 2, str(tmp_path), device="cpu")
     found = rows(tmp_path / "run")[-1]["eval/ema/AP"]
     start = f"train.init_checkpoint={averages_of(tmp_path / 'run')}"

@@ -18,7 +18,7 @@ from tests.checkpoint.writing import save
 
 from .runs import Group, Run, outcome
 
-# All that has a state: averaged weights, a loss scale, the best result, rows that begin before a
+# All that has a state: the EMA, a loss scale, the best result, log records that begin before a
 # checkpoint and end after it.
 EVERYTHING = (
     "train.amp.enabled=true",
@@ -69,7 +69,7 @@ def interrupt(folder: Path, processes: int, *arguments: str, pause: str, number:
     """Start a run, and send a signal to all of its processes when they are at a place."""
     with started(folder, processes, *arguments, pause=pause) as process:
         members = process.runs if isinstance(process, Group) else [process]
-        # the first process alone saves
+        # the main process alone saves
         waiting = members[:1] if pause.startswith("saving") else members
         for member in waiting:
             member.reach_pause()
