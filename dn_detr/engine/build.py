@@ -34,14 +34,17 @@ from dn_detr.protocols import (
     TrainLoader,
 )
 
-from .callbacks import Callback, Callbacks
-from .denoising_metrics import DenoisingMetrics
-from .ema import ExponentialMovingAverage
+from .callbacks import (
+    Callback,
+    Callbacks,
+    DenoisingMetrics,
+    ExponentialMovingAverage,
+    Progress,
+    SkippedFiles,
+)
 from .optimizer import describe_groups
-from .progress import Progress
 from .schedule import LearningRateRule, Timetable
 from .settings import TrainSettings
-from .skipped_files import SkippedFiles
 from .stability import MatchingStability
 from .step import TrainingStep
 from .writers import TensorBoard, WeightsAndBiases

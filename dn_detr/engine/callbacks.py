@@ -1,25 +1,39 @@
 """Callbacks: what happens beside the training, the library's own and the user's.
 
 A config adds one under a name, `train.callbacks.NAME=L(MyCallback)(...)`; nothing else is needed.
+The larger ones of the library are in `stability.py` and `writers.py`.
 """
 
 from __future__ import annotations
 
+import datetime
 import logging
+import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
+from dn_detr.data import count_skipped, describe_skipped
+from dn_detr.distributed import all_gather, is_main
 from dn_detr.protocols import Sample
 
+from .metrics import Record
+from .setup import FILE_ONLY
+from .step import Outcome, StepResult
+
 if TYPE_CHECKING:
-    from .metrics import Record
     from .run_state import RunState
-    from .step import StepResult
 
 T = TypeVar("T")
+
+_DENOISING_TERM = re.compile(r"_dn(_\d+)?$")  # loss_ce_dn, loss_ce_dn_0
 
 logger = logging.getLogger(__name__)
 
@@ -163,3 +177,134 @@ class Callbacks(Callback):
         except Exception:
             logger.error("callback %s (%s) failed", name, type(callback).__name__)
             raise
+
+
+class ExponentialMovingAverage(Callback):
+    """Keeps a copy of the model that follows its weights and running statistics.
+
+    Every step that changed weights moves each number of the copy by 1 - decay of its distance to
+    the model's. All ranks have the same copy. It is evaluated beside the model and saved.
+
+    Args:
+        decay: in (0, 1); 0.9997 averages over about 3300 steps.
+        name: of the copy, see `Callback.models`.
+    """
+
+    def __init__(self, decay: float = 0.9997, name: str = "ema") -> None:
+        self._decay = decay
+        self._name = name
+
+    def setup(self, state: RunState) -> None:
+        """Begin with the weights of the model."""
+        average = get_ema_multi_avg_fn(self._decay)
+        self._average = AveragedModel(state.model, multi_avg_fn=average, use_buffers=True)
+        self._average.requires_grad_(False)
+        self._average.n_averaged.fill_(1)  # the first weights count; 0 would drop them
+
+    def after_step(self, state: RunState, samples: Sequence[Sample], result: StepResult) -> None:
+        """Follow the weights, if the step changed them."""
+        if result.outcome is Outcome.APPLIED:
+            self._average.update_parameters(state.model)
+
+    def models(self) -> Mapping[str, nn.Module]:
+        """Return the copy."""
+        return {self._name: self._average.module}
+
+
+class DenoisingMetrics(Callback):
+    """Adds `denoising_accuracy`, `loss_matching` and `loss_denoising` to the log records.
+
+    The accuracy is the share of noised boxes whose class was reconstructed, in [0, 1]. The losses
+    are the sums of the denoising terms and of all others; they are there if the model has both.
+    """
+
+    def __init__(self) -> None:
+        self._masks: dict[tuple[str, ...], Tensor] = {}  # names of terms -> which are denoising
+
+    def after_step(self, state: RunState, samples: Sequence[Sample], result: StepResult) -> None:
+        """Add the numbers of a step."""
+        for found in result.diagnostics:
+            state.metrics.add("denoising_accuracy", found.denoising_correct, found.denoising_total)
+        is_denoising = [_DENOISING_TERM.search(name) is not None for name in result.names]
+        if result.outcome is Outcome.NONFINITE or len(set(is_denoising)) < 2:
+            return
+        if result.names not in self._masks:
+            self._masks[result.names] = torch.tensor(is_denoising, device=result.losses.device)
+        mask = self._masks[result.names]
+        state.metrics.add("loss_denoising", result.losses.masked_fill(~mask, 0).sum())
+        state.metrics.add("loss_matching", result.losses.masked_fill(mask, 0).sum())
+
+
+class SkippedFiles(Callback):
+    """Counts `skipped_images` and lists at the end of an epoch the files that were skipped in it.
+
+    With `dataloader.train.on_error=skip` a loader replaces an image that cannot be read.
+    """
+
+    def __init__(self) -> None:
+        self._files: Counter[str] = Counter()  # of this epoch and rank
+        self._is_new = True
+
+    def after_step(self, state: RunState, samples: Sequence[Sample], result: StepResult) -> None:
+        """Count the files of a batch; exchange and report them at the end of an epoch."""
+        self._is_new = False
+        skipped = count_skipped(samples)
+        state.metrics.count("skipped_images", skipped.total())
+        self._files.update(skipped)
+        epoch, position = divmod(state.batches_drawn, state.timetable.iterations_per_epoch)
+        if position == 0:
+            on_all_ranks = sum(all_gather(self._files), Counter())
+            if is_main() and on_all_ranks:
+                logger.warning("epoch %d: %s", epoch, describe_skipped(on_all_ranks))
+            self._files.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the files of all ranks; a collective call."""
+        return {"files": dict(sum(all_gather(self._files), Counter()))}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a resumed run; a rollback takes nothing back that was skipped."""
+        if self._is_new and is_main():  # a sum over ranks, so one has it
+            self._files = Counter(state["files"])
+
+
+class Progress(Callback):
+    """A progress bar if standard output is a terminal, and a line in the log per log record."""
+
+    def on_train_start(self, state: RunState) -> None:
+        """Show the bar."""
+        self._bar = tqdm(
+            total=state.timetable.max_iter,
+            initial=state.iteration,
+            desc="training",
+            file=sys.stdout,
+            dynamic_ncols=True,
+            disable=not (is_main() and sys.stdout.isatty()),
+        )
+
+    def after_step(self, state: RunState, samples: Sequence[Sample], result: StepResult) -> None:
+        """Move the bar, back if a rollback came between."""
+        self._bar.update(state.iteration - self._bar.n)
+
+    def on_log(self, state: RunState, record: Record) -> None:
+        """Show the means of a log record; evaluations report their results themselves."""
+        if "loss" not in record:
+            return
+        number = {k: float("nan") if value is None else value for k, value in record.items()}
+        rate = max(value for name, value in number.items() if name.startswith("lr/"))
+        summary = f"loss {number['loss']:.4f}, lr {rate:.1e}, data {number['data_time']:.3f} s"
+        self._bar.set_postfix_str(summary)
+        left = (state.timetable.max_iter - state.iteration) * number["iter_time"]
+        logger.info(
+            "iteration %d/%d  epoch %.2f  loss %.4f  grad norm %.3g  lr %.1e  data %.3f s  "
+            "step %.3f s  %.1f images/s  memory %.0f MiB  eta %s",
+            state.iteration, state.timetable.max_iter, number["epoch"], number["loss"],
+            number["grad_norm"], rate, number["data_time"], number["iter_time"],
+            number["images_per_s"], number["memory_mib"],
+            datetime.timedelta(seconds=round(left)),
+            extra=FILE_ONLY,
+        )  # fmt: skip
+
+    def on_train_end(self, state: RunState, *, failed: bool) -> None:
+        """Close the bar."""
+        self._bar.close()

@@ -11,8 +11,7 @@ from dn_detr.checkpoint import load_checkpoint
 from dn_detr.config import LazyCall
 from dn_detr.distributed import rank
 from dn_detr.engine import Callback, NonFiniteError, launch, train
-from dn_detr.engine.callbacks import Callbacks
-from dn_detr.engine.ema import ExponentialMovingAverage
+from dn_detr.engine.callbacks import Callbacks, ExponentialMovingAverage
 
 from .reference import rows, untimed
 

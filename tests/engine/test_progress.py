@@ -4,7 +4,7 @@ import sys
 import types
 from typing import Any
 
-from dn_detr.engine.progress import Progress
+from dn_detr.engine.callbacks import Progress
 from dn_detr.engine.schedule import Timetable
 from dn_detr.engine.setup import logging_to
 
