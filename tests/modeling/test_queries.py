@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from dn_detr.modeling import AnchorQueries, Memory, ProposalQueries
+from dn_detr.modeling import (
+    AnchorQueries,
+    BoxQueryEmbedding,
+    DetectionHeads,
+    Memory,
+    ProposalQueries,
+)
 from dn_detr.modeling.transformers import Levels
 
 CHANNELS = 8
@@ -144,3 +152,13 @@ def test_contents_are_projected_then_normalised_cells_empty_at_the_border(propos
 def test_the_projection_starts_from_xavier():
     weight = ProposalQueries(1, num_classes=3, embed_dim=64).output.weight
     assert weight.abs().max().item() == pytest.approx((6 / 128) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("eps", [1e-3, 1e-5])
+def test_eps_bounds_the_logits_of_noised_boxes_and_of_references(eps):
+    labels, edge = torch.zeros(1, dtype=torch.long), torch.zeros(1, 4)
+    _, position = BoxQueryEmbedding(3, CHANNELS, eps=eps)(labels, edge, labels)
+    assert position[0].tolist() == pytest.approx([math.log(eps)] * 4, rel=1e-3)
+    heads = DetectionHeads(3, CHANNELS, 1, eps=eps)
+    boxes = heads.predict_boxes(0, torch.zeros(1, CHANNELS), edge)
+    assert boxes[0].tolist() == pytest.approx([eps] * 4, rel=2e-3)
