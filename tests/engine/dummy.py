@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,8 +80,6 @@ class TinyDetector(nn.Module):
         dropout: probability; with 0 nothing is random.
         nan_at: the training step at which the loss is NaN on process `nan_rank`.
         nan_rank: see `nan_at`.
-        kill_at: the training step at which the process kills itself, if the environment variable
-            TINY_DETECTOR_KILL is set.
     """
 
     def __init__(
@@ -92,7 +88,6 @@ class TinyDetector(nn.Module):
         dropout: float = 0.1,
         nan_at: int = -1,
         nan_rank: int = 0,
-        kill_at: int = -1,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -101,7 +96,7 @@ class TinyDetector(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(196, 4 + num_classes)
         self.register_buffer("scale", torch.tensor(255.0))
-        self.nan_at, self.nan_rank, self.kill_at = nan_at, nan_rank, kill_at
+        self.nan_at, self.nan_rank = nan_at, nan_rank
         self.steps = 0
         self.diagnostics: Diagnostics | None = None
 
@@ -123,8 +118,6 @@ class TinyDetector(nn.Module):
         self, samples: Sequence[Mapping[str, Any]], boxes_norm: Tensor, logits: Tensor
     ) -> dict[str, Tensor]:
         self.steps += 1
-        if self.steps == self.kill_at and "TINY_DETECTOR_KILL" in os.environ:
-            os.kill(os.getpid(), signal.SIGKILL)
         pause_at(f"step {self.steps}")
         targets = [sample["instances"].to(logits.device) for sample in samples]
         boxes = torch.stack([target.gt_boxes.tensor[0] for target in targets]) / SIZE

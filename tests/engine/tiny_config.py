@@ -8,7 +8,7 @@ from dn_detr.data import build_test_loader, build_train_loader
 from dn_detr.engine import TrainSettings, multi_step, parameter_groups
 from tests.engine.dummy import TinyDataset, TinyDetector, TinyEvaluator
 
-model = L(TinyDetector)(num_classes=2, dropout=0.1, nan_at=-1, nan_rank=0, kill_at=-1)
+model = L(TinyDetector)(num_classes=2, dropout=0.1, nan_at=-1, nan_rank=0)
 dataloader = dict(
     train=L(build_train_loader)(
         dataset=L(TinyDataset)(length=12),

@@ -191,7 +191,7 @@ class SlurmCluster:
             )
 
     def _wait_until(self, what: str, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 180
         while not condition():
             if time.monotonic() > deadline or any(d.poll() is not None for d in self._daemons):
                 raise RuntimeError(f"waited in vain until {what}; the daemons say:\n{self.log()}")
