@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dn_detr.distributed import rank, world_size
+from dn_detr.errors import UserError
 
 from .coco import CocoDetection
 from .errors import DatasetError
@@ -147,7 +148,7 @@ def build_train_loader(
         raise ValueError(
             f"dataloader.train.on_error={on_error!r}: expected {' or '.join(get_args(OnError))}"
         )
-    dataset = dataset if limit is None else dataset.subset(limit)
+    dataset = _limited(dataset, limit)
     sampler = EndlessBatchSampler(
         len(dataset),
         total_batch_size,
@@ -182,7 +183,7 @@ def build_test_loader(
         num_workers: worker processes of this rank, at most one per core; 0 = load in this process.
         limit: keep the first N images, None = all.
     """
-    dataset = dataset if limit is None else dataset.subset(limit)
+    dataset = _limited(dataset, limit)
     share = range(rank(), len(dataset), world_size())
     return SampleLoader(dataset, num_workers=num_workers, batch_size=batch_size, sampler=share)
 
@@ -234,3 +235,14 @@ def _kill(workers: set[BaseProcess]) -> None:
         worker.kill()
     for worker in workers:
         worker.join()
+
+
+def _limited(dataset: CocoDetection, limit: int | None) -> CocoDetection:
+    if limit is None:
+        return dataset
+    if not hasattr(dataset, "subset"):
+        raise UserError(
+            f"limit={limit} needs a data set with a method subset(count); "
+            f"{type(dataset).__name__} has none"
+        )
+    return dataset.subset(limit)

@@ -65,6 +65,11 @@ def test_limit_keeps_the_first_images(dataset: CocoDetection) -> None:
     assert [s["image_id"] for batch in test for s in batch] == [10, 20, 30]
 
 
+def test_limit_asks_for_a_data_set_with_subset() -> None:
+    with pytest.raises(ValueError, match=r"limit=2 needs a data set with a method subset.*list"):
+        build_test_loader([{}] * 4, limit=2)
+
+
 def test_limit_of_nothing_is_refused(dataset: CocoDetection) -> None:
     with pytest.raises(ValueError, match="limit=0"):
         build_test_loader(dataset, limit=0)
