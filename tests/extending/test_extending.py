@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dn_detr.checkpoint import read_weights
 from tools.train_net import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,6 +129,18 @@ def test_run_is_repeated_from_its_own_config_once_its_package_is_trusted(folder,
     weights = "train.init_checkpoint=output/uninterrupted"
     shown = train(folder, config, "--trust", "my_project", "--eval-only", weights)
     assert "coverage" in shown
+
+
+def test_file_of_another_code_base_loads_through_the_key_map(folder, uninterrupted):
+    theirs = {
+        f"net.{name.replace('transformer.decoder.', 'query_decoder.')}": value
+        for name, value in read_weights(uninterrupted).items()
+    }
+    torch.save({"model": theirs}, folder / "theirs.pth")
+    config = "my_project/configs/everything.py"
+    weights = "train.init_checkpoint=theirs.pth"
+    output = "train.output_dir=output/foreign"
+    assert "image_first layout" in train(folder, config, "--eval-only", weights, output)
 
 
 def test_config_of_a_run_does_not_grant_trust_itself(folder, uninterrupted):
