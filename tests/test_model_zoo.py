@@ -265,6 +265,6 @@ def test_get_model_fine_tunes_and_logs_what_was_loaded(tmp_path, caplog):
         model = get_model(
             "dab_detr_r50_50ep", tmp_path / "a.safetensors", overrides=three, fine_tune=True
         )
-    assert model.num_classes == 3 and "tensors keep their start values" in caplog.text
+    assert model.num_classes == 3 and "tensors keep their initial values" in caplog.text
     with pytest.raises(ValueError, match="80 classes"):
         get_model("dab_detr_r50_50ep", tmp_path / "a.safetensors", overrides=three)

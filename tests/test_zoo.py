@@ -163,7 +163,7 @@ def test_fine_tuning_from_a_published_file_is_one_command(layout, name, tmp_path
 
 @pytest.mark.parametrize("name", ["digits_dn_deformable_detr.py"])
 def test_a_model_is_fine_tuned_on_other_classes_with_one_command(name, data, tmp_path):
-    """Classes of the same name take their rows, new ones start anew, all else is loaded."""
+    """Classes of the same name take their rows, new ones are re-initialised, all else is loaded."""
     ten = ["model.num_classes=10", "model.num_queries=30", "train.max_iter=1"]
     train(LazyConfig.apply_overrides(_two_steps(get_config(name), data, tmp_path / "ten"), ten))
     root = write_digits_dataset(tmp_path / "mine", num_train=4, num_val=2)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dn_detr.checkpoint.layouts import HUGGINGFACE, to_ours
+from dn_detr.checkpoint import HuggingFaceLayout
 from dn_detr.config import get_config, instantiate
 from dn_detr.structures import pad_images
 
@@ -136,7 +136,7 @@ def _deformable_with_encoder_of(theirs: nn.Module) -> Any:
     model_cfg.backbone.mask_padding = False
     model_cfg.neck.mask_padding = False
     ours = instantiate(model_cfg)
-    tensors = to_ours(theirs.state_dict(), HUGGINGFACE).tensors
+    tensors = HuggingFaceLayout().to_ours(theirs.state_dict()).tensors
     shared = ("backbone.", "neck.", "transformer.encoder.", "transformer.level_embed")
     state = ours.state_dict()
     for name in state:
