@@ -25,6 +25,7 @@ from .targets import locate
 # since data would then be run as code after all: dn_detr.config, the training loop, torch.hub, and
 # torchvision.models, whose weights are fetched and unpickled.
 DATA_PACKAGES = (
+    "dn_detr.checkpoint.layouts",  # names of tensors; no files
     "dn_detr.data",
     "dn_detr.engine.optimizer",
     "dn_detr.engine.schedule",
