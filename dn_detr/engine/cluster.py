@@ -74,6 +74,8 @@ class ClusterJob:
             # to submitit's handler, which asks `checkpoint` and exits
             signal.raise_signal(getattr(signal, f"SIG{job.USR_SIG}"))
         if code:
+            # srun ends the other ranks when one has failed; their exit code is to stay the error's
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             raise SystemExit(code)
 
     def checkpoint(self) -> DelayedSubmission | None:
