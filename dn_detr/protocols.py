@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from dn_detr.checkpoint import Layout
     from dn_detr.modeling import ObjectCounts
     from dn_detr.structures import Instances
 
@@ -100,6 +101,15 @@ class HasClassTensors(Protocol):
 
     def class_tensors(self) -> list[str]:
         """Return the names, in the state_dict, of the tensors whose first dimension is classes."""
+
+
+@runtime_checkable
+class HasKeyMaps(Protocol):
+    """A model that understands checkpoints of other code bases. Without, only ours load."""
+
+    @property
+    def key_maps(self) -> Sequence[Layout]:
+        """Layouts, each with the names that one code base gives to the model's tensors."""
 
 
 @runtime_checkable

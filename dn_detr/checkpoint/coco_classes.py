@@ -1,7 +1,7 @@
 """COCO's object categories: 80 of the ids from 1 to 90.
 
 Source: the `categories` of COCO's instance annotations (https://cocodataset.org). The authors'
-code uses the id as index of 91 rows; everybody else counts the 80 from 0.
+code uses the id as index of 91 rows; all others count the 80 from 0.
 """
 
 from __future__ import annotations

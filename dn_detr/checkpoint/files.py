@@ -73,7 +73,7 @@ def read_file(path: str | Path, *, ema: bool = False) -> FileContent:
         path: a checkpoint folder or output folder of ours; `model.safetensors` or
             `ema.safetensors` in such a checkpoint; a folder of transformers; a file of torch
             (`.pth`, `.pt`, `.bin`), of safetensors, or a pickle of numpy arrays.
-        ema: take the averaged weights: of a checkpoint of ours, or `ema_state` of a file of
+        ema: take the EMA: of a checkpoint of ours, or `ema_state` of a file of
             detrex.
 
     Raises:
@@ -84,7 +84,7 @@ def read_file(path: str | Path, *, ema: bool = False) -> FileContent:
     is_ours = is_checkpoint(path) or (path / CHECKPOINTS_DIR).is_dir()
     if path.is_dir() and not is_ours and (path / _HF_CONFIG).is_file():
         if ema:
-            raise _no_averaged_weights(path)
+            raise _no_ema(path)
         return _read_huggingface(path)
     if path.name in (MODEL_FILE, EMA_FILE) and is_checkpoint(path.parent):
         return _read_ours(path.parent, EMA_FILE if ema else path.name)
@@ -110,11 +110,11 @@ def _read_ours(path: Path, file: str) -> FileContent:
         has_ema = EMA_FILE in manifest.files
         if file == EMA_FILE and not has_ema:
             raise CheckpointError(
-                f"{folder}: holds no averaged weights ({EMA_FILE}); train with "
+                f"{folder}: holds no EMA ({EMA_FILE}); train with "
                 "train.ema.enabled=true to have them"
             )
         tensors = read_tensors(folder, manifest, file)
-    unused = f"the checkpoint also holds averaged weights ({EMA_FILE}), which were not taken"
+    unused = f"the checkpoint also holds an EMA ({EMA_FILE}), which was not taken"
     return FileContent(
         tensors,
         tuple(manifest.class_names),
@@ -130,7 +130,7 @@ def _read_single_file(path: Path, *, ema: bool = False) -> FileContent:
         raise CheckpointError(f"{path}: empty")
     if path.suffix == _SAFETENSORS:
         if ema:
-            raise _no_averaged_weights(path)
+            raise _no_ema(path)
         return FileContent(_read_safetensors(path))
     if not start.startswith(_PICKLES):
         look = _known_other(start) or "neither a file of torch nor safetensors nor pickled arrays"
@@ -138,8 +138,8 @@ def _read_single_file(path: Path, *, ema: bool = False) -> FileContent:
     return _unwrap(path, read_pickle(path), ema)
 
 
-def _no_averaged_weights(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path}: holds no averaged weights ({_EMA!r})")
+def _no_ema(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: holds no EMA ({_EMA!r})")
 
 
 def _known_other(start: bytes) -> str | None:
@@ -167,17 +167,17 @@ def _unwrap(path: Path, content: Any, ema: bool) -> FileContent:
             f"{path}: holds no dictionary of weights but one object of type "
             f"{type(content).__name__}"
         )
-    averaged = content.get(_EMA)
+    average = content.get(_EMA)
     if ema:
-        if not isinstance(averaged, Mapping):
-            raise _no_averaged_weights(path)
-        tensors = _as_tensors(path, averaged)
-        notes = [f"the averaged weights ({_EMA}) were taken"]
+        if not isinstance(average, Mapping):
+            raise _no_ema(path)
+        tensors = _as_tensors(path, average)
+        notes = [f"the EMA ({_EMA}) was taken"]
     else:
         inner = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
         tensors = _as_tensors(path, content[inner[0]] if inner else content)
-        unused = f"the file also holds averaged weights ({_EMA}), which were not taken"
-        notes = [unused] if averaged else []
+        unused = f"the file also holds an EMA ({_EMA}), which was not taken"
+        notes = [unused] if average else []
     names = content.get(CLASS_NAMES, ())
     if names and not _are_names_of(names, tensors):
         notes.append(f"the {CLASS_NAMES} of the file are not one string per row: unused")

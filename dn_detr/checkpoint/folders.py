@@ -134,7 +134,7 @@ def prune(newest: Path, keep: int | None) -> None:
     until_newest = [path for path in folders if iteration_of(path) <= iteration_of(newest)]
     later = [path for path in folders[len(until_newest) :] if _is_of_its_iteration(path)]
     for path in [*until_newest[:-keep], *later]:
-        if path.resolve() == best or not os.access(path, os.W_OK):  # somebody protects it
+        if path.resolve() == best or not os.access(path, os.W_OK):  # write-protected
             continue
         if path in later:
             _logger.warning("removing %s: the run went on from a checkpoint before it", path)
@@ -144,7 +144,7 @@ def prune(newest: Path, keep: int | None) -> None:
 
 
 def _is_of_its_iteration(folder: Path) -> bool:
-    """Whether a folder is what its name says, and not somebody's copy under another number."""
+    """Whether a folder is what its name says, and not a copy under another number."""
     try:
         return Manifest.read(folder).iteration == iteration_of(folder)
     except CheckpointError:

@@ -31,7 +31,7 @@ class Snapshot:
         optimizer: `state_dict()` of a torch optimizer; empty if there is none.
         training_state: what else a resumed run needs: tensors, numbers, strings, None, and lists,
             tuples and dicts of them; no entry "optimizer".
-        ema: averaged weights under the names of `model`.
+        ema: EMA of the weights, under the names of `model`.
     """
 
     iteration: int

@@ -129,7 +129,7 @@ class CheckpointWriter:
         """Return when everything is on the disk.
 
         Raises:
-            CheckpointError: something could not be written, and nobody has asked for it yet.
+            CheckpointError: something could not be written, and was not reported yet.
         """
         self._finish_pending()
         failures = self.failures()

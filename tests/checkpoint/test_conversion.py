@@ -68,7 +68,7 @@ def test_class_names_of_our_checkpoint_are_kept(tmp_path):
     assert manifest.class_names == ["dog", "cat"] and manifest.config == "a: 1\n"
 
 
-def test_averaged_weights_can_be_converted(tmp_path):
+def test_an_ema_can_be_converted(tmp_path):
     source, averaged = tiny_model("dab_detr_r50"), tiny_model("dab_detr_r50", seed=1)
     content = {
         "model": to_layout(source.state_dict(), "detrex"),
@@ -80,7 +80,7 @@ def test_averaged_weights_can_be_converted(tmp_path):
     model = tiny_model("dab_detr_r50", seed=2)
     report = convert_checkpoint(model, tmp_path / "f.pth", tmp_path / "out", ema=True)
     assert_same_state(model, averaged)
-    assert "averaged weights (ema_state) were taken" in report.notes[0]
+    assert "the EMA (ema_state) was taken" in report.notes[0]
 
 
 def test_a_dilated_backbone_has_the_names_that_detrex_gives_it(tmp_path):

@@ -212,7 +212,7 @@ def test_a_link_that_leads_nowhere_is_an_error_that_names_the_good_ones(run):
         find_checkpoint(run / "checkpoints" / "best")
 
 
-def test_averaged_weights_are_read_by_their_file(run):
+def test_an_ema_is_read_by_its_file(run):
     path = run / "checkpoints" / "best" / "ema.safetensors"
     content = read_file(path)
     assert content.tensors["c.bias"].tolist() == [10.5, 10.5, 10.5]
@@ -220,14 +220,14 @@ def test_averaged_weights_are_read_by_their_file(run):
     assert read_file(path.parent, ema=True).tensors["c.bias"].tolist() == [10.5, 10.5, 10.5]
     raw = read_file(path.parent)
     assert raw.tensors["c.bias"].tolist() == [10, 10, 10]
-    assert "averaged weights (ema.safetensors), which were not taken" in raw.notes[0]
+    assert "an EMA (ema.safetensors), which was not taken" in raw.notes[0]
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"ema\.safetensors: damaged.*0000020"):
         read_file(path)
 
 
-def test_averaged_weights_that_were_not_saved_are_an_error_with_the_remedy(tmp_path):
+def test_an_ema_that_was_not_saved_is_an_error_with_the_remedy(tmp_path):
     with CheckpointWriter(tmp_path) as writer:
         writer.save(Snapshot(1, 0.1, {"w": torch.ones(2)}))
-    with pytest.raises(CheckpointError, match=r"no averaged weights.*train\.ema\.enabled=true"):
+    with pytest.raises(CheckpointError, match=r"no EMA.*train\.ema\.enabled=true"):
         read_file(tmp_path / "checkpoints" / "last" / "ema.safetensors")

@@ -188,21 +188,21 @@ def test_a_file_without_weights_says_what_it_holds(tmp_path, content, message):
         read_weights(tmp_path / "f.pth")
 
 
-def test_averaged_weights_are_noted_and_can_be_chosen(tmp_path):
+def test_an_ema_is_noted_and_can_be_chosen(tmp_path):
     zeros = {name: torch.zeros_like(value) for name, value in WEIGHTS.items()}
     torch.save({"model": zeros, "ema_state": WEIGHTS}, tmp_path / "f.pth")
     assert_read(tmp_path / "f.pth", ema=True)
     plain = read_file(tmp_path / "f.pth")
     assert plain.tensors["a.weight"].sum() == 0
-    assert "which were not taken" in plain.notes[0]
+    assert "which was not taken" in plain.notes[0]
 
 
-def test_averaged_weights_that_are_absent_are_an_error(tmp_path):
+def test_an_ema_that_is_absent_is_an_error(tmp_path):
     torch.save({"model": WEIGHTS}, tmp_path / "f.pth")
     save_file(WEIGHTS, tmp_path / "f.safetensors")
     save(tmp_path / "run", Snapshot(1, 0.0, WEIGHTS))
     for path in (tmp_path / "f.pth", tmp_path / "f.safetensors", tmp_path / "run"):
-        with pytest.raises(CheckpointError, match="no averaged weights"):
+        with pytest.raises(CheckpointError, match="no EMA"):
             read_file(path, ema=True)
 
 

@@ -1,4 +1,4 @@
-"""What lies beside the checkpoints of a run, and what became of them, is no surprise."""
+"""Folders beside the checkpoints of a run, and removed or moved ones, are handled as expected."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_overrides_decide_on_the_classes(official, tmp_path):
     [
         (["--input", "absent.pth", "--output", "out"], "absent.pth: no such file"),
         (["--input", "{file}", "--output", "{file}"], "exists; choose another output"),
-        (["--input", "{file}", "--output", "out", "--ema"], "no averaged weights"),
+        (["--input", "{file}", "--output", "out", "--ema"], "no EMA"),
         (["--input", "{file}", "--output", "out", "model.num_queries=8"], "of another shape"),
         (["--input", "{file}", "--output", "out", "model.num_querys=8"], "num_queries"),
     ],
