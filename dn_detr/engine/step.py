@@ -103,6 +103,9 @@ class TrainingStep:
         self._survives_out_of_memory = survive_out_of_memory
         self._survives_nonfinite = survive_nonfinite
         self._module = model.module if isinstance(model, DistributedDataParallel) else model
+        # asked once, because asking costs more than calling
+        self._counting = self._module if isinstance(self._module, CountsObjects) else None
+        self._diagnosing = self._module if isinstance(self._module, HasDiagnostics) else None
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # On CPUs as well: DistributedDataParallel adds in another order in the first step after a
         # start than in later ones, so that a resumed run of three processes would not be exact.
@@ -136,8 +139,8 @@ class TrainingStep:
         random_state = _random_state(self.device)
         micro_batches = split_evenly(samples, self._accumulate)
         counts: ObjectCounts | None = None
-        if isinstance(self._module, CountsObjects):
-            objects = sum(map(self._module.count_objects, micro_batches), ObjectCounts())
+        if self._counting is not None:
+            objects = sum(map(self._counting.count_objects, micro_batches), ObjectCounts())
             counts = mean_over_ranks(objects, self.device)
         out_of_memory = ""
         try:
@@ -194,8 +197,8 @@ class TrainingStep:
                 self.scaler.scale(terms.sum()).backward()
             for name, value in zip(losses, terms.detach(), strict=True):
                 sums[name] = sums[name] + value if name in sums else value
-            if isinstance(self._module, HasDiagnostics) and self._module.diagnostics is not None:
-                diagnostics.append(self._module.diagnostics)
+            if self._diagnosing is not None and self._diagnosing.diagnostics is not None:
+                diagnostics.append(self._diagnosing.diagnostics)
         return tuple(sums), torch.stack(list(sums.values())), tuple(diagnostics)
 
     def _losses(
