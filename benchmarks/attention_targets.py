@@ -35,7 +35,7 @@ def target(row: dict[str, Any], kernels: str) -> dict[str, Any]:
         kernels: "cuda" or the CPU's instruction set.
 
     Returns:
-        ``quantity``, the row's field that is meant, ``must``, ``aim`` and ``reached`` ("aim",
+        `quantity`, the row's field that is meant, `must`, `aim` and `reached` ("aim",
         "must" or "missed"); all None for a row without a target.
     """
     quantity, limits = _limits(row, kernels)

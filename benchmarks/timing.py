@@ -24,7 +24,7 @@ def medians(
 ) -> dict[str, float]:
     """Median seconds of functions that run in turns, after one round to warm up.
 
-    ``measure`` gives the time of one of them; by default :func:`seconds`.
+    `measure` gives the time of one of them; by default :func:`seconds`.
     """
     measure = measure or seconds
     times: dict[str, list[float]] = {name: [] for name in runs}

@@ -39,7 +39,7 @@ def _without_signatures(source: str) -> list[tuple[int, str]]:
 
 
 def find_copies(sources: Mapping[str, str]) -> list[tuple[Place, Place]]:
-    """Where each pair of equal runs of ``RUN`` or more lines, which do not overlap, begins."""
+    """Where each pair of equal runs of `RUN` or more lines, which do not overlap, begins."""
     everywhere = _equal_runs({name: _counted_lines(source) for name, source in sources.items()})
     between = [(first, second) for first, second in everywhere if first[0] != second[0]]
     within = [_equal_runs({n: _without_signatures(source)}) for n, source in sources.items()]

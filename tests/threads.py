@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def number_of_threads(count: int) -> Iterator[None]:
-    """Compute with ``count`` threads while the context lasts."""
+    """Compute with `count` threads while the context lasts."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -28,7 +28,7 @@ TRAINING_STATE_FILE = "training_state.pt"
 _PARTIAL = ".partial"
 _REPLACED = ".replaced"
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def folder_name(iteration: int) -> str:
@@ -137,7 +137,7 @@ def prune(newest: Path, keep: int | None) -> None:
         if path.resolve() == best or not os.access(path, os.W_OK):  # write-protected
             continue
         if path in later:
-            _logger.warning("removing %s: the run went on from a checkpoint before it", path)
+            logger.warning("removing %s: the run went on from a checkpoint before it", path)
         hidden = partial_of(path)
         os.rename(path, hidden)  # a kill in the middle of removing leaves no half checkpoint
         _remove(hidden)
@@ -171,4 +171,4 @@ def _remove(path: Path) -> None:
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        _logger.warning("%s cannot be removed: %s", path, error)
+        logger.warning("%s cannot be removed: %s", path, error)

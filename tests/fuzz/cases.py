@@ -75,7 +75,7 @@ class Case:
             raise ValueError("coordinates have another type than the arithmetic")
 
     def grad_error(self) -> str | None:
-        """Why the backward operator must refuse ``grad_output``, if all else is right."""
+        """Why the backward operator must refuse `grad_output`, if all else is right."""
         value = self.tensors["value"]
         samples = self.tensors["offsets" if self.fused else "sampling_locations"]
         assert value is not None and samples is not None
@@ -87,7 +87,7 @@ class Case:
 
 @dataclass
 class Sizes:
-    """Of one case; ``reference`` is 0 for the classic operator, else coordinates."""
+    """Of one case; `reference` is 0 for the classic operator, else coordinates."""
 
     shapes: list[tuple[int, int]]
     batch: int

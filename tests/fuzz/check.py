@@ -23,7 +23,7 @@ DEFAULT_TOLERANCE = 1e-4
 
 
 def load(library: Path) -> Any:
-    """The operators of a library: ``torch.ops.dn_detr_emulated`` if its name says so."""
+    """The operators of a library: `torch.ops.dn_detr_emulated` if its name says so."""
     torch.ops.load_library(str(library))
     return getattr(torch.ops, f"dn_detr_{library.stem.lstrip('_')}")
 

@@ -1,6 +1,6 @@
 """The device of these tests: an NVIDIA GPU with compiled operators; they skip without one.
 
-``make gpu-check`` builds the operators and runs them. ``GPU_TESTS_DEVICE=cpu`` runs them on the
+`make gpu-check` builds the operators and runs them. `GPU_TESTS_DEVICE=cpu` runs them on the
 CPU, which finds mistakes in the tests themselves where there is no GPU.
 """
 

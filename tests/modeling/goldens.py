@@ -73,12 +73,12 @@ def load_arrays(path: Path) -> dict[str, Any]:
 def build_published(
     config: str, tensors: Mapping[str, Tensor], *, num_classes: int, **options: Any
 ) -> Detector:
-    """Build a model of ``configs/models`` as published, and load tensors of any known layout.
+    """Build a model of `configs/models` as published, and load tensors of any known layout.
 
     An option that a part does not take is an error: nothing is left at our default unnoticed.
 
     Args:
-        config: file name without ``.py``.
+        config: file name without `.py`.
         tensors: under the names of the code that they come from.
         num_classes: K.
         **options: further changes; dots are written as double underscores.
@@ -141,7 +141,7 @@ class Evaluation:
         logits: (N, B, Q, K).
         boxes: (N, B, Q, 4).
         queries: what the queries module returned.
-        calls: the outputs of ``traced_modules``.
+        calls: the outputs of `traced_modules`.
     """
 
     features: list[Tensor]
@@ -204,7 +204,7 @@ class Step:
         logits: (N, B, D + Q, K).
         boxes: (N, B, D + Q, 4).
         queries: what the queries module returned.
-        calls: the outputs of ``traced_modules``.
+        calls: the outputs of `traced_modules`.
     """
 
     losses: dict[str, float]

@@ -14,8 +14,8 @@ outside the model, so that everything recorded can be compared:
 Left out: its boxes are clipped to the image, so ours are clipped before they are compared; the
 label that is "no object" for a matching query can be drawn as denoising noise, which did not
 happen in these files; with no object in the batch, the deformable model's label table gets no
-gradient, ours gets zeros. ``topk_margins`` says how near the ranks are to a tie, ``weight_dict``
-and ``losses_unweighted`` repeat the weighted losses. All printed module outputs have a counterpart
+gradient, ours gets zeros. `topk_margins` says how near the ranks are to a tie, `weight_dict`
+and `losses_unweighted` repeat the weighted losses. All printed module outputs have a counterpart
 here. DINO is not part of this test.
 """
 
@@ -387,7 +387,7 @@ def _representative(golden: Golden) -> dict[str, dict[str, Any]]:
 
 
 def _agreement(name: str, gradient: Tensor, expected: dict[str, Any]) -> dict[str, bool]:
-    """Which recorded numbers a gradient meets; for a single slope see ``_tolerance``."""
+    """Which recorded numbers a gradient meets; for a single slope see `_tolerance`."""
     share = 3e-2 if gradient.numel() == 1 else 1e-2
     near = entry_tolerance(name, gradient, expected["head"], expected["norm"])
     near = max(near, share * expected["norm"]) if gradient.numel() == 1 else near

@@ -1,11 +1,11 @@
 """The published models against numbers that the authors' code printed (golden files).
 
 The golden files were recorded with padding as published, 91 classes, and the random draws that
-are replayed here. Not compared, because nothing here has it: the log-only terms (``class_error``,
-``cardinality_error``, ``loss_xy``, ``loss_hw``, ``tgt_class_error``) and the bookkeeping of
-denoising slots as index lists. ``fp64`` and ``fp32_vs_fp64_max_abs`` set the tolerances;
-``clip_0p1_total_norm`` repeats ``grad_norm``; ``fingerprints``, ``args`` but the weight decay,
-``post_min_gap``, ``named_parameters_order`` and ``train_vs_eval_matching_pred_maxdiff`` describe
+are replayed here. Not compared, because nothing here has it: the log-only terms (`class_error`,
+`cardinality_error`, `loss_xy`, `loss_hw`, `tgt_class_error`) and the bookkeeping of
+denoising slots as index lists. `fp64` and `fp32_vs_fp64_max_abs` set the tolerances;
+`clip_0p1_total_norm` repeats `grad_norm`; `fingerprints`, `args` but the weight decay,
+`post_min_gap`, `named_parameters_order` and `train_vs_eval_matching_pred_maxdiff` describe
 the recording. Files of the authors' DINO-like variant are not part of this test.
 """
 
@@ -118,7 +118,7 @@ def _targets(rules: ModuleType) -> list[dict[str, Tensor]]:
 
 
 def _train(model: Detector, rules: ModuleType, batch: Any, empty_images: int = 0) -> Step:
-    """The recorded training step; the first ``empty_images`` images lose their objects."""
+    """The recorded training step; the first `empty_images` images lose their objects."""
     targets = _targets(rules)
     for target in targets[:empty_images]:
         target.update({name: values[:0] for name, values in target.items()})

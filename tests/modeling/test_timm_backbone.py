@@ -115,7 +115,7 @@ def test_swin_agrees_with_the_transformers_library():
 
 
 def _find(key: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The tensor of ours that transformers' Swin has under ``key``."""
+    """The tensor of ours that transformers' Swin has under `key`."""
     parts = key.split(".")
     tail = parts[-1]
     if parts[0] == "hidden_states_norms":
