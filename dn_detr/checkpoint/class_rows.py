@@ -103,8 +103,9 @@ def choose_rows(
         rows, is_allowed = (-1,) * model_classes, fine_tune
     if not is_allowed:
         wanted = file_classes if theirs is None else sum(name is not None for name in theirs)
+        other = "model" if names is None else "data"
         raise CheckpointError(
-            f"the file has {_count(theirs, file_classes)}, the model "
+            f"the file has {_count(theirs, file_classes)}, the {other} "
             f"{_count(names, model_classes)}{_first_difference(names, theirs)}; use data with the "
             f"same list of categories and model.num_classes={wanted}, or train from it with "
             "train.init_checkpoint"
@@ -156,7 +157,8 @@ def _count(names: _Names | None, num_rows: int) -> str:
     if not named:
         return f"{num_rows} classes without names"
     rows = f" in {num_rows} rows" if len(named) != num_rows else ""
-    return f"{len(named)} classes{rows} ({first_names(named, 3)})"
+    classes = "class" if len(named) == 1 else "classes"
+    return f"{len(named)} {classes}{rows} ({first_names(named, 3)})"
 
 
 def _first_difference(names: _Names | None, theirs: _Names | None) -> str:

@@ -346,7 +346,7 @@ def _report_mismatch(
         ],
     }
     if not missing and not any(others.values()):
-        return f"trained on other classes than the model has: {other_classes}" * bool(other_classes)
+        return f"trained on other classes: {other_classes}" * bool(other_classes)
     layout = translation.layout.name
     if common and not any(others.values()) and not other_classes:
         return (

@@ -68,7 +68,7 @@ def test_the_same_names_are_the_identity_unnamed_classes_included():
 def test_without_names_another_count_is_re_initialised(file_names):
     rows = choose_rows(2, 3, class_names=["a", "b"], file_names=file_names, fine_tune=True)
     assert rows.rows == (-1, -1) and rows.mapped == ()
-    with pytest.raises(CheckpointError, match=r"the file has 3 classes .*, the model 2"):
+    with pytest.raises(CheckpointError, match=r"the file has 3 classes .*, the data 2"):
         choose_rows(2, 3, class_names=["a", "b"], file_names=file_names)
 
 

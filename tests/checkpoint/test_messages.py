@@ -29,7 +29,7 @@ def test_other_classes_alone_are_told_in_one_line():
     state = tiny_model("dab_detr_r50", num_classes=5).state_dict()
     model = tiny_model("dab_detr_r50", num_classes=3)
     assert message_of(model, state) == (
-        "f.pth: trained on other classes than the model has: the file has 5 classes without names, "
+        "f.pth: trained on other classes: the file has 5 classes without names, "
         "the model 3 classes without names; use data with the same list of categories and "
         "model.num_classes=5, or train from it with train.init_checkpoint"
     )
