@@ -119,14 +119,15 @@ def measure(path: Path) -> dict[str, float]:
     read = time.perf_counter() - started
     _reset_peak()
     before = _memory("VmRSS")
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     load_model_weights(model, path)
-    load = time.perf_counter() - started
+    load, cpu = time.perf_counter() - started, time.process_time() - cpu_started
     peak = _memory("VmHWM")
     return {
         "file_mib": size / 2**20,
         "read_s": read,
         "load_s": load,
+        "load_cpu_s": cpu,
         "held_mib": (peak - before) / 2**20,
         "held_over_file": (peak - before) / size,
     }

@@ -112,7 +112,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     class_names: Sequence[str] | None = None,
-    trust: Iterable[str] = (),
+    trust: str | Iterable[str] = (),
 ) -> Predictor:
     """Load a trained detector, ready to detect objects in images.
 
@@ -123,8 +123,8 @@ def load(
         device: where the model goes.
         class_names: name of each class; None = those of the checkpoint, else COCO's for a model of
             80 classes.
-        trust: packages that the config of a run may name besides the library's own; their code
-            runs.
+        trust: a package, or several, that the config of a run may name besides the library's own;
+            their code runs.
 
     Raises:
         CheckpointError: no such checkpoint, or one that is damaged or of another model.
@@ -146,9 +146,9 @@ def load(
         with tempfile.TemporaryDirectory() as workspace:
             config_file = Path(workspace) / "config.yaml"
             config_file.write_text(manifest.config, encoding="utf-8")
-            cfg = LazyConfig.load(config_file, allow=tuple(trust))
+            cfg = LazyConfig.load(config_file, allow=trust)
     else:
-        cfg = LazyConfig.load(resolve_config_file(str(source)), allow=tuple(trust))
+        cfg = LazyConfig.load(resolve_config_file(str(source)), allow=trust)
         if class_names is None:
             with suppress(CheckpointError):  # of another code base
                 class_names = read_manifest(find_checkpoint(checkpoint)).class_names

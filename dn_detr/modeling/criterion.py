@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dn_detr.distributed import is_distributed, world_size
+from dn_detr.errors import UserError
 
 from .classification import FocalClassification
 from .losses import BoxGIoULoss, BoxL1Loss, ClassificationLoss, LossTerm
 from .matcher import HungarianMatcher
-from .pairs import Outputs, Pairs, Targets
+from .pairs import Outputs, Pairs, Targets, shape_of
 
 
 class DetectionCriterion(nn.Module):
@@ -68,10 +69,20 @@ class DetectionCriterion(nn.Module):
         Returns:
             Scalars `<term><suffix>` of the last layer and `<term><suffix>_<i>` of each layer i
             before it.
+
+        Raises:
+            UserError: a term returns something else than (N,) numbers.
         """
         losses = {}
+        num_layers = len(next(iter(outputs.values())))
         for name, term in self.losses.items():
-            *early, last = term(outputs, targets, pairs, count).unbind()
+            values = term(outputs, targets, pairs, count)
+            if not isinstance(values, Tensor) or values.shape != (num_layers,):
+                raise UserError(
+                    f"model.criterion.losses.{name}: {type(term).__name__} must return one number "
+                    f"for each decoder layer, a tensor ({num_layers},), not {shape_of(values)}"
+                )
+            *early, last = values.unbind()
             losses[name + suffix] = last
             losses |= {f"{name}{suffix}_{i}": value for i, value in enumerate(early)}
         return losses

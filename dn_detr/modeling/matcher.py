@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from dn_detr.errors import UserError
 from dn_detr.structures import box_cxcywh_to_xyxy, pairwise_generalized_box_iou
 
 from .classification import Classification, FocalClassification
-from .pairs import Outputs, Pairs, Targets, Term, pad_targets
+from .pairs import Outputs, Pairs, Targets, Term, pad_targets, shape_of
 
 
 class MatchingCost(Term, ABC):
@@ -95,9 +97,24 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def cost(self, outputs: Outputs, targets: Targets) -> Tensor:
-        """Cost of every query for every object of its own image, see `MatchingCost.forward`."""
-        first, *others = (cost.weight * cost(outputs, targets) for cost in self.costs.values())
-        return sum(others, first)
+        """Cost of every query for every object of its own image, see `MatchingCost.forward`.
+
+        Raises:
+            UserError: a cost has another shape.
+        """
+        most = max((len(target["labels"]) for target in targets), default=0)
+        shape = (*next(iter(outputs.values())).shape[:3], most)
+        costs: list[Tensor] = []
+        term: Any
+        for name, term in self.costs.items():
+            value = term(outputs, targets)
+            if not isinstance(value, Tensor) or value.shape != shape:
+                raise UserError(
+                    f"model.criterion.matcher.costs.{name}: {type(term).__name__} must return a "
+                    f"tensor (layers, images, queries, objects) = {shape}, not {shape_of(value)}"
+                )
+            costs.append(term.weight * value)
+        return sum(costs[1:], costs[0])
 
     def forward(self, outputs: Outputs, targets: Targets, ignored: Tensor | None = None) -> Pairs:
         """Match.

@@ -79,3 +79,8 @@ class Term(nn.Module):
 def pad_targets(targets: Targets, name: str) -> Tensor:
     """Field `name` of the objects of each image, (B, T, ...) with zeros after its own objects."""
     return pad_sequence([target[name] for target in targets], batch_first=True)
+
+
+def shape_of(value: object) -> str:
+    """What a term returned, for a message about it."""
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

@@ -151,4 +151,4 @@ def test_processes_stay_in_step_when_one_runs_out_of_memory(tmp_path):
     ):  # fmt: skip
         assert_weights(tmp_path / name, expected, rounding=2e-6)
     assert rows(tmp_path / "huge")[2]["oom_steps"] == 1
-    assert "out of memory on another process" in (tmp_path / "huge/log.txt").read_text()
+    assert "out of memory on another rank" in (tmp_path / "huge/log.txt").read_text()

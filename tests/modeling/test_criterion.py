@@ -144,3 +144,14 @@ def test_suffix_names_the_losses():
 def test_a_term_that_says_nothing_is_refused():
     with pytest.raises(NotImplementedError, match="LossTerm must define sums, or forward"):
         _match(DetectionCriterion({"loss_mine": LossTerm()}), _predictions(1), _targets([1]))
+
+
+@pytest.mark.parametrize("returned", [torch.zeros(()), torch.zeros(3), torch.zeros(2, 3), 0.0])
+def test_a_term_that_returns_anything_but_a_number_per_layer_is_named(returned):
+    class Wrong(LossTerm):
+        def forward(self, *args):
+            return returned
+
+    criterion = DetectionCriterion({"loss_wrong": Wrong()})
+    with pytest.raises(ValueError, match=r"losses\.loss_wrong: Wrong must .* \(2,\), not"):
+        _match(criterion, _predictions(1), _targets([1]))

@@ -167,6 +167,14 @@ def test_the_neck_must_expect_the_maps_of_the_backbone(change, message, small_co
         instantiate(small_config)
 
 
+@pytest.mark.parametrize("change", [{"in_channels": [128, 512]}, {"in_strides": [8, 32]}])
+def test_maps_of_a_backbone_that_does_not_say_its_channels_are_compared_too(change, small_config):
+    maps = instantiate(small_config.backbone)(torch.zeros(1, 3, 64, 80), torch.zeros(1, 64, 80) > 0)
+    small_config.neck.update(change)
+    with pytest.raises(ValueError, match=r"\(128, 8, 10\), \(256, 4, 5\).*set model.neck.in_"):
+        instantiate(small_config.neck)(maps, torch.zeros(1, 64, 80) > 0)
+
+
 @pytest.mark.parametrize(
     ("samples", "message"),
     [

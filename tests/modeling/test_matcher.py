@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torchvision.ops as reference
 from scipy.optimize import linear_sum_assignment
@@ -13,6 +14,7 @@ from dn_detr.modeling import (
     ClassificationCost,
     FocalClassification,
     HungarianMatcher,
+    MatchingCost,
 )
 
 
@@ -118,3 +120,14 @@ def test_all_layers_leave_the_device_in_one_copy(monkeypatch):
     monkeypatch.setattr(Tensor, "cpu", lambda self: copies.append(self.shape) or to_cpu(self))
     HungarianMatcher()(*_problem([3, 2]))
     assert copies == [(3, 2, 7, 3)]
+
+
+@pytest.mark.parametrize("shape", [(), (2, 7, 3), (3, 2, 7, 1)])
+def test_a_cost_of_another_shape_is_named(shape):
+    class Wrong(MatchingCost):
+        def forward(self, outputs, targets):
+            return torch.zeros(shape)
+
+    matcher = HungarianMatcher({"cost_wrong": Wrong()})
+    with pytest.raises(ValueError, match=r"costs\.cost_wrong: Wrong must .*\(3, 2, 7, 3\), not"):
+        matcher(*_problem([3, 1]))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from dn_detr.errors import UserError
 from dn_detr.layers import MaskedGroupNorm
 from dn_detr.structures import downsample_mask, may_hold_padding
 
@@ -77,9 +78,21 @@ class ChannelMapper(nn.Module):
 
         Returns:
             `num_levels` maps (B, out_channels, H_l, W_l) and their masks (B, H_l, W_l).
+
+        Raises:
+            UserError: the features are not those of `in_channels` and `in_strides`.
         """
         maps: list[Tensor] = []
         masks = [downsample_mask(mask, stride) for stride in self.out_strides]
+        given = [tuple(x.shape[1:]) for x in features]
+        sizes = [tuple(m.shape[-2:]) for m in masks[: len(self.in_channels)]]
+        expected = [(c, *size) for c, size in zip(self.in_channels, sizes, strict=True)]
+        if given != expected:
+            raise UserError(
+                f"the backbone gives maps (channels, height, width) {given}, but in_channels "
+                f"{self.in_channels} and in_strides {self.in_strides} of the neck mean {expected}; "
+                "set model.neck.in_channels and model.neck.in_strides"
+            )
         masked = self.mask_padding and may_hold_padding(mask)
         for level, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             if level < len(features):
