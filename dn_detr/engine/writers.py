@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -115,7 +116,7 @@ def finite_record(record: Record) -> Record:
     }
 
 
-class RecordWriter(Callback):
+class RecordWriter(Callback, ABC):
     """Passes the log records on, on the main process: a base class for a logger of your own.
 
     A subclass has `open`, `write` and `close`. When one of them fails it is switched off with a
@@ -124,21 +125,21 @@ class RecordWriter(Callback):
 
     _is_open = False
 
+    @abstractmethod
     def open(self, state: RunState) -> None:
         """Open what takes the records after `state.iteration`, which is 0 in a new run.
 
         Raises:
             WriterError: the run is not to start without.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, record: Record) -> None:
         """Take a record: name -> finite number or None; with `iteration` and `epoch`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self, *, failed: bool) -> None:
         """Finish; `failed` says whether an exception ends the run."""
-        raise NotImplementedError
 
     def on_train_start(self, state: RunState) -> None:
         """Open it on the main process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -66,9 +67,9 @@ class FamilyLayout(Layout):
         """See `Layout.pairs`."""
         return self.pairs_of(Traits.of(names))
 
+    @abstractmethod
     def pairs_of(self, traits: Traits) -> Pairs:
         """Return `pairs` for a model with these traits."""
-        raise NotImplementedError
 
     def first_name(self, name: str) -> str:
         """See `Layout.first_name`: the decoder refers to the heads."""

@@ -8,6 +8,7 @@ tensor name in which `{i}`, `{j}` stand for an index and `*` for the rest of the
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -76,7 +77,7 @@ class Translation:
         return name if theirs == name else f"{name} ({theirs})"
 
 
-class Layout:
+class Layout(ABC):
     """One code base's names of tensors; a project derives its own and implements `pairs`.
 
     A file is read as the layout under which most names of the model are found in it.
@@ -95,13 +96,13 @@ class Layout:
     can_write = False
     ignored = re.compile(r"(?!)")
 
+    @abstractmethod
     def pairs(self, names: Collection[str]) -> Pairs:
         """Return pairs of templates (our name, their name).
 
         Args:
             names: all names of the state to translate, theirs or ours, where they decide.
         """
-        raise NotImplementedError
 
     def first_name(self, name: str) -> str:
         """Return the name in `pairs` of a tensor that has several, in a file or over versions."""
@@ -172,7 +173,7 @@ class Layout:
                 result[second] = value
         return result
 
-    def check(self, translation: Translation, model: nn.Module) -> None:
+    def check(self, translation: Translation, model: nn.Module) -> None:  # noqa: B027 optional
         """Raise CheckpointError for what does not fit a model although all names and shapes do."""
 
 
