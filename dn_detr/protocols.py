@@ -3,7 +3,8 @@
 A class does not derive from these protocols, it has their members. The first of each section is
 required; every other one is an optional hook, whose absence the docstring explains. The engine
 looks for a hook with `isinstance(model, CountsObjects)` and so on, in the class and in the object's
-own attributes, not through `__getattr__`.
+own attributes, not through `__getattr__`. What a callback gets and returns is in
+`dn_detr.engine.Callback`, which it does derive from.
 """
 
 from __future__ import annotations

@@ -12,17 +12,18 @@ class ConfigError(UserError):
     """A config file, an override or a value is wrong; the message says where and the remedy."""
 
 
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+def did_you_mean(name: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Suggest the candidate nearest to a mistyped name.
 
     Args:
         name: what the user wrote.
         candidates: the names that exist.
+        cutoff: how near it must be, up to 1 for equal.
 
     Returns:
         " (did you mean X?)", or "" when nothing is near.
     """
-    near = get_close_matches(name, candidates, n=1)
+    near = get_close_matches(name, candidates, n=1, cutoff=cutoff)
     return f" (did you mean {near[0]}?)" if near else ""
 
 

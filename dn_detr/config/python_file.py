@@ -18,6 +18,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig
+from omegaconf.errors import ConfigAttributeError
 
 from .errors import ConfigError, did_you_mean
 from .nodes import to_node
@@ -96,8 +97,10 @@ def _run(path: Path, code: CodeType, importers: tuple[Path, ...]) -> ModuleType:
         line = [frame.lineno for frame in frames if frame.filename == str(path)][-1]
         reason = str(error)
         if not isinstance(error, ConfigError):
-            texts = [text.strip() for text in reason.splitlines() if "object_type=" not in text]
+            texts = [text.strip() for text in reason.splitlines() if "_type=" not in text]
             reason = f"{type(error).__name__}: {' '.join(texts)}"
+        if isinstance(error, ConfigAttributeError) and error.parent_node is not None:
+            reason += did_you_mean(str(error.key), map(str, error.parent_node))
         raise ConfigError(f"{path}, line {line}: {reason}") from error
     return module
 

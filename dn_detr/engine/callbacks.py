@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from dn_detr.config.errors import did_you_mean
 from dn_detr.data import count_skipped, describe_skipped
 from dn_detr.distributed import all_gather, is_main
+from dn_detr.errors import UserError
 from dn_detr.protocols import Sample
 
 from .metrics import Record
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_HOOK = re.compile(r"(before|after|on)_")
 _DENOISING_TERM = re.compile(r"_dn(_\d+)?$")  # loss_ce_dn, loss_ce_dn_0
 
 logger = logging.getLogger(__name__)
@@ -45,11 +48,21 @@ class Callback:
     they may communicate (`torch.distributed`); only `on_log` is called on the main process alone.
     An exception ends the training, after the log has named the callback.
 
-    The hooks get the state of the run: `state.model` (not wrapped), `state.optimizer`,
-    `state.iteration` (steps done), `state.timetable` (lengths in iterations and epochs),
-    `state.metrics` (add numbers of your own to the next log record), `state.results` (of the
-    evaluation after this step, if there was one), `state.output_dir`.
+    The hooks get the state of the run, see `RunState` for its attributes. A public method called
+    before_, after_ or on_ something, or almost as a hook is, must be a hook: another one would
+    never be called, so the class is refused.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        hooks = [name for name in vars(Callback) if not name.startswith("_")]
+        for name in vars(cls):
+            near = did_you_mean(name, hooks, cutoff=0.85)
+            if not name.startswith("_") and name not in hooks and (near or _HOOK.match(name)):
+                raise UserError(
+                    f"{cls.__name__}.{name} is no hook of Callback{near or ': ' + ', '.join(hooks)}"
+                    "; give a method of your own another name, or one with an underscore"
+                )
 
     def setup(self, state: RunState) -> None:
         """Make what needs the model, before a checkpoint is loaded into it."""
@@ -67,8 +80,8 @@ class Callback:
         Args:
             state: after the step.
             samples: of this rank.
-            result: losses, gradient norm and diagnostics, on the device; `result.outcome` says
-                whether weights changed.
+            result: see `StepResult`: losses, gradient norm and diagnostics, on the device;
+                `result.outcome` is `Outcome.APPLIED` if weights changed.
         """
 
     def on_log(self, state: RunState, record: Record) -> None:
@@ -100,7 +113,10 @@ class Callback:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: tensors, numbers, strings, and lists and dicts of them.
+        """Return what a resumed run needs, of types that a checkpoint can hold.
+
+        These are tensors, numbers, strings, None, and lists, tuples and dicts of them. Others, such
+        as sets, NumPy arrays and objects, are an error when the checkpoint is written.
 
         It is called on every rank and may communicate; what the main process returns is saved.
         """

@@ -21,8 +21,9 @@ from dn_detr.errors import UserError, image_name
 from .memory import Sample
 
 _REMEDIES = (
-    "what helps: correct the annotations of images that are marked; a lower optimizer.lr or "
-    "train.clip_grad.max_norm; bfloat16 for float16; train.nonfinite=skip or rollback"
+    "what helps: correct the annotations of images that are marked, or a loss term of yours "
+    "(division, log or sqrt at 0); a lower optimizer.lr or train.clip_grad.max_norm; bfloat16 for "
+    "float16; train.nonfinite=skip or rollback"
 )
 
 Compute = Callable[[Sequence[Sample]], Mapping[str, Tensor]]
@@ -206,7 +207,7 @@ def _mark_nonfinite_images(compute: Compute, samples: Sequence[Sample]) -> list[
         is_nonfinite = [not _all_finite(list(compute([sample]).values())) for sample in samples]
     names = [f"image {image_name(sample)}" for sample in samples]
     if all(is_nonfinite) and len(samples) > 1:
-        return [*names, "none of them is finite alone: the weights are the cause, not the images"]
+        return [*names, "none of them is finite alone: the cause is named above, and no image"]
     return [
         f"{name}  <- not finite alone either" if is_marked else name
         for name, is_marked in zip(names, is_nonfinite, strict=True)

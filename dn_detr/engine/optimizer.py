@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from dn_detr.config.errors import did_you_mean
 from dn_detr.errors import UserError
 
 _NORM_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -110,12 +110,12 @@ def _require_matches(model: nn.Module, rules: Iterable[str]) -> None:
 
 def _no_match(rule: str, names: Iterable[str]) -> str:
     parts = dict.fromkeys(part for name in names for part in name.split("."))
-    close = get_close_matches(rule, parts, n=1)
+    near = did_you_mean(rule, parts)
     modules = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
     return (
         f"optimizer.params.lr_factors: no parameter's name contains {rule!r}"
-        f"{f' (did you mean {close[0]!r}?)' if close else ''}; the model has {modules}. Remove the "
-        "rule, correct it, or join it to another by '|' if only some models have such parameters"
+        f"{near}; the model has {modules}. Remove the rule, correct it, or join it to another by "
+        "'|' if only some models have such parameters"
     )
 
 

@@ -150,6 +150,20 @@ def test_a_checkpoint_of_a_run_without_the_callback_leaves_it_new(run, tmp_path)
     assert saved.training_state["callbacks"]["mine"] == {"steps": 2}
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("after_stepp", r"Mine\.after_stepp is no hook of Callback \(did you mean after_step\?\)"),
+        ("statedict", r"Mine\.statedict .* \(did you mean state_dict\?\)"),
+        ("before_epoch", r"Mine\.before_epoch is no hook of Callback: setup, on_train_start, "),
+    ],
+)
+def test_a_misspelt_hook_is_refused_when_the_class_is_made(name, message):
+    with pytest.raises(ValueError, match=message):
+        type("Mine", (Callback,), {name: lambda self, *_: None})
+    type("Mine", (Callback,), {f"_{name}": None, "open_door": None, "models_seen": None})
+
+
 def test_what_is_no_callback_and_a_name_of_the_library_are_refused(run):
     with pytest.raises(ValueError, match=r"train\.callbacks\.mine: expected a dn_detr\.engine\.Ca"):
         run(mine=LazyCall(NoCallback)())

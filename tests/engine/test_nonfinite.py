@@ -15,6 +15,7 @@ from dn_detr.distributed import rank
 from dn_detr.engine import NonFiniteError, TrainingStep, evaluate, launch, train
 from dn_detr.engine.nonfinite import first_nonfinite_module
 from dn_detr.engine.settings import AmpSettings, ClipGradSettings
+from dn_detr.modeling import LossTerm
 from tests.modeling.conftest import FAMILIES
 
 from .faults import faulty
@@ -90,6 +91,27 @@ def test_an_image_with_nan_is_marked_and_blamed_on_the_first_layer():
         make_step(small_model(DEFORMABLE))([data[0], data[1]], 1)
     assert "not finite: backbone.body.conv1\n" in str(error.value)
     assert "images/1.jpg  <- not finite alone either" in str(error.value)
+
+
+class Logarithm(LossTerm):
+    """A term that takes the logarithm of zero."""
+
+    def sums(self, outputs, targets, pairs):
+        return (0 * pairs.predictions(outputs["pred_boxes"]).sum((1, 2))).log()
+
+
+def test_a_term_of_the_loss_that_is_never_finite_is_blamed_and_neither_weights_nor_images():
+    model, data = small_model(DEFORMABLE), DrawnScenes()
+    model.criterion.losses["loss_mine"] = Logarithm()
+    with pytest.raises(NonFiniteError) as error:
+        make_step(model)([data[1], data[2]], 1)
+    first, _, module, *_ = str(error.value).splitlines()
+    assert first.startswith("iteration 1: loss terms loss_mine, loss_mine_0, loss_mine_dn")
+    assert module.endswith("not finite: criterion.losses.loss_mine")
+    assert "none of them is finite alone: the cause is named above, and no image" in str(
+        error.value
+    )
+    assert "weights" not in str(error.value)
 
 
 @pytest.mark.parametrize(

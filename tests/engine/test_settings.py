@@ -24,7 +24,8 @@ def test_the_largest_seed_is_one_for_every_process(tiny_config):
     ("line", "message"),
     [
         ("train.seed = 1.5", "Value '1.5' of type 'float' could not be converted to Integer"),
-        ("train.sede = 1", "Key 'sede' not in 'TrainSettings'"),
+        ("train.sede = 1", "Key 'sede' not in 'TrainSettings' full_key: sede (did you mean seed?)"),
+        ("train.ema.enable = True", "full_key: ema.enable (did you mean enabled?)"),
         ("train.amp.enabled = 0.5", "full_key: amp.enabled"),
         ("train.epochs = None", "full_key: epochs"),
     ],
