@@ -45,6 +45,8 @@ class ClassRows:
 
         A label table has one row more than there are classes, "no object", which is kept as it is.
         """
+        if not (target.dim() and value.dim()):
+            return None
         more = len(target) - len(self.rows)
         if len(value) - self.file_classes != more or target.shape[1:] != value.shape[1:]:
             return None

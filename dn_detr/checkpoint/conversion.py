@@ -57,14 +57,7 @@ def convert_checkpoint(
         raise CheckpointError(f"layout {to!r}: choose from {', '.join([OURS, *writable])}")
     _check_output(output, Path(source), is_folder=to == OURS, force=force)
     content = read_file(source, ema=ema)
-    report = load_tensors(
-        model,
-        content.tensors,
-        what=str(source),
-        source_class_names=content.class_names,
-        notes=content.notes,
-        has_config=content.has_config,
-    )
+    report = load_tensors(model, content, what=str(source))
     names = _class_names(model, report, content.class_names)
     if to == OURS:
         save_weights(output, model.state_dict(), config=config, class_names=names)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .folders import CHECKPOINTS_DIR, EMA_FILE, MODEL_FILE, TRAINING_STATE_FILE,
 from .manifest import MANIFEST_NAME, CheckpointError, Manifest
 from .pickles import read_pickle
 from .storage import find_checkpoint, suggest_undamaged
-from .tensor_files import read_tensors
+from .tensor_files import FileContent, read_tensors
 
 _SAFETENSORS = ".safetensors"
 _HF_CONFIG = "config.json"
@@ -47,23 +47,6 @@ _OTHERS = (
     (rb"\x89HDF", "an HDF5 file, not one of torch"),
     (rb"\s*[\x20-\x7e\s]{16,}", "a text file, not a checkpoint"),
 )
-
-
-@dataclass(frozen=True)
-class FileContent:
-    """Weights of a file, as they are.
-
-    Attributes:
-        tensors: the file's name -> tensor (CPU); those of large files stay on the disk until used.
-        class_names: per row of the class head, None for a row without a class; empty if unknown.
-        notes: what else the file holds, one sentence each.
-        has_config: a checkpoint folder of ours, whose manifest holds the config.
-    """
-
-    tensors: dict[str, Tensor]
-    class_names: tuple[str | None, ...] = ()
-    notes: tuple[str, ...] = ()
-    has_config: bool = False
 
 
 def read_file(path: str | Path, *, ema: bool = False) -> FileContent:

@@ -30,7 +30,7 @@ from .folders import (
 from .manifest import FORMAT_VERSION, MANIFEST_NAME, CheckpointError, Manifest, UnreadableError
 from .pickles import read_pickle
 from .snapshot import Snapshot
-from .tensor_files import read_tensors, write_tensors
+from .tensor_files import FileContent, read_tensors, write_tensors
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 logger = logging.getLogger(__name__)
@@ -105,6 +105,12 @@ class LoadedCheckpoint:
     folder: Path
     manifest: Manifest
     snapshot: Snapshot
+
+    @property
+    def weights(self) -> FileContent:
+        """The weights of the model, for `load_tensors`."""
+        names, has_config = tuple(self.manifest.class_names), bool(self.manifest.config)
+        return FileContent(dict(self.snapshot.model), names, has_config=has_config)
 
 
 def load_checkpoint(checkpoint: str | Path) -> LoadedCheckpoint:

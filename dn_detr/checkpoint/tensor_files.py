@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,23 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .manifest import CheckpointError, Manifest, file_digest, flush_to_disk
+
+
+@dataclass(frozen=True)
+class FileContent:
+    """Weights of a file or a checkpoint, as they are.
+
+    Attributes:
+        tensors: the file's name -> tensor (CPU); those of large files stay on the disk until used.
+        class_names: per row of the class head, None for a row without a class; empty if unknown.
+        notes: what else the file holds, one sentence each.
+        has_config: a checkpoint folder of ours, whose manifest holds the config.
+    """
+
+    tensors: dict[str, Tensor]
+    class_names: tuple[str | None, ...] = ()
+    notes: tuple[str, ...] = ()
+    has_config: bool = False
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from dn_detr.config.errors import did_you_mean
 
 from .class_rows import ClassRows, choose_rows, copy_rows, number_of_classes
 from .files import read_file
 from .layouts import Layout, OwnLayout, Translation
 from .manifest import CheckpointError
-from .tensor_files import non_finite
+from .tensor_files import FileContent, non_finite
 
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 _BACKBONE = "backbone."
@@ -52,6 +55,7 @@ def load_model_weights(
     *,
     class_names: Sequence[str] = (),
     fine_tune: bool = False,
+    fresh: Sequence[str] = (),
 ) -> LoadReport:
     """Load every weight of `model` from a checkpoint of any layout that it knows.
 
@@ -67,119 +71,108 @@ def load_model_weights(
         fine_tune: a training starts from the file: classes are mapped by name where both sides'
             names are known, others are re-initialised, and a file of the backbone alone is
             accepted. Without it every tensor must come from the file.
+        fresh: tensors of the model that keep their initial values whatever the file holds: names,
+            or patterns such as `heads.quality.*`.
 
     Raises:
         CheckpointError: no such file, a damaged one, or one of another model; the message lists
-            missing, unexpected and mis-shaped names.
+            missing, unexpected and mis-shaped names. Or an entry of `fresh` names no tensor.
     """
-    content = read_file(path)
     return load_tensors(
         model,
-        content.tensors,
+        read_file(path),
         what=str(path),
         class_names=class_names,
-        source_class_names=content.class_names,
         fine_tune=fine_tune,
-        notes=content.notes,
-        has_config=content.has_config,
+        fresh=fresh,
     )
 
 
 @torch.no_grad()
 def load_tensors(
     model: nn.Module,
-    tensors: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | FileContent,
     *,
     what: str = "the weights",
     class_names: Sequence[str] = (),
-    source_class_names: Sequence[str | None] = (),
     fine_tune: bool = False,
-    notes: Sequence[str] = (),
-    has_config: bool = False,
+    fresh: Sequence[str] = (),
 ) -> LoadReport:
     """Load every weight of `model` from tensors under the names of any layout that it knows.
 
     Args:
         model: see `load_model_weights`.
-        tensors: name -> tensor, any device.
+        weights: name -> tensor, any device; or what a file holds.
         what: where they come from, for messages.
         class_names: see `load_model_weights`.
-        source_class_names: of the rows of the tensors' class head, if known.
         fine_tune: see `load_model_weights`.
-        notes: sentences to put before the report's own.
-        has_config: the tensors are from a checkpoint folder of ours that holds its config.
+        fresh: see `load_model_weights`.
 
     Raises:
         CheckpointError: see `load_model_weights`; the model is unchanged.
     """
+    content = weights if isinstance(weights, FileContent) else FileContent(dict(weights))
     expected = model.state_dict()
-    translation = translate(tensors, getattr(model, "key_maps", ()), expected, what)
-    layout, found = translation.layout, translation.tensors
-    report_notes = list(notes)
-    if not any(name.startswith(_DENOISING) for name in expected):
-        unused = [name for name in found if name.startswith(_DENOISING)]
-        if unused:
-            listed = ", ".join(map(translation.file_name, unused))
-            report_notes.append(f"the model has no denoising: {listed} unused")
-        for name in unused:
-            del found[name]
-
-    wanted = expected
-    class_tensors: list[str] = []
+    file = translate(content.tensors, getattr(model, "key_maps", ()), expected, what)
+    layout, found, notes = file.layout, file.tensors, list(content.notes)
+    unused = [name for name in found if name.startswith(_DENOISING)]
+    if unused and not any(name.startswith(_DENOISING) for name in expected):
+        listed = ", ".join(map(file.file_name, unused))
+        notes.append(f"the model has no denoising: {listed} unused")
+    else:
+        unused = []
+    initial = _matching(fresh, expected)
+    wanted = {name: value for name, value in expected.items() if name not in initial}
+    for name in {*unused, *initial} & found.keys():
+        del found[name]
     if layout.is_backbone:
         if not fine_tune:
             raise CheckpointError(
                 f"{what}: a backbone alone ({layout.name} layout), which detects nothing; train "
                 "from it with train.init_checkpoint"
             )
-        wanted = {name: value for name, value in expected.items() if name.startswith(_BACKBONE)}
-        report_notes.append(
+        wanted = {name: value for name, value in wanted.items() if name.startswith(_BACKBONE)}
+        notes.append(
             f"a backbone alone ({layout.name} layout): the {len(expected) - len(wanted)} other "
             "tensors are re-initialised"
         )
-    elif hasattr(model, "class_tensors"):
-        class_tensors = cast(Any, model).class_tensors()
 
-    by_row: dict[str, tuple[list[int], list[int]]] = {}
-    rows, other_classes = None, ""
+    class_tensors = [name for name in getattr(model, "class_tensors", list)() if name in wanted]
+    rows, other_classes = ClassRows((), 0), ""
     try:
-        rows = _class_rows(
-            translation, expected, class_tensors, class_names, source_class_names, fine_tune
-        )
+        rows = _class_rows(file, wanted, class_tensors, class_names, content.class_names, fine_tune)
     except CheckpointError as error:
         other_classes = str(error)
-    if rows is not None and not rows.is_identity:
-        for name in class_tensors:
-            if name in found and name in expected and found[name].dim():
-                pair = rows.source_of(expected[name], found[name])
-                if pair is not None:
-                    by_row[name] = pair
+    by_row: dict[str, tuple[list[int], list[int]]] = {}
+    for name in class_tensors if not rows.is_identity else ():
+        if name in found and (pair := rows.source_of(wanted[name], found[name])):
+            by_row[name] = pair
     handled = class_tensors if other_classes else list(by_row)
-    if mismatch := _report_mismatch(wanted, translation, handled, other_classes, has_config):
+    mismatch = _report_mismatch(
+        wanted, file, handled, other_classes, has_config=content.has_config, fine_tune=fine_tune
+    )
+    if mismatch:
         raise CheckpointError(f"{what}: {mismatch}")
     try:
-        layout.check(translation, model)
+        layout.check(file, model)
     except CheckpointError as error:
         raise CheckpointError(f"{what}: {error}") from None
-    _check_finite(translation, what)
+    _check_finite(file, what)
 
-    dtypes = {(value.dtype, expected[name].dtype) for name, value in found.items()}
+    dtypes = {(value.dtype, wanted[name].dtype) for name, value in found.items()}
     for before, after in sorted(dtypes, key=str):
         if before != after:
-            report_notes.append(f"weights of {before} were converted to {after}")
+            notes.append(f"weights of {before} were converted to {after}")
     for name, value in found.items():
         if name in by_row:
-            copy_rows(expected[name], value, by_row[name])
+            copy_rows(wanted[name], value, by_row[name])
         else:
-            expected[name].copy_(value)
-    fresh = [name for name in expected if name not in wanted]
-    mapped: tuple[str, ...] = ()
-    if rows is not None:
-        report_notes += [rows.note] if rows.note else []
-        if not rows.is_identity:
-            mapped = rows.mapped
-            fresh += [] if any(row >= 0 for row in rows.rows) else list(by_row)
-    return LoadReport(layout.name, tuple(fresh), mapped, tuple(report_notes))
+            wanted[name].copy_(value)
+    notes += [rows.note] if rows.note else []
+    untouched = [name for name in expected if name not in wanted]
+    if max(rows.rows, default=0) < 0:  # no class has taken a row
+        untouched += by_row
+    return LoadReport(layout.name, tuple(untouched), rows.mapped, tuple(notes))
 
 
 def log_loading(checkpoint: str | Path, report: LoadReport) -> None:
@@ -282,84 +275,120 @@ def _without_wrapper(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(tensors)
 
 
+def _matching(patterns: Sequence[str], names: Collection[str]) -> set[str]:
+    """Return the names that a pattern fits; one that fits none is an error."""
+    fitting = {pattern: fnmatch.filter(names, pattern) for pattern in patterns}
+    for pattern, fits in fitting.items():
+        if not fits:
+            near = did_you_mean(pattern, names)
+            raise CheckpointError(
+                f"the model has no tensor {pattern!r}{near}, which should keep its initial values "
+                "(train.init_fresh)"
+            )
+    return set(chain(*fitting.values()))
+
+
+def _patterns(missing: Sequence[str], names: Collection[str]) -> list[str]:
+    """Return patterns for `missing` alone of `names`, one for each module that lacks everything."""
+    present = set(names) - set(missing)
+    patterns = {}
+    for name in missing:
+        modules = accumulate(name.split(".")[:-1], "{}.{}".format)
+        whole = (f"{m}.*" for m in modules if not any(p.startswith(f"{m}.") for p in present))
+        patterns[next(whole, name)] = True
+    return list(patterns)
+
+
 def _class_rows(
-    translation: Translation,
-    expected: Mapping[str, Tensor],
+    file: Translation,
+    wanted: Mapping[str, Tensor],
     class_tensors: Sequence[str],
     class_names: Sequence[str],
-    source_class_names: Sequence[str | None],
+    file_names: Sequence[str | None],
     fine_tune: bool,
-) -> ClassRows | None:
-    """Choose the rows of the classes; None if there is nothing to choose."""
-    model_classes = number_of_classes(expected, class_tensors)
-    file_classes = number_of_classes(translation.tensors, class_tensors)
+) -> ClassRows:
+    """Choose the rows of the classes; those of nothing if there is nothing to choose."""
+    model_classes = number_of_classes(wanted, class_tensors)
+    file_classes = number_of_classes(file.tensors, class_tensors)
     if model_classes is None or file_classes is None:
-        if fine_tune or not (class_names and source_class_names) or translation.layout.is_backbone:
-            return None
+        if fine_tune or not (class_names and file_names) or file.layout.is_backbone:
+            return ClassRows((), 0)
         # Nothing to map, but the names still have to be the same.
-        model_classes = file_classes = max(len(class_names), len(source_class_names))
+        model_classes = file_classes = max(len(class_names), len(file_names))
     return choose_rows(
         model_classes,
         file_classes,
         class_names=class_names,
-        file_names=source_class_names,
-        file_is_coco=translation.layout.is_coco,
+        file_names=file_names,
+        file_is_coco=file.layout.is_coco,
         fine_tune=fine_tune,
     )
 
 
 def _report_mismatch(
     wanted: Mapping[str, Tensor],
-    translation: Translation,
+    file: Translation,
     handled: Sequence[str] = (),
     other_classes: str = "",
+    *,
     has_config: bool = False,
+    fine_tune: bool = False,
 ) -> str:
     """Say what does not fit between a file and a model; an empty string if everything does.
 
     Args:
         wanted: state of the model that should come from the file.
-        translation: the file's tensors under our names.
+        file: its tensors under our names.
         handled: names whose shapes may differ.
         other_classes: what is wrong with the file's classes.
-        has_config: see `load_tensors`.
+        has_config: the file is a checkpoint of ours that holds its config.
+        fine_tune: see `load_model_weights`.
     """
-    found = translation.tensors
+    found, layout = file.tensors, file.layout
     names = [name for name in wanted if not name.endswith(_COUNTER)]
     common = [name for name in wanted if name in found]
     missing = [name for name in names if name not in found]
     others = {
         "unexpected in the file": [
-            *(translation.file_name(name) for name in found if name not in wanted),
-            *translation.unknown,
+            *(file.file_name(name) for name in found if name not in wanted),
+            *file.unknown,
         ],
         "of another shape": [
-            f"{translation.file_name(name)} (file {tuple(found[name].shape)}, "
+            f"{file.file_name(name)} (file {tuple(found[name].shape)}, "
             f"model {tuple(wanted[name].shape)})"
             for name in common
             if name not in handled and found[name].shape != wanted[name].shape
         ],
         "of another dtype": [
-            f"{translation.file_name(name)} ({found[name].dtype})"
+            f"{file.file_name(name)} ({found[name].dtype})"
             for name in common
             if found[name].is_floating_point() != wanted[name].is_floating_point()
         ],
     }
     if not missing and not any(others.values()):
         return f"trained on other classes: {other_classes}" * bool(other_classes)
-    layout = translation.layout.name
+    listed_missing = _entries([file.file_name(name) for name in missing])
     if common and not any(others.values()) and not other_classes:
-        return (
+        lines = [
             f"incomplete: {len(missing)} of the model's {len(names)} tensors are missing from the "
-            f"file ({layout} layout):\n" + "\n".join(_entries(missing))
-        )
+            f"file ({layout.name} layout):",
+            *listed_missing,
+        ]
+        patterns = _patterns(missing, names)
+        if fine_tune and len(patterns) <= _LISTED:
+            lines += [
+                "If the model has more than the file should hold, let this keep its initial "
+                f"values: 'train.init_fresh=[{','.join(patterns)}]'"
+            ]
+        return "\n".join(lines)
     fitting = len(common) - len(others["of another shape"]) - len(others["of another dtype"])
     lines = [
-        f"the weights of another model ({layout} layout): {fitting} of the model's {len(names)} "
-        "tensors fit"
+        f"the weights of another model ({layout.name} layout): {fitting} of the model's "
+        f"{len(names)} tensors fit"
     ]
     lines += [other_classes] if other_classes else []
-    for title, listed in {"missing from the file": missing, **others}.items():
+    lines += [f"{len(missing)} missing from the file:", *listed_missing] if missing else []
+    for title, listed in others.items():
         if listed:
             lines += [f"{len(listed)} {title}:", *_entries(listed)]
     if not common:
@@ -367,11 +396,16 @@ def _report_mismatch(
             "None of its names is known: it is of an architecture or a code base without a key map "
             "(model.key_maps)"
         )
-    elif isinstance(translation.layout, OwnLayout):
+    elif isinstance(layout, OwnLayout):
         manifest = " (its manifest.json holds it)" if has_config else ""
         lines.append(f"Use the config that it was trained with{manifest}")
     else:
         lines.append("Use the config of the model that the file holds, if docs/model_zoo.md has it")
+        if file.unknown:
+            lines.append(
+                f"{type(layout).__name__} has no name for {file.unknown[0]}: tensors of this model "
+                "need a pair in it, others a place in its `ignored` (docs/extending.md)"
+            )
     return "\n".join(lines)
 
 

@@ -108,7 +108,11 @@ def build_model(
         model.checkpoint_activations(**parts)
     if load_weights and settings.init_checkpoint:
         report = load_model_weights(
-            model, settings.init_checkpoint, class_names=dataset.class_names, fine_tune=True
+            model,
+            settings.init_checkpoint,
+            class_names=dataset.class_names,
+            fine_tune=True,
+            fresh=settings.init_fresh,
         )
         log_loading(settings.init_checkpoint, report)
     elif load_weights and is_main():  # the other ranks get the main process's weights

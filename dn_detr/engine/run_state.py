@@ -115,11 +115,9 @@ class RunState:
         state = saved.training_state
         load_tensors(
             self.model,
-            saved.model,
+            checkpoint.weights,
             what=str(checkpoint.folder),
             class_names=self._class_names,
-            source_class_names=manifest.class_names,
-            has_config=bool(manifest.config),
         )
         for name, model in self.callbacks.models().items():
             weights = saved.ema if name == "ema" else state["models"].get(name)

@@ -103,6 +103,8 @@ class TrainSettings:
     Attributes:
         output_dir: folder of the run; `output/<name>` in a config file that leaves it open.
         init_checkpoint: weights to start from, or to evaluate; "" for none.
+        init_fresh: tensors that a training does not take from there but starts from their initial
+            values: names, or patterns such as "heads.quality.*".
         device: "auto", "cpu", "cuda" or "cuda:1".
         seed: of the global random number generators, in [0, 2**63); samples draw from it by
             (epoch, index).
@@ -126,6 +128,7 @@ class TrainSettings:
 
     output_dir: str = MISSING
     init_checkpoint: str = ""
+    init_fresh: list[str] = field(default_factory=list)
     device: str = "auto"
     seed: int = 42
     epochs: float = 50.0

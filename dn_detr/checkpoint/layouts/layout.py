@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +62,13 @@ class Translation:
         layout: that the file was read as.
         tensors: our name -> tensor, sharing memory with the file's where possible.
         origin: our name -> the file's name, where they differ.
+        rename: our name -> the layout's, for tensors that the file lacks.
         unknown: names of the file that have no place in any of our models.
         conflicts: two names of the file for one tensor, with other values.
     """
 
     layout: Layout
+    rename: Renaming
     tensors: dict[str, Tensor] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
@@ -73,7 +76,7 @@ class Translation:
 
     def file_name(self, name: str) -> str:
         """Our name, with the file's in brackets where it differs."""
-        theirs = self.origin.get(name, name)
+        theirs = self.origin.get(name) or self.rename(name) or name
         return name if theirs == name else f"{name} ({theirs})"
 
 
@@ -122,8 +125,9 @@ class Layout(ABC):
         Args:
             tensors: their name -> tensor.
         """
-        to_ours = Renaming((their, our) for our, their in self.pairs(tensors))
-        result = Translation(self)
+        pairs = self.pairs(tensors)
+        to_ours = Renaming((their, our) for our, their in pairs)
+        result = Translation(self, Renaming(pairs))
         firsts: dict[str, Tensor] = {}
         file_names: dict[str, str] = {}
         for name, value in tensors.items():
@@ -189,6 +193,22 @@ class OwnLayout(Layout):
     def first_name(self, name: str) -> str:
         """See `Layout.first_name`: checkpoints of earlier versions have other names."""
         return re.sub(r"^denoising\.label_embed\.", "denoising.embed.label_embed.", name)
+
+
+def as_layouts(key_maps: Iterable[Any]) -> tuple[Layout, ...]:
+    """Return the layouts of a model.
+
+    Raises:
+        CheckpointError: one is none.
+    """
+    layouts = tuple(key_maps)
+    for index, each in enumerate(layouts):
+        if not isinstance(each, Layout):
+            raise CheckpointError(
+                f"key_maps[{index}] is {each!r}, not an object of a class derived from "
+                "dn_detr.checkpoint.Layout; list objects, as in key_maps = [L(MyLayout)()]"
+            )
+    return layouts
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
