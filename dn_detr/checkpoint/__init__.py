@@ -8,6 +8,7 @@ from .layouts import (
     Layout,
     OfficialLayout,
     TorchvisionLayout,
+    as_layouts,
 )
 from .manifest import CheckpointError, Manifest
 from .snapshot import NonFiniteWeightsError, Snapshot
@@ -46,6 +47,7 @@ __all__ = [
     "OfficialLayout",
     "Snapshot",
     "TorchvisionLayout",
+    "as_layouts",
     "best_manifest",
     "convert_checkpoint",
     "find_checkpoint",

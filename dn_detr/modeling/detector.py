@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dn_detr.checkpoint import Layout
+from dn_detr.checkpoint import Layout, as_layouts
 from dn_detr.structures import Instances, box_xyxy_to_cxcywh, pad_images
 
 from .classification import Classification, FocalClassification
@@ -136,7 +136,7 @@ class Detector(nn.Module):
         self.num_patterns = num_patterns
         self.classification = classification
         self.target_fields = tuple(target_fields)
-        self.key_maps = tuple(key_maps)
+        self.key_maps = as_layouts(key_maps)
         self.diagnostics: Diagnostics | None = None
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)

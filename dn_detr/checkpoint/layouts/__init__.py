@@ -3,7 +3,7 @@
 from .detectron2 import Detectron2Layout
 from .detrex import DetrexLayout
 from .huggingface import HuggingFaceLayout
-from .layout import Layout, OwnLayout, Translation
+from .layout import Layout, OwnLayout, Translation, as_layouts
 from .official import OfficialLayout
 from .torchvision import TorchvisionLayout
 
@@ -16,4 +16,5 @@ __all__ = [
     "OwnLayout",
     "TorchvisionLayout",
     "Translation",
+    "as_layouts",
 ]

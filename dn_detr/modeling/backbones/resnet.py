@@ -27,6 +27,7 @@ from dn_detr.checkpoint import (
     Layout,
     OfficialLayout,
     TorchvisionLayout,
+    as_layouts,
     load_backbone,
     read_weights,
 )
@@ -131,7 +132,7 @@ class ResNet(nn.Module):
         self.name = name
         self.weights = weights
         self.mask_padding = mask_padding
-        self.key_maps = tuple(key_maps)
+        self.key_maps = as_layouts(key_maps)
         self.activation_checkpointing = False
         stride = 4
         for stage_name, stage in self.body.items():
