@@ -12,7 +12,7 @@ map is a whole cell, more digits than half types have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -99,212 +99,99 @@ def _kernel(name: str, value: Tensor, in_pytorch: Callable[..., Any]) -> Callabl
     return partial(call, getattr(operators, name))
 
 
-def _prepared(
-    value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, **tensors: Tensor | None
-) -> list[Tensor | None]:
-    """Inputs on the devices and in the types that the kernels take."""
-    dtype = eager.working_type(value)
-    levels = (spatial_shapes, level_start_index)  # may lie on the CPU, or with `value`
-    inputs: list[Tensor | None] = [*(levels if value.is_cuda else (x.cpu() for x in levels))]
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            eager.check_device(name, tensor, value)
-            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        inputs.append(tensor)
-    return inputs
-
-
-@torch.library.custom_op("dn_detr::ms_deform_attn", mutates_args=())
-def _forward(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> Tensor:
-    inputs = _prepared(
-        value,
-        spatial_shapes,
-        level_start_index,
-        sampling_locations=sampling_locations,
-        attention_weights=attention_weights,
-    )
-    out: Tensor = _kernel("ms_deform_attn_forward", value, eager.forward)(value, *inputs)
-    return out
-
-
-@torch.library.custom_op("dn_detr::ms_deform_attn_backward", mutates_args=())
-def _backward(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = _prepared(
-        value,
-        spatial_shapes,
-        level_start_index,
-        sampling_locations=sampling_locations,
-        attention_weights=attention_weights,
-    )
-    kernel = _kernel("ms_deform_attn_backward", value, eager.backward)
-    g_value, g_locations, g_weights = kernel(grad_output, value, *inputs)
-    return (
-        g_value.to(value.dtype),
-        g_locations.to(sampling_locations.dtype),
-        g_weights.to(attention_weights.dtype),
-    )
-
-
-@torch.library.custom_op("dn_detr::ms_deform_attn_fused", mutates_args=())
-def _fused_forward(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    reference_points: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    padding_mask: Tensor | None,
-) -> Tensor:
-    inputs = _prepared(
-        value,
-        spatial_shapes,
-        level_start_index,
-        reference_points=reference_points,
-        offsets=offsets,
-        logits=logits,
-        padding_mask=padding_mask,
-    )
-    kernel = _kernel("ms_deform_attn_fused_forward", value, eager.fused_forward)
-    out: Tensor = kernel(value, *inputs)
-    return out
-
-
-@torch.library.custom_op("dn_detr::ms_deform_attn_fused_backward", mutates_args=())
-def _fused_backward(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    reference_points: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    padding_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = _prepared(
-        value,
-        spatial_shapes,
-        level_start_index,
-        reference_points=reference_points,
-        offsets=offsets,
-        logits=logits,
-        padding_mask=padding_mask,
-    )
-    kernel = _kernel("ms_deform_attn_fused_backward", value, eager.fused_backward)
-    g_value, g_references, g_offsets, g_logits = kernel(grad_output, value, *inputs)
-    return (
-        g_value.to(value.dtype),
-        g_references.to(reference_points.dtype),
-        g_offsets.to(offsets.dtype),
-        g_logits.to(logits.dtype),
-    )
-
-
-# ---- shapes without numbers, for torch.compile and torch.export ----
-
-
-def _check_traced(
-    value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, **tensors: Tensor | None
+def _register(
+    name: str, arguments: str, grid: str, forward: Callable[..., Any], backward: Callable[..., Any]
 ) -> None:
-    """What can be said without reading numbers, and without binding sizes to each other."""
-    eager.check_rank("value", value, 4, "(B, S, H, D)")
-    for name, integers in (
-        ("spatial_shapes", spatial_shapes),
-        ("level_start_index", level_start_index),
-    ):  # may lie on any device that holds numbers
-        if integers.device.type == "meta":
-            eager.check_device(name, integers, value)
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            eager.check_device(name, tensor, value)
+    """Register an operator, its backward, their shapes without numbers and its derivative.
 
+    Args:
+        name: of the operator in `torch.ops.dn_detr`.
+        arguments: schema of those after `value` and the levels.
+        grid: the one of them that is (B, Q, H, L, P, 2).
+        forward: computes it in PyTorch.
+        backward: computes the gradients of the floating-point arguments in PyTorch.
+    """
+    names = [argument.split()[-1] for argument in arguments.split(", ")]
+    optional = arguments.count("Tensor? ")
+    schema = f"Tensor value, Tensor spatial_shapes, Tensor level_start_index, {arguments}"
 
-@_forward.register_fake
-def _(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> Tensor:
-    _check_traced(
-        value,
-        spatial_shapes,
-        level_start_index,
-        sampling_locations=sampling_locations,
-        attention_weights=attention_weights,
+    def prepared(value: Tensor, levels: Sequence[Tensor], others: Any) -> list[Tensor | None]:
+        """Inputs on the devices and in the types that the kernels take."""
+        dtype = eager.working_type(value)
+        # The levels may lie on the CPU, or with `value`.
+        inputs: list[Tensor | None] = [*(levels if value.is_cuda else (x.cpu() for x in levels))]
+        for argument, tensor in zip(names, others, strict=True):
+            if tensor is not None:
+                eager.check_device(argument, tensor, value)
+                tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            inputs.append(tensor)
+        return inputs
+
+    def compute(value: Tensor, shapes: Tensor, starts: Tensor, *others: Tensor | None) -> Tensor:
+        inputs = prepared(value, (shapes, starts), others)
+        out: Tensor = _kernel(f"{name}_forward", value, forward)(value, *inputs)
+        return out
+
+    def compute_backward(
+        grad_output: Tensor, value: Tensor, shapes: Tensor, starts: Tensor, *others: Any
+    ) -> tuple[Tensor, ...]:
+        inputs = prepared(value, (shapes, starts), others)
+        gradients = _kernel(f"{name}_backward", value, backward)(grad_output, value, *inputs)
+        of = zip(gradients, (value, *others), strict=False)  # the mask, which is last, has none
+        return tuple(gradient.to(x.dtype) for gradient, x in of)
+
+    def fake(value: Tensor, shapes: Tensor, starts: Tensor, *others: Any) -> Tensor:
+        """What can be said without reading numbers, and without binding sizes to each other."""
+        eager.check_rank("value", value, 4, "(B, S, H, D)")
+        for argument, integers in (("spatial_shapes", shapes), ("level_start_index", starts)):
+            if integers.device.type == "meta":  # they may lie on any device that holds numbers
+                eager.check_device(argument, integers, value)
+        given = dict(zip(names, others, strict=True))
+        for argument, tensor in given.items():
+            if tensor is not None:
+                eager.check_device(argument, tensor, value)
+        eager.check_rank(grid, given[grid], 6, "(B, Q, H, L, P, 2)")
+        batch, _, heads, dim = value.shape
+        return value.new_empty(batch, given[grid].shape[1], heads * dim)
+
+    def fake_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        value, _, _, *others = inputs
+        of = (value, *others[: len(names) - optional])
+        return tuple(x.new_empty(x.shape) for x in of)
+
+    def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        value, *others = backward_operator(grad_output, *ctx.saved_tensors)
+        return value, None, None, *others, *[None] * optional
+
+    results = ", ".join(["Tensor"] * (1 + len(names) - optional))
+    operator = torch.library.custom_op(
+        f"dn_detr::{name}", compute, mutates_args=(), schema=f"({schema}) -> Tensor"
     )
-    eager.check_rank("sampling_locations", sampling_locations, 6, "(B, Q, H, L, P, 2)")
-    batch, _, heads, dim = value.shape
-    return value.new_empty(batch, sampling_locations.shape[1], heads * dim)
-
-
-@_fused_forward.register_fake
-def _(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    reference_points: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    padding_mask: Tensor | None,
-) -> Tensor:
-    _check_traced(
-        value,
-        spatial_shapes,
-        level_start_index,
-        reference_points=reference_points,
-        offsets=offsets,
-        logits=logits,
-        padding_mask=padding_mask,
+    backward_operator = torch.library.custom_op(
+        f"dn_detr::{name}_backward",
+        compute_backward,
+        mutates_args=(),
+        schema=f"(Tensor grad_output, {schema}) -> ({results})",
     )
-    eager.check_rank("offsets", offsets, 6, "(B, Q, H, L, P, 2)")
-    batch, _, heads, dim = value.shape
-    return value.new_empty(batch, offsets.shape[1], heads * dim)
+    operator.register_fake(fake)
+    backward_operator.register_fake(fake_backward)
+    operator.register_autograd(differentiate, setup_context=save_inputs)
 
 
-@_backward.register_fake
-def _(grad_output: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (value, *others[2:]))
-
-
-@_fused_backward.register_fake
-def _(grad_output: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (value, *others[2:5]))
-
-
-# ---- autograd ----
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    value, locations, weights = torch.ops.dn_detr.ms_deform_attn_backward(
-        grad_output, *ctx.saved_tensors
-    )
-    return value, None, None, locations, weights
-
-
-def _differentiate_fused(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    value, references, offsets, logits = torch.ops.dn_detr.ms_deform_attn_fused_backward(
-        grad_output, *ctx.saved_tensors
-    )
-    return value, None, None, references, offsets, logits, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save_inputs)
-_fused_forward.register_autograd(_differentiate_fused, setup_context=_save_inputs)
+_register(
+    "ms_deform_attn",
+    "Tensor sampling_locations, Tensor attention_weights",
+    "sampling_locations",
+    eager.forward,
+    eager.backward,
+)
+_register(
+    "ms_deform_attn_fused",
+    "Tensor reference_points, Tensor offsets, Tensor logits, Tensor? padding_mask",
+    "offsets",
+    eager.fused_forward,
+    eager.fused_backward,
+)
