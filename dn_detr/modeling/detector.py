@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dn_detr.checkpoint import Layout, as_layouts
+from dn_detr.errors import image_name
 from dn_detr.structures import Instances, box_xyxy_to_cxcywh, pad_images
 
 from .classification import Classification, FocalClassification
@@ -429,4 +430,4 @@ def _ground_truth(sample: dict[str, Any]) -> Any:
 
 def _name(sample: dict[str, Any]) -> str:
     """What identifies a sample in a message."""
-    return f"image {sample.get('file_name', sample.get('image_id', '(no name)'))}"
+    return f"image {image_name(sample)}"

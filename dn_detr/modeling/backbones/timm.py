@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dn_detr.checkpoint import read_weights
 from dn_detr.layers import run_checkpointed
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -185,7 +186,11 @@ class TimmBackbone(nn.Module):
         timm = _import_timm()
         source: dict[str, Any] = {}
         if self.weights != "pretrained":
-            state = _read_file(self.weights)
+            if not Path(self.weights).is_file():
+                raise ValueError(
+                    f"backbone weights {self.weights!r}: no such file, and not 'pretrained'"
+                )
+            state = {n.removeprefix("module."): x for n, x in read_weights(self.weights).items()}
             classes = _count_classes(state, timm.get_pretrained_cfg(self.name).classifier)
             source = dict(state_dict=state, num_classes=classes, label_offset=0)
         try:
@@ -270,24 +275,6 @@ def _import_timm() -> ModuleType:
 def _spellings(name: str) -> tuple[str, ...]:
     """A name in a whole network -> its possible names in a `features_only` network."""
     return name, name.replace(".", "_", 1), f"model.{name}", f"body.{name}"
-
-
-def _read_file(path: str) -> dict[str, Tensor]:
-    """A state_dict; nothing in the file is executed."""
-    from timm.models import load_state_dict
-
-    if not Path(path).is_file():
-        raise ValueError(f"backbone weights {path!r}: no such file, and not 'pretrained'")
-    try:
-        state = load_state_dict(path, weights_only=True)
-    except Exception as error:  # of torch, of pickle or of safetensors
-        raise ValueError(
-            f"backbone weights {path!r}: not a file of tensors that torch can read safely"
-        ) from error
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    if not state:
-        raise ValueError(f"backbone weights {path!r}: holds no state_dict")
-    return state
 
 
 def _count_classes(state: Mapping[str, Tensor], classifier: Any) -> int:
