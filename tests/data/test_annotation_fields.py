@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as rle
+from pycocotools.coco import COCO
 from torchvision.tv_tensors import KeyPoints, Mask
 
 from dn_detr.data import CocoDetection, train_transforms
-from dn_detr.data.transforms import Sample, crop, horizontal_flip, resize
+from dn_detr.data.transforms import Sample, crop, horizontal_flip, move, resize
 
 
 class WithMasks(CocoDetection):
@@ -130,3 +132,26 @@ def test_a_map_of_the_whole_image_moves_too() -> None:
     )
     assert moved["depth"].tolist() == pixels.flip(1).tolist()
     assert sample["depth"].tolist() == pixels.tolist()
+
+
+def test_samples_without_masks_draw_and_move_none(
+    open_masks: Callable[..., WithMasks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn_masks, moved = [], Counter[str]()
+
+    def counted(sample: Sample, function: Callable[[Any], Any]) -> Sample:
+        def of_one(value: Any) -> Any:
+            moved[type(value).__name__] += 1
+            return function(value)
+
+        return move(sample, of_one)
+
+    monkeypatch.setattr(COCO, "annToMask", lambda *_: drawn_masks.append(1))
+    monkeypatch.setattr("dn_detr.data.transforms.move", counted)
+    with_masks = open_masks(horizontal_flip)
+    plain = CocoDetection(
+        with_masks.image_dir, with_masks.annotation_file, with_masks.transforms, train=True
+    )
+    sample = plain[1]
+    assert set(sample["instances"].get_fields()) == {"gt_boxes", "gt_classes", "gt_ids"}
+    assert not drawn_masks and moved == {"Image": 1, "BoundingBoxes": 1}

@@ -3,12 +3,14 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dn_detr.distributed import barrier, rank
 from dn_detr.engine import StepResult, launch
+from dn_detr.engine.callbacks import DenoisingMetrics
 from dn_detr.engine.metrics import (
     EVENTS,
     Maximum,
@@ -20,6 +22,8 @@ from dn_detr.engine.metrics import (
     merge_over_ranks,
     merge_records,
 )
+from dn_detr.engine.step import Outcome
+from dn_detr.modeling import Diagnostics
 
 CPU = torch.device("cpu")
 RATES = ("data_time", "iter_time", "images_per_s")
@@ -164,3 +168,35 @@ def test_results_of_an_evaluator_become_flat_names():
         "eval/AP": 0.5,
         "eval/per_class/traffic light": 0.25,
     }
+
+
+def denoising_record(*steps: StepResult) -> RankRecord:
+    """What `DenoisingMetrics` adds to a log record."""
+    state, callback = SimpleNamespace(metrics=RunningSums()), DenoisingMetrics()
+    for step in steps:
+        callback.after_step(state, [], step)
+    return {k: v for k, v in record_of(state.metrics).items() if k not in (*RATES, *EVENTS)}
+
+
+def test_terms_of_the_denoising_are_summed_apart_from_all_others():
+    names = ("loss_ce", "loss_ce_0", "loss_ce_enc", "loss_ce_dn", "loss_ce_dn_0", "loss_dnx")
+    first = StepResult(
+        names,
+        torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),
+        torch.tensor(1.0),
+        diagnostics=(Diagnostics((), torch.tensor(3), 4), Diagnostics((), torch.tensor(1), 4)),
+    )
+    broken = first._replace(
+        losses=torch.full((6,), torch.nan), outcome=Outcome.NONFINITE, diagnostics=()
+    )
+    second = first._replace(losses=2 * first.losses, diagnostics=())
+    assert denoising_record(first, broken, second) == {
+        "loss_matching": 1.5 * 39,
+        "loss_denoising": 1.5 * 24,
+        "denoising_accuracy": 0.5,
+    }
+
+
+def test_a_model_without_denoising_has_no_metrics_of_it():
+    found = (Diagnostics((), torch.tensor(0), 0),)
+    assert denoising_record(a_step(1)._replace(diagnostics=found)) == {}
