@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import random
-import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -31,7 +30,9 @@ from dn_detr.checkpoint import (
     read_manifest,
 )
 from dn_detr.checkpoint.coco_classes import COCO_NAMES
+from dn_detr.checkpoint.manifest import MANIFEST_NAME
 from dn_detr.config import LazyConfig, instantiate
+from dn_detr.config.lazy_config import load_yaml
 from dn_detr.config.zoo import resolve_config_file
 from dn_detr.data.image import read_image, upright_rgb
 from dn_detr.data.transforms import Transform
@@ -143,10 +144,9 @@ def load(
                 f" dn_detr.load(NAME_OR_CONFIG_FILE, {str(checkpoint)!r})"
             )
         class_names = manifest.class_names if class_names is None else class_names
-        with tempfile.TemporaryDirectory() as workspace:
-            config_file = Path(workspace) / "config.yaml"
-            config_file.write_text(manifest.config, encoding="utf-8")
-            cfg = LazyConfig.load(config_file, allow=trust)
+        saved = folder / "config.yaml"  # the same config, where a user can read it
+        name = saved if saved.is_file() else checkpoint / MANIFEST_NAME
+        cfg = load_yaml(manifest.config, name, allow=trust)
     else:
         cfg = LazyConfig.load(resolve_config_file(str(source)), allow=trust)
         if class_names is None:

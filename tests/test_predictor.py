@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 
 import dn_detr
-from dn_detr.checkpoint import save_weights
+from dn_detr.checkpoint import find_checkpoint, read_manifest, save_weights
 from dn_detr.config import ConfigError, LazyConfig, get_config
 from dn_detr.data import CocoDetection, ImageError
 from dn_detr.engine import train
@@ -69,6 +71,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def predictor(run: Path) -> Predictor:
     return dn_detr.load(run)
+
+
+def test_run_of_a_package_that_is_not_trusted_names_its_config_and_the_remedy(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(find_checkpoint(run))
+    config = manifest.config.replace("dn_detr.modeling.detector.Detector", "my_lab.Detector")
+    monkeypatch.setattr(
+        "dn_detr.predictor.read_manifest", lambda _: replace(manifest, config=config)
+    )
+    named = re.escape(f"{run}/config.yaml: model._target_: ")
+    with pytest.raises(ConfigError, match=rf"{named}.*trust=\['my_lab'\] to dn_detr\.load"):
+        dn_detr.load(run)
 
 
 @pytest.fixture(scope="module")

@@ -55,10 +55,7 @@ class LazyConfig:
         if not path.is_file():
             raise ConfigError(f"config file {path} does not exist{near_files(path)}")
         if path.suffix in (".yaml", ".yml"):
-            packages = (allow,) if isinstance(allow, str) else tuple(allow)
-            find_trusted(packages)
-            root = apply_overrides(read_yaml(path), overrides)
-            check_data(root, path, packages)
+            root = load_yaml(path, path, allow, overrides)
         elif path.suffix == ".py":
             try:
                 root = to_node(read_python(path))
@@ -120,6 +117,33 @@ class LazyConfig:
         """
         text = LazyConfig.to_yaml(cfg, resolve=resolve)
         Path(path).write_text(text, encoding="utf-8")
+
+
+def load_yaml(
+    source: Path | str,
+    name: str | Path,
+    allow: str | Iterable[str] = (),
+    overrides: Sequence[str] = (),
+) -> DictConfig:
+    """Load a YAML config, see `LazyConfig.load`.
+
+    Args:
+        source: the file, or its text.
+        name: of the file, for messages.
+        allow: see `LazyConfig.load`.
+        overrides: see `apply_overrides`.
+
+    Returns:
+        The root.
+
+    Raises:
+        ConfigError: the config or an override is wrong, or names what is not allowed.
+    """
+    packages = (allow,) if isinstance(allow, str) else tuple(allow)
+    find_trusted(packages)
+    root = apply_overrides(read_yaml(source, name), overrides)
+    check_data(root, name, packages)
+    return root
 
 
 def get_config(name: str) -> DictConfig:

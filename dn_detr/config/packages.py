@@ -32,11 +32,20 @@ def module_name(path: Path) -> str | None:
 
     Returns:
         The name; None where the path lies in no package, or in a folder `configs` of one.
+
+    Raises:
+        ConfigError: a folder of the package has a name that Python cannot import.
     """
     package = _package(path)
-    if package is None or CONFIGS in path.relative_to(package[1]).parts:
+    if package is None or CONFIGS in (parts := path.relative_to(package[1]).parts):
         return None
-    return ".".join((*package[0], *path.relative_to(package[1]).parts))
+    for part in parts:
+        if not part.isidentifier():
+            raise ConfigError(
+                f"{part!r} in {path} cannot be the name of a package or module: rename it, "
+                "with letters, digits and underscores only"
+            )
+    return ".".join((*package[0], *parts))
 
 
 def configs_folder(name: str, importer: Path) -> Path | None:
@@ -73,24 +82,31 @@ def make_importable(config_file: Path) -> None:
 
 
 def find_trusted(packages: Iterable[str]) -> None:
-    """Look for packages that cannot be imported in the current folder, too.
+    """Look for packages or modules that cannot be imported in the current folder, too.
 
     Raises:
-        ConfigError: a package is not there either.
+        ConfigError: one is not there either.
     """
     for package in packages:
-        library = package.partition(".")[0]
-        if not library.isidentifier():
+        if not all(part.isidentifier() for part in package.split(".")):
             raise ConfigError(f"the trusted package {package!r} is not the name of a package")
-        if importlib.util.find_spec(library) is None:
-            folder = str(Path.cwd())
-            sys.path.append(folder)  # last, so that it hides nothing
-            if importlib.util.find_spec(library) is None:
-                sys.path.remove(folder)
-                raise ConfigError(
-                    f"the trusted package {package} cannot be imported: run the command in the "
-                    f"folder that has {library}/, install it, or add that folder to PYTHONPATH"
-                )
+        if _exists(package):
+            continue
+        sys.path.append(str(Path.cwd()))  # last, so that it hides nothing
+        if not _exists(package):
+            sys.path.pop()
+            raise ConfigError(
+                f"the trusted package {package} cannot be imported: run the command in the folder "
+                f"that has {package.partition('.')[0]}/, install it, or add that folder to "
+                "PYTHONPATH; a class is trusted by the name of its package or module"
+            )
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package that it would lie in
+        return False
 
 
 def _library(path: Path) -> str:

@@ -165,6 +165,9 @@ class _ConfigImport:
             if not path.is_file():
                 near = did_you_mean(name, [file.stem for file in folder.glob("*.py")])
                 missing = path if folder.is_dir() else folder.with_suffix(".py")
-                raise ConfigError(f"import of a config: there is no file {missing}{near}")
+                raise ConfigError(
+                    f"import of a config: there is no file {missing}{near}; a config that imports "
+                    "modules of its package must lie in the package, in its folder configs"
+                )
             setattr(namespace, name, self._load(path))
         return namespace

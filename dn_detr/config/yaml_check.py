@@ -45,7 +45,7 @@ _ESCAPED = re.compile(r"(?<!\\)(\\\\)*\\\$\{")
 _REFERENCE = re.compile(r"\$\{[^{}:]*\}")
 
 
-def check_data(root: DictConfig, path: Path, allow: Iterable[str]) -> None:
+def check_data(root: DictConfig, path: str | Path, allow: Iterable[str]) -> None:
     """Check every target that a YAML config names.
 
     What is checked is what is built: interpolations can only lead to other parts of the config,
@@ -82,8 +82,7 @@ def check_data(root: DictConfig, path: Path, allow: Iterable[str]) -> None:
 
 def _check_target(name: str, packages: tuple[str, ...]) -> None:
     library = name.partition(".")[0]
-    is_known = any(package.partition(".")[0] == library for package in DATA_PACKAGES)
-    if not (is_known or _is_inside(name, packages)) or "._" in name:
+    if not (_is_known(library) or _is_inside(name, packages)) or "._" in name:
         raise _forbidden(name, name)
     found: Any = locate(name)
     if isinstance(found, types.MethodType):
@@ -97,6 +96,10 @@ def _check_target(name: str, packages: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} is a method without its object; YAML may not name it")
     if not _is_inside(str(home), packages):
         raise _forbidden(name, str(home))
+
+
+def _is_known(library: str) -> bool:
+    return any(package.partition(".")[0] == library for package in DATA_PACKAGES)
 
 
 def _calls_resolver(text: str) -> bool:
@@ -113,9 +116,11 @@ def _is_inside(name: str, packages: Iterable[str]) -> bool:
 
 def _forbidden(name: str, home: str) -> ConfigError:
     package = home.partition(".")[0]
-    return ConfigError(
-        f"a YAML config may not instantiate {name} (defined in {home}): it may name classes and "
-        f"functions of {', '.join(DATA_PACKAGES)} only; if you trust {package}, add --trust "
-        f"{package} to the command, or load the file with LazyConfig.load(path, "
-        f"allow=({package!r},))"
-    )
+    if _is_known(package):  # what is missing there is missing on purpose
+        remedy = "it may name what docs/configs.md lists; a Python config may name anything"
+    else:
+        remedy = (
+            f"if you trust {package}, add --trust {package} to the command, or in Python "
+            f"trust=[{package!r}] to dn_detr.load(...), allow=[{package!r}] to LazyConfig.load(...)"
+        )
+    return ConfigError(f"a YAML config may not name {name} (defined in {home}); {remedy}")

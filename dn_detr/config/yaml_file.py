@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import is_dataclass
+from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,12 @@ from .nodes import join_path, plain, to_node
 from .targets import dotted_name
 
 
-def read_yaml(path: Path) -> DictConfig:
-    """Read a YAML config; no code runs.
+def read_yaml(source: Path | str, name: str | Path) -> DictConfig:
+    """Read a YAML config, whose top level is a mapping; no code runs.
 
     Args:
-        path: an existing file whose top level is a mapping.
+        source: an existing file, or its text.
+        name: of the file, for messages.
 
     Returns:
         The root of the config.
@@ -34,14 +37,14 @@ def read_yaml(path: Path) -> DictConfig:
             that is no mapping; names the file.
     """
     try:
-        data = OmegaConf.load(path)
+        data = OmegaConf.load(StringIO(source) if isinstance(source, str) else source)
         if not isinstance(data, DictConfig):
-            raise ConfigError(f"{path}: the top level must be a mapping, not a list")
+            raise ConfigError(f"{name}: the top level must be a mapping, not a list")
         root: DictConfig = to_node(plain(data))
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not a valid YAML config: {error}") from error
+        raise ConfigError(f"{name}: is not a valid YAML config: {error}") from error
     except RecursionError as error:
-        raise ConfigError(f"{path}: is nested too deep, or in itself") from error
+        raise ConfigError(f"{name}: is nested too deep, or in itself") from error
     return root
 
 
@@ -111,16 +114,17 @@ def _convert(value: Any, resolve: bool, path: str = "", *, is_argument: bool = F
 
 
 def _name(value: Any, path: str) -> dict[str, Any]:
-    name = dotted_name(value) if callable(value) else None
+    name = dotted_name(value)
     if name is not None:
         return {"_target_": name, "_partial_": True}
-    if callable(value):
+    if hasattr(value, "__qualname__") or isinstance(value, partial):
         raise ConfigError(
             f"{path}: {value!r} cannot be written to YAML because it cannot be imported by a "
             "name; use a named function or class of an importable module: a file beside a config "
             "is one if its folder is a package, with a file __init__.py in it"
         )
+    kind = type(value).__name__
     raise ConfigError(
-        f"{path}: {value!r} of type {type(value).__name__} cannot be written to YAML; use plain "
-        "data (a str for a path or a dtype), or a LazyCall that makes the object"
+        f"{path}: an object of type {kind} cannot be written to YAML; use a LazyCall that makes "
+        f"it, L({kind})(...), or plain data (a str for a path or a dtype)"
     )

@@ -19,7 +19,7 @@ from dn_detr.errors import UserError
 from .classification import FocalClassification
 from .losses import BoxGIoULoss, BoxL1Loss, ClassificationLoss, LossTerm
 from .matcher import HungarianMatcher
-from .pairs import Outputs, Pairs, Targets, shape_of
+from .pairs import Outputs, Pairs, Targets, shape_of, term_dict
 
 
 class DetectionCriterion(nn.Module):
@@ -43,7 +43,7 @@ class DetectionCriterion(nn.Module):
                 "loss_bbox": BoxL1Loss(weight=5.0),
                 "loss_giou": BoxGIoULoss(weight=2.0),
             }
-        self.losses = nn.ModuleDict(losses)
+        self.losses = term_dict(losses)
         self.matcher = matcher or HungarianMatcher()
 
     def forward(

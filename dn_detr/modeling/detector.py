@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dn_detr.checkpoint import Layout, as_layouts
-from dn_detr.errors import image_name
+from dn_detr.errors import UserError, image_name
 from dn_detr.structures import Instances, box_xyxy_to_cxcywh, pad_images
 
 from .classification import Classification, FocalClassification
@@ -213,21 +213,21 @@ class Detector(nn.Module):
         if isinstance(samples, (Tensor, Mapping)) or not all(
             isinstance(sample, Mapping) for sample in samples
         ):
-            raise ValueError(
+            raise UserError(
                 'a detector takes a list of samples: [{"image": (3, H, W) tensor, ...}]'
             )
         if not samples:
-            raise ValueError("the batch holds no sample")
+            raise UserError("the batch holds no sample")
         images = []
         for sample in samples:
             image, name = sample["image"], _name(sample)
             if not isinstance(image, Tensor):
-                raise ValueError(f"{name}: image must be a tensor, is {type(image).__name__}")
+                raise UserError(f"{name}: image must be a tensor, is {type(image).__name__}")
             if image.ndim != 3 or image.shape[0] != 3:
-                raise ValueError(f"{name}: image must be (3, H, W), is {tuple(image.shape)}")
+                raise UserError(f"{name}: image must be (3, H, W), is {tuple(image.shape)}")
             on_host = image.is_floating_point() and not image.is_cuda  # elsewhere it would wait
             if on_host and image.numel() and 0 < image.max() <= 1:
-                raise ValueError(f"{name}: image must hold [0, 255], not [0, 1]")
+                raise UserError(f"{name}: image must hold [0, 255], not [0, 1]")
             image = image.to(self.pixel_mean.device, self.pixel_mean.dtype)
             images.append((image - self.pixel_mean) / self.pixel_std)
         return pad_images(images)
@@ -255,15 +255,15 @@ class Detector(nn.Module):
             labels = truth.gt_classes.long()
             # What would silently give a wrong loss.
             if len(boxes_xyxy) != len(labels):
-                raise ValueError(f"{name}: {len(boxes_xyxy)} boxes, {len(labels)} classes")
+                raise UserError(f"{name}: {len(boxes_xyxy)} boxes, {len(labels)} classes")
             sound = boxes_xyxy.isfinite().all(1) & (boxes_xyxy[:, 2:] >= boxes_xyxy[:, :2]).all(1)
             if not sound.all():
-                raise ValueError(
+                raise UserError(
                     f"{name}: boxes must be finite corners x1 <= x2, y1 <= y2, not "
                     f"{boxes_xyxy[~sound].tolist()}"
                 )
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-                raise ValueError(
+                raise UserError(
                     f"{name}: classes {sorted(set(labels.tolist()))} do not lie in "
                     f"[0, {self.num_classes}); set model.num_classes"
                 )
@@ -272,7 +272,9 @@ class Detector(nn.Module):
             target = {"labels": labels.to(device), "boxes": norm.to(device)}
             for field in self.target_fields:
                 if not truth.has(field):
-                    raise ValueError(f"{name}: the ground truth has no {field}")
+                    raise UserError(
+                        f"{name}: the ground truth has no {field}, which model.target_fields names"
+                    )
                 value = truth.get(field)
                 value = torch.as_tensor(getattr(value, "tensor", value))
                 target[field.removeprefix("gt_")] = value.to(device)
@@ -424,7 +426,7 @@ def _check_agreement(name: str, value: Any, *parts: Any) -> None:
 def _ground_truth(sample: dict[str, Any]) -> Any:
     """Our `Instances`, or detectron2's."""
     if "instances" not in sample:
-        raise ValueError(f"{_name(sample)}: training needs ground truth under 'instances'")
+        raise UserError(f"{_name(sample)}: training needs ground truth under 'instances'")
     return sample["instances"]
 
 

@@ -20,7 +20,7 @@ from dn_detr.errors import UserError
 from dn_detr.structures import box_cxcywh_to_xyxy, pairwise_generalized_box_iou
 
 from .classification import Classification, FocalClassification
-from .pairs import Outputs, Pairs, Targets, Term, pad_targets, shape_of
+from .pairs import Outputs, Pairs, Targets, Term, pad_targets, shape_of, term_dict
 
 
 class MatchingCost(Term, ABC):
@@ -93,7 +93,7 @@ class HungarianMatcher(nn.Module):
                 "cost_bbox": BoxL1Cost(weight=5.0),
                 "cost_giou": BoxGIoUCost(weight=2.0),
             }
-        self.costs = nn.ModuleDict(costs)
+        self.costs = term_dict(costs)
 
     @torch.no_grad()
     def cost(self, outputs: Outputs, targets: Targets) -> Tensor:

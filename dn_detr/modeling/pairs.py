@@ -7,11 +7,15 @@ Legend: N decoder layers, B batch, Q queries, M pairs.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+
+from dn_detr.errors import UserError
 
 Outputs = dict[str, Tensor]
 """`pred_logits` (N, B, Q, L), `pred_boxes` (N, B, Q, 4) as (cx, cy, w, h) in [0, 1], and what else
@@ -74,6 +78,21 @@ class Term(nn.Module):
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
         self.weight = weight
+
+
+def term_dict(terms: Mapping[str, Term]) -> nn.ModuleDict:
+    """Terms by name, as a module.
+
+    Raises:
+        UserError: a term was not initialised, or its weight is no number of at least 0.
+    """
+    for name, term in terms.items():
+        if "_modules" not in vars(term):
+            raise UserError(f"{name}: {type(term).__name__}.__init__ must call super().__init__()")
+        weight = getattr(term, "weight", 1.0)
+        if not isinstance(weight, (int, float, Tensor)) or not 0 <= weight < math.inf:
+            raise UserError(f"{name}.weight must be a number of at least 0, not {weight!r}")
+    return nn.ModuleDict(terms)
 
 
 def pad_targets(targets: Targets, name: str) -> Tensor:

@@ -160,7 +160,7 @@ def test_forbidden_module_is_not_even_imported(tmp_path: Path) -> None:
     (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))
-        with pytest.raises(ConfigError, match=r"add --trust evil_module .*allow=\('evil_module',"):
+        with pytest.raises(ConfigError, match=r"add --trust evil_module .*allow=\['evil_module'\]"):
             load(tmp_path, "x: {_target_: evil_module.f}")
 
 
@@ -174,6 +174,19 @@ def test_caller_can_allow_a_package(tmp_path: Path) -> None:
 def test_trusted_package_that_is_nowhere_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run the command in the folder that has no_such_pack/"):
         load(tmp_path, "x: 1", allow=("no_such_pack.models",))
+
+
+@pytest.mark.parametrize("package", ["fractions.Fraction", "fractions.other", "fractions.", "a-b"])
+def test_what_is_trusted_must_be_a_package_or_a_module(tmp_path: Path, package: str) -> None:
+    with pytest.raises(ConfigError, match=f"the trusted package '?{package}'? (cannot|is not)"):
+        load(tmp_path, "x: 1", allow=(package,))
+
+
+@pytest.mark.parametrize("name", ["dn_detr.engine.train", "torch.load"])
+def test_trust_is_not_the_remedy_for_what_the_libraries_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="a Python config may name anything") as caught:
+        load(tmp_path, f"x: {{_target_: {name}}}")
+    assert "--trust" not in str(caught.value)
 
 
 def test_python_config_is_not_restricted() -> None:

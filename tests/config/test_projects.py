@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,6 +130,20 @@ def test_class_that_has_no_importable_name_says_what_would_give_it_one(own_proje
     config.write_text("from ..modeling.net import Net\n\nmodel = dict(net=dict(_target_=Net))\n")
     with pytest.raises(ConfigError, match=r"model\.net\._target_: .*__init__\.py"):
         LazyConfig.to_yaml(LazyConfig.load(config))
+
+
+def test_folder_whose_name_cannot_be_imported_is_to_be_renamed(own_project: Path) -> None:
+    own_project = own_project.rename(own_project.with_name("own-project"))
+    with pytest.raises(ConfigError, match=r"line 4: 'own-project' in .* rename it"):
+        LazyConfig.load(own_project / "configs" / "tiny_net.py")
+
+
+def test_config_that_was_copied_out_of_its_package_says_where_it_must_lie(
+    own_project: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copy(own_project / "configs" / "tiny_net.py", tmp_path)
+    with pytest.raises(ConfigError, match=r"line 4: .* must lie in the package, in its folder con"):
+        LazyConfig.load(copied)
 
 
 def test_project_of_the_library_is_found_by_name_and_by_path(in_house: Path) -> None:

@@ -130,9 +130,10 @@ def test_callable_without_a_name_cannot_be_saved(tmp_path: Path, value: Any) -> 
     assert not (tmp_path / "c.yaml").exists()
 
 
-@pytest.mark.parametrize("value", [object(), Path("x"), 1j, b"x"])
+@pytest.mark.parametrize("value", [object(), Path("x"), 1j, b"x", nn.ReLU()])
 def test_object_without_a_yaml_form_cannot_be_saved(value: Any) -> None:
-    with pytest.raises(ConfigError, match=r"model\.thing: .*cannot be written to YAML"):
+    remedy = rf"L\({type(value).__name__}\)\(\.\.\.\)"
+    with pytest.raises(ConfigError, match=rf"model\.thing: .*cannot be written to YAML.*{remedy}"):
         LazyConfig.to_yaml(to_node({"model": {"thing": value}}))
 
 

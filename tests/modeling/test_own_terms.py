@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from dn_detr.config import LazyCall as L
 from dn_detr.config import instantiate
+from dn_detr.errors import UserError
 from dn_detr.modeling import LossTerm, MatchingCost, SoftmaxClassification, pad_targets
 
 from .conftest import make_sample, small_model_config
@@ -93,4 +95,34 @@ def test_parts_that_classify_otherwise_are_refused(small_config):
 def test_a_decoder_that_expects_another_kind_of_position_is_refused(small_config, monkeypatch):
     monkeypatch.setattr("dn_detr.modeling.AnchorQueries.position_kind", "point")
     with pytest.raises(ValueError, match="position_kind is point, DeformableDecoder has box"):
+        instantiate(small_config)
+
+
+class UninitialisedLoss(CentreLoss):
+    def __init__(self, weight=1.0):
+        self.weight = weight
+
+
+class UninitialisedCost(FirstQueriesCost):
+    def __init__(self, weight=1.0):
+        self.weight = weight
+
+
+@pytest.mark.parametrize(
+    ("part", "term"),
+    [("losses", UninitialisedLoss), ("matcher.costs", UninitialisedCost)],
+)
+def test_a_term_that_is_not_initialised_is_named(small_config, part, term):
+    OmegaConf.update(small_config.criterion, f"{part}.mine", L(term)(weight=1.0))
+    message = rf"mine: {term.__name__}.__init__ must call super\(\).__init__\(\)"
+    with pytest.raises(UserError, match=message):
+        instantiate(small_config)
+
+
+@pytest.mark.parametrize("weight", ["5", None, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["losses.loss_bbox", "matcher.costs.cost_giou"])
+def test_a_weight_that_is_no_number_of_at_least_0_is_named(small_config, key, weight):
+    OmegaConf.update(small_config.criterion, f"{key}.weight", weight)
+    name = key.rpartition(".")[2]
+    with pytest.raises(UserError, match=rf"{name}\.weight must be a number of at least 0, not"):
         instantiate(small_config)
