@@ -1,4 +1,4 @@
-"""Shared: the tiny config, with or without running it."""
+"""Shared: the tiny config, with or without running it, and ranks that start at once."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+import torch
 from omegaconf import DictConfig
 
 from dn_detr.config import LazyConfig
+
+from .runs import start_forked
 
 TINY_CONFIG = Path(__file__).with_name("tiny_config.py")
 
@@ -26,3 +29,9 @@ def tiny_config(tmp_path: Path) -> MakeConfig:
         return LazyConfig.apply_overrides(cfg, [f"train.output_dir={tmp_path}/run", *overrides])
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`launch` forks, because importing torch takes longer than what ranks do in these tests."""
+    monkeypatch.setattr(torch.multiprocessing, "start_processes", start_forked)

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ from tools.train_net import main
 
 CONFIG = str(Path(__file__).with_name("tiny_config.py"))
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dn_detr.checkpoint", __name__])
+PROCESSES.set_forkserver_preload(["dn_detr.checkpoint", "hypothesis", "pytest", __name__])
 
+_start_processes = torch.multiprocessing.start_processes
 _TIMINGS = ("data_time", "iter_time", "images_per_s", "memory_mib")
 # A run is stuck that has printed and written nothing for so long, on the busiest machine.
 IDLE_SECONDS = 180.0
@@ -229,11 +231,35 @@ def _run(command: Sequence[str], variables: Mapping[str, str], output: Connectio
     exit_when_signalled()  # as tools/train_net.py does
     multiprocessing.set_start_method(None, force=True)  # the default, for its own workers
     torch.set_num_threads(1)
+    torch.multiprocessing.start_processes = partial(start_forked, method="fork")
     if variables["PAUSE_AT"].startswith(("saving", "recording")):
         pause_while_saving()
     if variables["PAUSE_AT"].endswith("end"):
         pause_at_the_end()
     raise SystemExit(main(command))
+
+
+def start_forked(
+    run_rank: Callable[..., None],
+    args: Sequence[Any],
+    *,
+    method: str = "forkserver",
+    **options: Any,
+) -> Any:
+    """`torch.multiprocessing.start_processes` for `launch` whose ranks need not import torch.
+
+    Args:
+        run_rank: takes its rank, the process id of its parent and the other `args`.
+        args: of `run_rank`.
+        method: "fork" in a process that itself comes from the server.
+        options: of `start_processes`.
+    """
+    options["start_method"] = method
+    return _start_processes(_run_forked_rank, (run_rank, *args[1:]), **options)
+
+
+def _run_forked_rank(rank: int, run_rank: Callable[..., None], *args: Any) -> None:
+    run_rank(rank, os.getppid(), *args)  # which may be the server
 
 
 def outcome(folder: Path) -> dict[str, Any]:
