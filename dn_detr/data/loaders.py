@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from dn_detr.distributed import rank, world_size
 from dn_detr.errors import UserError
+from dn_detr.signals import STOP_SIGNALS
 
 from .coco import CocoDetection
 from .errors import DatasetError
@@ -25,12 +26,6 @@ from .samplers import EndlessBatchSampler
 from .skipping import OnError, SkipBrokenImages
 from .transforms import Sample
 
-# By name, because not every system has them.
-_STOP_SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
-    if hasattr(signal, name)
-]
 _EXIT_TIMEOUT = 1  # seconds in which a worker that broke a connection has exited
 
 
@@ -202,10 +197,10 @@ def _ignore_stop_signals(_worker: int) -> None:
     workers to finish its step.
     """
     signal.set_wakeup_fd(-1)  # that of the main process: it would be told of our signals
-    for number in _STOP_SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 @contextmanager
@@ -219,7 +214,7 @@ def _signals_of_workers_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     handler = signal.getsignal(signal.SIGCHLD)
     try:
         yield

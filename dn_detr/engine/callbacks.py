@@ -126,8 +126,8 @@ class Callback:
         """Continue from a `state_dict`: before `on_train_start`, and after a rollback."""
 
 
-class Callbacks(Callback):
-    """Several callbacks as one, whose errors name the callback in the log.
+class Callbacks:
+    """Several callbacks, whose errors name the callback in the log.
 
     Args:
         callbacks: by name, in the order of their calls.
@@ -137,29 +137,17 @@ class Callbacks(Callback):
         self._callbacks = dict(callbacks)
         self._started: list[str] = []
 
-    def setup(self, state: RunState) -> None:
-        """See `Callback`."""
-        self._call_each(lambda callback: callback.setup(state))
+    def each(self, hook: Callable[[Callback], T]) -> dict[str, T]:
+        """Call a hook of every callback; return what each returned, by name."""
+        return {name: self._call(name, hook) for name in self._callbacks}
 
-    def on_train_start(self, state: RunState) -> None:
-        """See `Callback`."""
+    def start(self, state: RunState) -> None:
+        """Start them."""
         for name in self._callbacks:
             self._started.append(name)
             self._call(name, lambda callback: callback.on_train_start(state))
 
-    def after_step(self, state: RunState, samples: Sequence[Sample], result: StepResult) -> None:
-        """See `Callback`."""
-        self._call_each(lambda callback: callback.after_step(state, samples, result))
-
-    def on_log(self, state: RunState, record: Record) -> None:
-        """See `Callback`."""
-        self._call_each(lambda callback: callback.on_log(state, record))
-
-    def after_evaluation(self, state: RunState, results: Mapping[str, Any]) -> None:
-        """See `Callback`."""
-        self._call_each(lambda callback: callback.after_evaluation(state, results))
-
-    def on_train_end(self, state: RunState, *, failed: bool) -> None:
+    def end(self, state: RunState, *, failed: bool) -> None:
         """End the callbacks that were started, also if one of them fails at that."""
         with ExitStack() as stack:
             for name in reversed(self._started):
@@ -168,13 +156,13 @@ class Callbacks(Callback):
                 )
 
     def models(self) -> dict[str, nn.Module]:
-        """See `Callback`."""
-        found = self._call_each(lambda callback: callback.models())
+        """Return the models of all of them by name."""
+        found = self.each(lambda callback: callback.models())
         return {name: model for models in found.values() for name, model in models.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of those callbacks that have one, by name."""
-        states = self._call_each(lambda callback: callback.state_dict())
+        states = self.each(lambda callback: callback.state_dict())
         return {name: state for name, state in states.items() if state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -182,9 +170,6 @@ class Callbacks(Callback):
         for name in filter(state.__contains__, self._callbacks):
             own = state[name]
             self._call(name, lambda callback: callback.load_state_dict(own))  # noqa: B023
-
-    def _call_each(self, hook: Callable[[Callback], T]) -> dict[str, T]:
-        return {name: self._call(name, hook) for name in self._callbacks}
 
     def _call(self, name: str, hook: Callable[[Callback], T]) -> T:
         callback = self._callbacks[name]
@@ -235,7 +220,7 @@ class DenoisingMetrics(Callback):
     """
 
     def __init__(self) -> None:
-        self._masks: dict[tuple[str, ...], Tensor] = {}  # names of terms -> which are denoising
+        self._masks: dict[tuple[str, ...], Tensor] = {}  # names of terms -> (2, terms)
 
     def after_step(self, state: RunState, samples: Sequence[Sample], result: StepResult) -> None:
         """Add the numbers of a step."""
@@ -245,10 +230,10 @@ class DenoisingMetrics(Callback):
         if result.outcome is Outcome.NONFINITE or len(set(is_denoising)) < 2:
             return
         if result.names not in self._masks:
-            self._masks[result.names] = torch.tensor(is_denoising, device=result.losses.device)
-        mask = self._masks[result.names]
-        state.metrics.add("loss_denoising", result.losses.masked_fill(~mask, 0).sum())
-        state.metrics.add("loss_matching", result.losses.masked_fill(mask, 0).sum())
+            rows = [is_denoising, [not this for this in is_denoising]]
+            self._masks[result.names] = torch.tensor(rows, device=result.losses.device).float()
+        both = self._masks[result.names] @ result.losses
+        state.metrics.add(("loss_denoising", "loss_matching"), both)
 
 
 class SkippedFiles(Callback):

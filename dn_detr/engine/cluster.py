@@ -32,7 +32,7 @@ from .devices import use_cores
 
 # Below the ports that Linux gives to outgoing connections (32768 and more).
 _FIRST_PORT, _PORTS = 20000, 12000
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 # How submitit starts Python: with STOP_SIGNALS blocked, so that one during the imports, which take
 # seconds, waits for the training.
 _BLOCKED = f"signal.pthread_sigmask(signal.SIG_BLOCK, {[int(number) for number in STOP_SIGNALS]})"
@@ -203,13 +203,10 @@ def parse_minutes(text: str) -> int:
             f"time limit {text!r}: expected minutes, hours:minutes:seconds or "
             "days-hours:minutes:seconds, such as 90, 24:00:00 or 2-12:00:00"
         )
-    numbers = [int(value) for value in match.groups()[1:] if value is not None]
-    if match["days"] is not None:
-        hours, minutes, seconds = numbers + [0] * (3 - len(numbers))
-    else:
-        hours, minutes, seconds = {1: (0, *numbers, 0), 2: (0, *numbers), 3: tuple(numbers)}[
-            len(numbers)
-        ]
+    numbers = [int(number) for number in match["clock"].split(":")]
+    if match["days"] is None and len(numbers) < 3:
+        numbers.insert(0, 0)  # without days, one number or two begin with the minutes
+    hours, minutes, seconds = [*numbers, 0, 0][:3]
     hours += 24 * int(match["days"] or 0)
     return 60 * hours + minutes - (-seconds // 60)
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dn_detr.distributed import all_gather
-
-if TYPE_CHECKING:
-    from .step import StepResult
+from .step import Outcome, StepResult
 
 Record = dict[str, float | int | None]
 
@@ -24,35 +21,24 @@ Record = dict[str, float | int | None]
 EVENTS = ("nonfinite_steps", "overflow_steps", "oom_steps", "skipped_images")
 
 
-@dataclass(frozen=True)
-class Mean:
-    """A mean of which every rank has a share; totals and counts add up."""
+class RankRecord(NamedTuple):
+    """What one rank knows of a log record.
 
-    total: float
-    count: float
+    Attributes:
+        means: name -> total and count, which add up over ranks.
+        sums: name -> number, which adds up over ranks.
+        memory_mib: peak memory; the largest over ranks counts.
+    """
 
-
-@dataclass(frozen=True)
-class Sum:
-    """A number whose values on all ranks add up."""
-
-    value: float | int
-
-
-@dataclass(frozen=True)
-class Maximum:
-    """A number of which the largest over all ranks counts."""
-
-    value: float | int
-
-
-RankRecord = Mapping[str, Mean | Sum | Maximum]
+    means: Mapping[str, tuple[float, float]]
+    sums: Mapping[str, float]
+    memory_mib: float
 
 
 class RunningSums:
     """Sums of one rank since the last log record.
 
-    A total may stay a tensor on the device: nothing is copied from there before `averages`, so
+    A total may stay a tensor on a GPU: nothing is copied from there before a record is made, so
     adding costs a training no waiting. A checkpoint stores the sums, so the next record of a
     resumed run is the uninterrupted run's to the bit; but no times: rates are those of the
     iterations that this process made.
@@ -85,9 +71,9 @@ class RunningSums:
     def add_step(self, result: StepResult) -> None:
         """Add the losses of a step and its gradient norm, unless that overflowed in float16."""
         self.add("loss", result.losses.sum())
-        self.add(tuple(f"loss/{name}" for name in result.names), result.losses)
-        is_finite = result.grad_norm.isfinite()
-        self.add("grad_norm", torch.where(is_finite, result.grad_norm, 0.0), is_finite)
+        self.add(_loss_columns(result.names), result.losses)
+        if result.outcome is not Outcome.OVERFLOW:
+            self.add("grad_norm", result.grad_norm)
 
     def add_times(self, *, images: int, data_seconds: float, seconds: float) -> None:
         """Add an iteration.
@@ -102,19 +88,16 @@ class RunningSums:
         self._data_seconds += data_seconds
         self._seconds += seconds
 
-    def averages(self) -> RankRecord:
-        """Return this rank's share of the record."""
-        means: dict[str, Mean] = {}
+    def of_this_rank(self, device: torch.device) -> RankRecord:
+        """Return this rank's share of the record; `device` is where it computes."""
+        means: dict[str, tuple[float, float]] = {}
         for names, (totals, count) in self._sums.items():
             values = totals.reshape(-1).tolist() if isinstance(totals, Tensor) else [totals]
-            means |= {k: Mean(v, float(count)) for k, v in zip(names, values, strict=True)}
-        return {
-            **means,
-            "data_time": Mean(self._data_seconds, self._iterations),
-            "iter_time": Mean(self._seconds, self._iterations),
-            "images_per_s": Sum(self._images / max(self._seconds, 1e-9)),
-            **{event: Sum(number) for event, number in self._events.items()},
-        }
+            means |= {name: (v, float(count)) for name, v in zip(names, values, strict=True)}
+        means["data_time"] = (self._data_seconds, self._iterations)
+        means["iter_time"] = (self._seconds, self._iterations)
+        sums = {"images_per_s": self._images / max(self._seconds, 1e-9), **self._events}
+        return RankRecord(means, sums, peak_memory_mib(device))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums in types that a checkpoint stores; equal for equal runs."""
@@ -130,22 +113,16 @@ class RunningSums:
             self.count(event, number)
 
 
-def merge_over_ranks(record: RankRecord) -> Record:
-    """Merge the records of all ranks into one; a collective call."""
-    return merge_records(all_gather(dict(record)))
-
-
 def merge_records(records: Sequence[RankRecord]) -> Record:
-    """Merge the records of several ranks; a mean of nothing is left out."""
+    """Merge the records of several ranks into one; a mean of nothing is left out."""
     merged: Record = {}
-    for name in dict.fromkeys(name for record in records for name in record):
-        shares = [record[name] for record in records if name in record]
-        means = [share for share in shares if isinstance(share, Mean)]
-        values = [share.value for share in shares if not isinstance(share, Mean)]
-        if not means:
-            merged[name] = sum(values) if isinstance(shares[0], Sum) else max(values)
-        elif count := math.fsum(mean.count for mean in means):
-            merged[name] = math.fsum(mean.total for mean in means) / count
+    for name in dict.fromkeys(name for record in records for name in record.means):
+        shares = [record.means[name] for record in records if name in record.means]
+        if count := math.fsum(count for _, count in shares):
+            merged[name] = math.fsum(total for total, _ in shares) / count
+    for name in dict.fromkeys(name for record in records for name in record.sums):
+        merged[name] = sum(record.sums.get(name, 0) for record in records)
+    merged["memory_mib"] = max(record.memory_mib for record in records)
     return merged
 
 
@@ -169,8 +146,17 @@ def evaluation_record(results: Mapping[str, Any], prefix: str = "eval") -> Recor
     return record
 
 
+@functools.cache
+def _loss_columns(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"loss/{name}" for name in names)
+
+
 def _exact(value: Tensor | float) -> Tensor | float:
-    return value.detach().double() if isinstance(value, Tensor) else value
+    """A number to add up in double precision: a GPU's stays there, fetching it would wait."""
+    if not isinstance(value, Tensor):
+        return value
+    is_at_hand = value.ndim == 0 and value.device.type == "cpu"
+    return value.item() if is_at_hand else value.detach().double()
 
 
 def _on_cpu(value: Tensor | float) -> Tensor | float:

@@ -78,7 +78,7 @@ class RunState:
         self.results: Mapping[str, Any] | None = None
         self._class_names = class_names
         self._random_state: dict[str, Any] | None = None
-        callbacks.setup(self)
+        callbacks.each(lambda callback: callback.setup(self))
 
     def snapshot(self) -> Snapshot:
         """Return the whole state, equal on all ranks; a collective call."""

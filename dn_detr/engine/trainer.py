@@ -9,20 +9,20 @@ from contextlib import nullcontext
 from typing import Any, NoReturn
 
 from dn_detr.checkpoint import CheckpointError, CheckpointWriter
-from dn_detr.distributed import any_process, barrier, broadcast_from_main, is_main, world_size
+from dn_detr.distributed import (
+    all_gather,
+    any_process,
+    barrier,
+    broadcast_from_main,
+    is_main,
+    world_size,
+)
 from dn_detr.evaluation import EvaluationStopped
 from dn_detr.protocols import Evaluator, Sample, TestLoader, TrainLoader
 
 from .evaluation import evaluate_all
 from .memory import OutOfMemory
-from .metrics import (
-    Maximum,
-    Record,
-    RunningSums,
-    evaluation_record,
-    merge_over_ranks,
-    peak_memory_mib,
-)
+from .metrics import Record, RunningSums, evaluation_record, merge_records
 from .nonfinite import NonFiniteError
 from .optimizer import learning_rates
 from .run_state import RunState, load_last
@@ -95,7 +95,7 @@ class Trainer:
         failed = True
         try:
             self._open_metrics_file()
-            state.callbacks.on_train_start(state)
+            state.callbacks.start(state)
             self._resume_evaluation()
             if self._is_finished():
                 logger.info("nothing left to train: %d iterations are done", state.iteration)
@@ -110,7 +110,7 @@ class Trainer:
             self._checkpoints.close()
             if self._metrics_file is not None:
                 self._metrics_file.close()
-            state.callbacks.on_train_end(state, failed=failed)
+            state.callbacks.end(state, failed=failed)
         return dict(state.results or {}) if is_main() else {}
 
     def _train(self) -> None:
@@ -155,7 +155,7 @@ class Trainer:
         state.results = None
         if result.outcome in (Outcome.APPLIED, Outcome.OVERFLOW):
             state.metrics.add_step(result)
-        state.callbacks.after_step(state, samples, result)
+        state.callbacks.each(lambda callback: callback.after_step(state, samples, result))
         state.metrics.add_times(
             images=len(samples), data_seconds=data_seconds, seconds=time.perf_counter() - started
         )
@@ -222,8 +222,7 @@ class Trainer:
     def _log(self) -> None:
         """Write a log record: means since the last one, over all ranks."""
         state = self.state
-        memory = Maximum(peak_memory_mib(state.step.device))
-        merged = merge_over_ranks({**state.metrics.averages(), "memory_mib": memory})
+        merged = merge_records(all_gather(state.metrics.of_this_rank(state.step.device)))
         state.metrics = RunningSums()
         # every step may have been skipped, and every gradient have overflowed
         self._write({"loss": None, "grad_norm": None, **merged, **learning_rates(state.optimizer)})
@@ -235,7 +234,7 @@ class Trainer:
             epoch = self.state.timetable.epoch(iteration)
             record = finite_record({"iteration": iteration, "epoch": epoch, **numbers})
             self._metrics_file.write(record)
-            self.state.callbacks.on_log(self.state, record)
+            self.state.callbacks.each(lambda callback: callback.on_log(self.state, record))
 
     def _open_metrics_file(self) -> None:
         """Go on with metrics.jsonl after this iteration; later records are removed."""
@@ -323,7 +322,8 @@ class Trainer:
         if broadcast_from_main(state.best.is_best):
             self._save()
         self._record_evaluation()
-        state.callbacks.after_evaluation(state, state.results)
+        found = state.results
+        state.callbacks.each(lambda callback: callback.after_evaluation(state, found))
         self._agree_on_stagnation()
 
     def _resume_evaluation(self) -> None:

@@ -20,6 +20,7 @@ from dn_detr.checkpoint import (
     read_manifest,
 )
 from dn_detr.config import LazyConfig
+from dn_detr.config.nodes import walk
 from dn_detr.distributed import broadcast_from_main, is_main, rank
 from dn_detr.errors import UserError, user_message
 
@@ -178,18 +179,17 @@ def _log_resumption(checkpoint: LoadedCheckpoint, config: str) -> None:
 
 def config_changes(before: str, after: str) -> list[str]:
     """Return "key: old -> new" for every leaf that differs between two configs in YAML."""
-    old, new = (dict(_leaves(yaml.load(text, yaml.BaseLoader))) for text in (before, after))
+    old, new = (_leaves(yaml.load(text, yaml.BaseLoader)) for text in (before, after))
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
-        for key in dict.fromkeys([*old, *new])
+        for key in old | new
         if old.get(key, "absent") != new.get(key, "absent")
     ]
 
 
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, (dict, list)) and node:
-        items = node.items() if isinstance(node, dict) else enumerate(node)
-        for key, value in items:
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, node
+def _leaves(config: Any) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in walk(config)
+        if not (isinstance(value, (dict, list)) and value)  # what lies in it comes by itself
+    }

@@ -130,9 +130,9 @@ def test_all_callbacks_end_though_one_fails_at_that():
     for callback in callbacks._callbacks.values():
         callback.on_train_start = lambda state: None  # type: ignore[method-assign]
     CALLS.clear()
-    callbacks.on_train_start(state)
+    callbacks.start(state)
     with pytest.raises(KeyError):
-        callbacks.on_train_end(state, failed=False)
+        callbacks.end(state, failed=False)
     assert CALLS == ["end, failed: False"] * 2
 
 

@@ -8,25 +8,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dn_detr.distributed import barrier, rank
-from dn_detr.engine import StepResult, launch
+from dn_detr.distributed import all_gather, barrier, rank
+from dn_detr.engine import Outcome, StepResult, launch
 from dn_detr.engine.callbacks import DenoisingMetrics
 from dn_detr.engine.metrics import (
     EVENTS,
-    Maximum,
-    Mean,
     RankRecord,
+    Record,
     RunningSums,
-    Sum,
     evaluation_record,
-    merge_over_ranks,
     merge_records,
 )
-from dn_detr.engine.step import Outcome
 from dn_detr.modeling import Diagnostics
 
 CPU = torch.device("cpu")
 RATES = ("data_time", "iter_time", "images_per_s")
+NO_RECORD = RankRecord({}, {}, 0.0)
 
 
 def a_step(seed: int, names: tuple[str, ...] = ("loss_ce", "loss_ce_0")) -> StepResult:
@@ -49,11 +46,11 @@ def add_steps(sums: RunningSums, *seeds: int) -> None:
         sums.add_times(images=2, data_seconds=0.1, seconds=0.1 + seed)
 
 
-def record_of(sums: RunningSums) -> dict:
-    return merge_over_ranks(sums.averages())
+def record_of(*ranks: RunningSums) -> Record:
+    return merge_records([sums.of_this_rank(CPU) for sums in ranks])
 
 
-def without_rates(record: RankRecord) -> dict:
+def without_rates(record: Record) -> Record:
     return {name: value for name, value in record.items() if name not in RATES}
 
 
@@ -100,26 +97,31 @@ def test_skipped_steps_take_time_but_part_in_no_mean():
 
 def test_a_gradient_that_overflowed_does_not_hide_the_norms_of_the_other_steps():
     sums = RunningSums()
-    for norm in (1.0, float("inf"), 2.0):
-        sums.add_step(StepResult(("a",), torch.ones(1), torch.tensor(norm)))
+    for norm, outcome in ((1.0, "applied"), (float("inf"), "overflow"), (2.0, "applied")):
+        step = StepResult(("a",), torch.ones(1), torch.tensor(norm), Outcome(outcome))
+        sums.add_step(step)
     assert record_of(sums)["grad_norm"] == 1.5
 
 
 def test_totals_and_counts_of_ranks_add_up():
-    records = [{"accuracy": Mean(1, 1), "there": Mean(2, 1)}, {"accuracy": Mean(0, 3)}, {}]
-    assert merge_records(records) == {"accuracy": 0.25, "there": 2.0}
+    means: list[dict[str, tuple[float, float]]] = [
+        {"accuracy": (1, 1), "there": (2, 1)}, {"accuracy": (0, 3)}, {},
+    ]  # fmt: skip
+    merged = merge_records([NO_RECORD._replace(means=one) for one in means])
+    assert merged == {"accuracy": 0.25, "there": 2.0, "memory_mib": 0.0}
 
 
 def test_sums_and_maxima_of_ranks_are_merged_as_such():
-    one = {"images_per_s": Sum(4.0), "skipped_images": Sum(1), "memory_mib": Maximum(10.0)}
-    other = {"images_per_s": Sum(5.0), "skipped_images": Sum(2), "memory_mib": Maximum(30.0)}
+    one = RankRecord({}, {"images_per_s": 4.0, "skipped_images": 1}, memory_mib=10.0)
+    other = RankRecord({}, {"images_per_s": 5.0, "skipped_images": 2}, memory_mib=30.0)
     assert merge_records([one, other]) == {
         "images_per_s": 9.0, "skipped_images": 3, "memory_mib": 30.0,
     }  # fmt: skip
 
 
 def write_record(folder: str) -> None:
-    record = merge_over_ranks(sums_of(*([1, 3] if rank() == 0 else [5])).averages())
+    sums = sums_of(*([1, 3] if rank() == 0 else [5]))
+    record = merge_records(all_gather(sums.of_this_rank(CPU)._replace(memory_mib=1.0)))
     Path(folder, f"{rank()}.json").write_text(json.dumps(record))
     barrier()
 
@@ -129,7 +131,7 @@ def test_two_processes_agree_on_the_record(tmp_path):
     launch(write_record, 2, str(tmp_path), device="cpu")
     records = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
     assert records[0] == records[1]
-    assert records[0] == merge_records([sums_of(1, 3).averages(), sums_of(5).averages()])
+    assert records[0] == record_of(sums_of(1, 3), sums_of(5)) | {"memory_mib": 1.0}
     assert records[0]["accuracy"] == pytest.approx((1 + 3 + 5) / 30)
     assert records[0]["skipped_images"] == 9
 
@@ -170,12 +172,13 @@ def test_results_of_an_evaluator_become_flat_names():
     }
 
 
-def denoising_record(*steps: StepResult) -> RankRecord:
+def denoising_record(*steps: StepResult) -> Record:
     """What `DenoisingMetrics` adds to a log record."""
     state, callback = SimpleNamespace(metrics=RunningSums()), DenoisingMetrics()
     for step in steps:
         callback.after_step(state, [], step)
-    return {k: v for k, v in record_of(state.metrics).items() if k not in (*RATES, *EVENTS)}
+    others = (*RATES, *EVENTS, "memory_mib")
+    return {k: v for k, v in record_of(state.metrics).items() if k not in others}
 
 
 def test_terms_of_the_denoising_are_summed_apart_from_all_others():

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from dn_detr.engine import RecordWriter
-from dn_detr.engine.callbacks import Callbacks
 from dn_detr.engine.settings import WandbSettings
 from dn_detr.engine.writers import (
     MetricsFile,
@@ -197,11 +196,11 @@ class FailingWriter(RecordWriter):
 
 
 def test_a_writer_that_fails_costs_one_warning(tmp_path, warnings):
-    writers, state = Callbacks({"mine": FailingWriter()}), state_of(tmp_path)
-    writers.on_train_start(state)
+    writer, state = FailingWriter(), state_of(tmp_path)
+    writer.on_train_start(state)
     for iteration in (1, 2):
-        writers.on_log(state, {"iteration": iteration})
-    writers.on_train_end(state, failed=False)
+        writer.on_log(state, {"iteration": iteration})
+    writer.on_train_end(state, failed=False)
     assert [record.getMessage() for record in warnings.records] == [
         "FailingWriter failed and is switched off, metrics.jsonl has all log records: "
         "KeyError: 'a bug'"
@@ -209,9 +208,9 @@ def test_a_writer_that_fails_costs_one_warning(tmp_path, warnings):
 
 
 def test_a_writer_that_does_not_close_is_a_warning(tmp_path, warnings):
-    writers, state = Callbacks({"mine": FailingWriter()}), state_of(tmp_path)
-    writers.on_train_start(state)
-    writers.on_train_end(state, failed=False)
+    writer, state = FailingWriter(), state_of(tmp_path)
+    writer.on_train_start(state)
+    writer.on_train_end(state, failed=False)
     assert warnings.messages == ["FailingWriter did not close: OSError: another one"]
 
 
