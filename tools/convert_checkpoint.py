@@ -16,7 +16,8 @@ import sys
 from collections.abc import Sequence
 
 from dn_detr.checkpoint import convert_checkpoint
-from dn_detr.config import LazyConfig, instantiate, resolve_config_file
+from dn_detr.config import LazyConfig, instantiate
+from dn_detr.config.command_line import add_config_arguments, load_config
 from dn_detr.errors import UserError, user_message
 
 
@@ -32,11 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    cfg = LazyConfig.load(
-        resolve_config_file(arguments.config_file),
-        allow=arguments.trust,
-        overrides=arguments.overrides,
-    )
+    cfg = load_config(arguments)
     report = convert_checkpoint(
         instantiate(cfg.model),
         arguments.input,
@@ -55,18 +52,8 @@ def _run(arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Convert weights from any layout that the model knows.",
-        epilog="Overrides: key=value changes a key of the config, as in model.num_classes=91.",
     )
-    parser.add_argument(
-        "--config-file", required=True, metavar="F", help="path of a config, or a name of the zoo"
-    )
-    parser.add_argument(
-        "--trust",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help="let a YAML config name classes and functions of this package; may be repeated",
-    )
+    add_config_arguments(parser)
     parser.add_argument(
         "--input", required=True, metavar="FILE", help="file or folder with the weights"
     )
@@ -81,7 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ema", action="store_true", help="take the EMA of the file")
     parser.add_argument("--force", action="store_true", help="replace an output that exists")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
     return parser
 
 

@@ -26,6 +26,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dn_detr.config import LazyConfig, instantiate
+from dn_detr.config.command_line import add_trust_argument
 from dn_detr.predictor import load
 from dn_detr.structures import Instances
 
@@ -271,13 +272,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--score-threshold", type=float, default=0.4, help="lowest score to draw (0.4)"
     )
-    parser.add_argument(
-        "--trust",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help="let a YAML config name classes and functions of this package; may be repeated",
-    )
+    add_trust_argument(parser)
     return parser.parse_args(argv)
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dn_detr.config import LazyConfig, resolve_config_file
+from dn_detr.config import resolve_config_file
+from dn_detr.config.command_line import add_config_arguments, load_config
 from dn_detr.engine import TrainSettings
 from dn_detr.errors import UserError, user_message
 
@@ -49,7 +50,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     from dn_detr.engine.cluster import ClusterJob, Resources, parse_minutes, submit
 
     config_file = resolve_config_file(arguments.config_file).resolve()
-    cfg = LazyConfig.load(config_file, allow=arguments.trust, overrides=arguments.overrides)
+    cfg = load_config(arguments)
     settings = TrainSettings.from_config(cfg)
     options = {name: getattr(arguments, name) for name in PASSED_ON}
     resources = Resources(
@@ -97,18 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description="Train on a cluster: submit a training to Slurm.",
-        epilog="Overrides: key=value changes a key, +key=value adds one, ~key removes one.",
     )
-    parser.add_argument(
-        "--config-file", required=True, metavar="F", help="path of a config, or a name of the zoo"
-    )
-    parser.add_argument(
-        "--trust",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help="let a YAML config name classes and functions of this package; may be repeated",
-    )
+    add_config_arguments(parser)
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
     processes = parser.add_mutually_exclusive_group(required=True)
     processes.add_argument(
@@ -149,7 +140,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPTION=VALUE",
         help="any other option of sbatch, such as reservation=cvpr; may be repeated",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
     return parser
 
 

@@ -28,7 +28,8 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from dn_detr.config import LazyConfig, resolve_config_file
+from dn_detr.config import LazyConfig
+from dn_detr.config.command_line import add_config_arguments, load_config
 from dn_detr.engine import (
     EXIT_DONE,
     EXIT_ERROR,
@@ -69,11 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    cfg = LazyConfig.load(
-        resolve_config_file(arguments.config_file),
-        allow=arguments.trust,
-        overrides=arguments.overrides,
-    )
+    cfg = load_config(arguments)
     if arguments.print_config:
         print(LazyConfig.to_yaml(cfg, resolve=True), end="")
         return
@@ -91,18 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description="Train, evaluate or resume what a config describes.",
-        epilog="Overrides: key=value changes a key, +key=value adds one, ~key removes one.",
     )
-    parser.add_argument(
-        "--config-file", required=True, metavar="F", help="path of a config, or a name of the zoo"
-    )
-    parser.add_argument(
-        "--trust",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help="let a YAML config name classes and functions of this package; may be repeated",
-    )
+    add_config_arguments(parser)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--eval-only",
@@ -119,7 +106,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes to start, one GPU each (CPU processes with train.device=cpu)",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
     return parser
 
 
