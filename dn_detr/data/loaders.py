@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import active_children
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from multiprocessing.util import Finalize
 from typing import Any, get_args
 
@@ -22,6 +25,7 @@ from dn_detr.signals import STOP_SIGNALS
 
 from .coco import CocoDetection
 from .errors import DatasetError
+from .packing import pack, unpack
 from .samplers import EndlessBatchSampler
 from .skipping import OnError, SkipBrokenImages
 from .transforms import Sample
@@ -60,11 +64,12 @@ class SampleLoader:
         **sampling: Any,
     ) -> None:
         self.dataset = dataset
+        self._is_packed = num_workers > 0
         self._loader: DataLoader[Sample] = DataLoader(
             dataset if skip_seed is None else SkipBrokenImages(dataset, skip_seed),
             num_workers=min(num_workers, available_cores()),
-            collate_fn=list,
-            worker_init_fn=_ignore_stop_signals,
+            collate_fn=pack if num_workers else list,
+            worker_init_fn=_start_worker,
             # Without a generator of its own DataLoader draws a seed for its workers from torch's
             # global one. Samples have their own seeds: the value does not matter, the draw would.
             generator=torch.Generator(),
@@ -87,7 +92,7 @@ class SampleLoader:
         # workers, which could take for ever.
         kill_workers = Finalize(None, _kill, args=(workers,), exitpriority=0)
         try:
-            yield from batches
+            yield from map(unpack, batches) if self._is_packed else batches
         except (RuntimeError, OSError, EOFError) as error:
             # A death shows itself as many errors, some of them before the process has exited.
             ended = wait([worker.sentinel for worker in workers], _EXIT_TIMEOUT)
@@ -101,7 +106,8 @@ class SampleLoader:
                 f"a worker process of the data loader died ({deaths}). -9 most often means that"
                 " memory ran out: lower num_workers or dataloader.image_scale, or give the job"
                 " more; -7 that shared memory is full: enlarge /dev/shm (docker run"
-                " --shm-size=8g). With num_workers=0 the error appears in the main process"
+                " --shm-size=8g); 1 may mean that it may open too few files: raise ulimit -n."
+                " With num_workers=0 the error appears in the main process"
             ) from error
         finally:
             kill_workers()
@@ -183,6 +189,13 @@ def build_test_loader(
     return SampleLoader(dataset, num_workers=num_workers, batch_size=batch_size, sampler=share)
 
 
+def raise_open_file_limit() -> None:
+    """Let this process and its workers open as many files as the system allows them."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # of systems whose limit is "unlimited"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def available_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -190,12 +203,14 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _ignore_stop_signals(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     """Leave signals to the main process; a loader's `worker_init_fn`.
 
     Ctrl-C and a scheduler's signals reach every process of a job, and the main process needs its
     workers to finish its step.
     """
+    # A batch that cannot be sent would be waited for.
+    Queue._on_queue_feeder_error = staticmethod(_exit_worker)  # type: ignore[attr-defined]
     signal.set_wakeup_fd(-1)  # that of the main process: it would be told of our signals
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -203,12 +218,17 @@ def _ignore_stop_signals(_worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
+def _exit_worker(error: BaseException, _batch: object) -> None:
+    print(f"a batch cannot be sent to the main process: {error!r}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 @contextmanager
 def _signals_of_workers_blocked() -> Iterator[None]:
     """Start workers within this context.
 
     A worker is born with the signal handlers of the main process and must not run them before
-    `_ignore_stop_signals`, so that stop signals wait. torch's handler of SIGCHLD is removed
+    `_start_worker`, so that stop signals wait. torch's handler of SIGCHLD is removed
     again: it raises wherever the main process happens to be, also while it saves a checkpoint.
     """
     if not hasattr(signal, "pthread_sigmask"):

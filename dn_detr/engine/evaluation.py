@@ -13,7 +13,7 @@ from torch import nn
 from dn_detr.allocator import keep_freed_memory
 from dn_detr.checkpoint import last_checkpoint, load_model_weights, log_loading
 from dn_detr.config import LazyConfig, instantiate
-from dn_detr.data import check_num_classes
+from dn_detr.data import check_num_classes, raise_open_file_limit
 from dn_detr.distributed import barrier, broadcast_buffers, is_main, rank
 from dn_detr.errors import UserError
 from dn_detr.evaluation import inference_on_dataset
@@ -41,6 +41,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """
     settings = TrainSettings.from_config(cfg)
     keep_freed_memory()
+    raise_open_file_limit()
     device = choose_device(settings.device)
     seed_everything(settings.seed + rank())
     checkpoint = _weights_to_evaluate(settings)

@@ -21,6 +21,7 @@ from dn_detr.checkpoint import (
 )
 from dn_detr.config import LazyConfig
 from dn_detr.config.nodes import walk
+from dn_detr.data import raise_open_file_limit
 from dn_detr.distributed import broadcast_from_main, is_main, rank
 from dn_detr.errors import UserError, user_message
 
@@ -73,6 +74,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
     """
     settings = TrainSettings.from_config(cfg)
     keep_freed_memory()
+    raise_open_file_limit()
     stop = StopRequest(settings.grace_seconds, settings.max_hours)
     device = choose_device(settings.device)
     seed_everything(settings.seed + rank())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +96,62 @@ def test_a_worker_that_dies_is_reported_with_its_exit_code_and_remedies(
         list(islice(build(Hazardous(dataset, happen)), 4))
     assert remedy in str(caught.value)
     assert not workers()
+
+
+def open_no_more_files() -> None:
+    """All files are open that may be, from now on."""
+    used = len(os.listdir("/proc/self/fd")) - 1  # without the one of the listing
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used, used))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts files as Linux shows them")
+def test_a_worker_that_may_open_no_file_is_reported_with_the_remedy(
+    dataset: CocoDetection,
+) -> None:
+    with pytest.raises(DatasetError, match=r"exit code 1\).*ulimit -n"):
+        list(test_loader(Hazardous(dataset, open_no_more_files)))
+    assert not workers()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts files as Linux shows them")
+def test_loaders_leave_no_file_open(dataset: CocoDetection) -> None:
+    counts = []
+    for _ in range(10):
+        next(iter(test_loader(dataset)))
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert counts[-1] < counts[0] + 10  # some are closed a moment later
+
+
+_FULL = """
+    import torch
+    from dn_detr.data import DatasetError
+    dataset.transforms = lambda sample, rng: {**sample, "map": torch.zeros(2**18)}
+    try:
+        list(build_test_loader(dataset, 7, num_workers=2))
+    except DatasetError as error:
+        print("Enlarge /dev/shm" in str(error))
+"""
+
+
+@slow
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0
+    if shutil.which("unshare")
+    else True,
+    reason="needs the right to mount a small /dev/shm",
+)
+def test_full_shared_memory_is_reported_and_not_waited_for(dataset: CocoDetection) -> None:
+    script = textwrap.dedent(PROLOGUE).format(hazard="pass") + textwrap.dedent(_FULL)
+    mount = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$0" -c "$@"'
+    arguments = [sys.executable, script, str(dataset.image_dir), str(dataset.annotation_file)]
+    finished = subprocess.run(
+        ["unshare", "-m", "bash", "-c", mount, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert finished.stdout == "True\n", finished.stderr
 
 
 def fail() -> None:
