@@ -12,7 +12,7 @@ from .my_detector import model
 model.num_classes = _model_of_squares.num_classes
 model.target_fields = _model_of_squares.target_fields
 model.criterion = _model_of_squares.criterion
-model.criterion.losses.loss_area = L(AreaLoss)(weight=1.0)
+model.criterion.losses.loss_area = L(AreaLoss)(limit=0.5, weight=1.0)
 model.criterion.matcher.costs.cost_area = L(AreaCost)(weight=1.0)
 model.backbone = L(ConvBackbone)(width=16)
 model.neck.in_channels = [32, 64]
