@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
+
+# What the server of tests/engine/runs.py imports once for the processes that it forks.
+multiprocessing.set_forkserver_preload(
+    ["dn_detr.checkpoint", "hypothesis", "pytest", "tests.engine.runs", "tools.submit"]
+)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,6 @@ from dn_detr.checkpoint import (
 
 # Children are forked from a server that has imported the library and has no threads.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dn_detr.checkpoint"])
 
 
 def snapshot(iteration: int, size: int = 1000) -> Snapshot:

@@ -14,6 +14,8 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,12 +36,31 @@ from tools.train_net import main
 
 CONFIG = str(Path(__file__).with_name("tiny_config.py"))
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dn_detr.checkpoint", "hypothesis", "pytest", __name__])
 
 _start_processes = torch.multiprocessing.start_processes
 _TIMINGS = ("data_time", "iter_time", "images_per_s", "memory_mib")
 # A run is stuck that has printed and written nothing for so long, on the busiest machine.
 IDLE_SECONDS = 180.0
+
+
+class _Output(threading.Thread):
+    """What a process writes to `sender`: a pipe, for which a limit on the size of files is none."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._receiver, self.sender = PROCESSES.Pipe(duplex=False)
+        self._printed = bytearray()
+
+    @property
+    def text(self) -> str:
+        return self._printed.decode()
+
+    def run(self) -> None:
+        """Read to the end, which is reached when the process has ended."""
+        self.sender.close()  # the process has it
+        with self._receiver:
+            while printed := os.read(self._receiver.fileno(), 4096):
+                self._printed += printed
 
 
 class Run:
@@ -68,21 +89,13 @@ class Run:
         self._places = pause.split(",")
         self._pauses = folder.with_name(f"{name}.pauses")
         self._pauses.mkdir(exist_ok=True)
-        self._printed = bytearray()
         variables = {"PAUSE_AT": pause, "PAUSE_FOLDER": str(self._pauses), **(environment or {})}
         command = ["--config-file", config, f"train.output_dir={folder}", *arguments]
-        # A pipe, because a limit on the size of files is none for it.
-        receiver, sender = PROCESSES.Pipe(duplex=False)
-        self._process = PROCESSES.Process(target=_run, args=(command, variables, sender))
+        self._output = _Output()
+        ends = (self._output.sender, self._output.sender)
+        self._process = PROCESSES.Process(target=_run, args=(command, variables, *ends))
         self._process.start()
-        sender.close()
-        self._reader = threading.Thread(target=self._read, args=(receiver,), daemon=True)
-        self._reader.start()
-
-    def _read(self, receiver: Connection) -> None:
-        with receiver:
-            while printed := os.read(receiver.fileno(), 4096):
-                self._printed += printed
+        self._output.start()
 
     @property
     def pid(self) -> int:
@@ -93,7 +106,7 @@ class Run:
     @property
     def log(self) -> str:
         """What the process has printed."""
-        return self._printed.decode()
+        return self._output.text
 
     def reach_pause(self) -> Run:
         """Return when the process is at its next place."""
@@ -142,7 +155,7 @@ class Run:
     def _progress(self) -> object:
         """What changes as long as the run goes on."""
         files = [file for file in self.folder.rglob("*") if file.is_file()]
-        return len(self._printed), len(files)
+        return len(self.log), len(files)
 
     def wait(self, seconds: float = math.inf) -> int:
         """Return the exit code, minus the number of the signal that killed the process.
@@ -155,7 +168,7 @@ class Run:
         assert time.monotonic() - started < seconds
         self._process.join()
         assert self._process.exitcode is not None
-        self._reader.join(1)  # it ends with the last worker
+        self._output.join(1)  # it ends with the last worker
         return self._process.exitcode
 
     def succeed(self) -> None:
@@ -222,16 +235,78 @@ class Group:
             run.__exit__()
 
 
-def _run(command: Sequence[str], variables: Mapping[str, str], output: Connection) -> None:
-    os.setpgid(0, 0)
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    output.close()
+def run_python(
+    source: str, *arguments: object, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """As `python -c` does, but in a process that need not import torch and the library.
+
+    Args:
+        source: of a program.
+        arguments: of the program.
+        cwd: where it runs; here by default.
+        environment: variables besides the test's.
+    """
+    command = [source, *map(str, arguments)]
+    variables = {**os.environ, **environment}  # the server has those of its start
+    outputs = (_Output(), _Output())
+    ends = (output.sender for output in outputs)
+    process = PROCESSES.Process(
+        target=_run_source, args=(command, str(cwd or Path.cwd()), variables, *ends)
+    )
+    process.start()
+    for output in outputs:
+        output.start()
+    try:
+        wait_until(lambda: not process.is_alive(), lambda: [len(o.text) for o in outputs])
+    finally:
+        process.kill()
+        process.join()
+    for output in outputs:
+        output.join(1)  # it ends with the last worker
+    assert process.exitcode is not None
+    return subprocess.CompletedProcess(command, process.exitcode, *(o.text for o in outputs))
+
+
+def run_tool(
+    name: str, *arguments: object, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A command of `tools` in such a process."""
+    source = f"import sys; from tools.{name} import main; sys.exit(main(sys.argv[1:]))"
+    return run_python(source, *arguments, cwd=cwd, **environment)
+
+
+def _run_source(
+    command: list[str],
+    cwd: str,
+    variables: Mapping[str, str],
+    stdout: Connection,
+    stderr: Connection,
+) -> None:
+    _become_like_any_other(variables, stdout, stderr)
+    os.chdir(cwd)
+    sys.argv = ["-c", *command[1:]]
+    exec(command[0], {"__name__": "__main__"})
+
+
+def _become_like_any_other(
+    variables: Mapping[str, str], stdout: Connection, stderr: Connection
+) -> None:
+    os.setsid()
+    os.dup2(stdout.fileno(), 1)
+    os.dup2(stderr.fileno(), 2)
+    stdout.close()
+    stderr.close()
     os.environ.update(variables)
-    exit_when_signalled()  # as tools/train_net.py does
     multiprocessing.set_start_method(None, force=True)  # the default, for its own workers
     torch.set_num_threads(1)
     torch.multiprocessing.start_processes = partial(start_forked, method="fork")
+
+
+def _run(
+    command: Sequence[str], variables: Mapping[str, str], stdout: Connection, stderr: Connection
+) -> None:
+    _become_like_any_other(variables, stdout, stderr)
+    exit_when_signalled()  # as tools/train_net.py does
     if variables["PAUSE_AT"].startswith(("saving", "recording")):
         pause_while_saving()
     if variables["PAUSE_AT"].endswith("end"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from dn_detr.evaluation import CocoEvaluator
 from .conftest import TINY_CONFIG
 from .evaluators import ScriptedEvaluator
 from .reference import images_of_batch, rows
+from .runs import run_tool
 from .small import small_run
 
 EVERY = ["train.eval_period=1", "train.checkpoint.period=1"]
@@ -152,20 +151,14 @@ def test_results_of_another_metric_are_forgotten():
     assert second.is_best
 
 
-COMMAND = "import sys; from tools import train_net; sys.exit(train_net.main(sys.argv[1:]))"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_command_ends_with_0_when_results_stagnate(processes, tmp_path):
     """The tiny evaluator's result falls, or rises by less than ten."""
-    ended = subprocess.run(
-        [
-            sys.executable, "-c", COMMAND, "--config-file", str(TINY_CONFIG),
-            "--num-gpus", str(processes), f"train.output_dir={tmp_path}", "train.eval_period=1",
-            "train.early_stopping.patience=2", "train.early_stopping.min_delta=10000",
-        ],
-        capture_output=True, text=True, timeout=300, check=False,
+    ended = run_tool(
+        "train_net", "--config-file", TINY_CONFIG, "--num-gpus", processes,
+        f"train.output_dir={tmp_path}", "train.eval_period=1",
+        "train.early_stopping.patience=2", "train.early_stopping.min_delta=10000",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert rows(tmp_path)[-1]["iteration"] == 3

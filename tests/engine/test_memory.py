@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from dn_detr.engine.memory import is_out_of_memory
 
 from .faults import ADDRESSABLE
 from .reference import assert_weights, images_of_batch, rows, train_by_hand
+from .runs import run_python
 from .small import HUGE_SIDE, PLAIN, SMALL_CONFIG, small_run
 
 DENSE = "dn_detr_r50"
@@ -101,11 +101,8 @@ sys.exit(train_net.main(sys.argv[1:]))
 
 def run_limited(*overrides: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process that may take 1400 MiB more."""
-    arguments = ["--config-file", str(SMALL_CONFIG), WITH_HUGE_IMAGE, "train.max_iter=4"]
-    return subprocess.run(
-        [sys.executable, "-c", COMMAND, *arguments, *overrides],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    arguments = ["--config-file", SMALL_CONFIG, WITH_HUGE_IMAGE, "train.max_iter=4"]
+    return run_python(COMMAND, *arguments, *overrides)
 
 
 @pytest.mark.slow

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 
 from dn_detr.checkpoint import Snapshot, last_checkpoint, load_last_checkpoint
 from tests.checkpoint.writing import save
+from tools import make_digits
 
 from .runs import Group, Run, outcome
 
@@ -201,8 +200,7 @@ def test_the_results_of_a_checkpoint_that_was_saved_for_them_count_once(tmp_path
 def test_a_real_detector_resumes_exactly(tmp_path):
     pytest.importorskip("sklearn")
     data = tmp_path / "digits"
-    make = [sys.executable, str(ROOT / "tools" / "make_digits.py"), "--root", str(data)]
-    subprocess.run([*make, "--num-train", "32", "--num-val", "8"], check=True, cwd=ROOT)
+    assert make_digits.main(["--root", str(data), "--num-train", "32", "--num-val", "8"]) == 0
     overrides = (
         f"dataloader.root={data}",
         "train.device=cpu",

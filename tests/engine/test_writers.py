@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import struct
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -22,6 +20,8 @@ from dn_detr.engine.writers import (
     WriterError,
     finite_record,
 )
+
+from .runs import run_python
 
 # Runs in a process of its own; arguments: iterations, "limit" to fill the disk, "free" to free it.
 DISK_SCRIPT = """
@@ -56,13 +56,6 @@ board.on_train_end(state, failed=False)
 def state_of(folder: Path, iteration: int = 0) -> Any:
     """As much of the state of a run as a writer asks for."""
     return types.SimpleNamespace(output_dir=folder, iteration=iteration)
-
-
-def run_script(script: str, *arguments: object, **environment: str) -> Any:
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=100, env={**os.environ, **environment}
-    )
 
 
 def iterations(text: str) -> list[int]:
@@ -148,7 +141,7 @@ def test_a_tensorboard_that_cannot_start_is_a_warning(tmp_path, warnings):
 def full_disk(tmp_path_factory):
     """A process that writes four records, the middle two on a full disk."""
     folder = tmp_path_factory.mktemp("full_disk")
-    done = run_script(DISK_SCRIPT, folder, 1, "limit", 2, 3, "free", 4)
+    done = run_python(DISK_SCRIPT, folder, 1, "limit", 2, 3, "free", 4)
     return folder, done
 
 
@@ -175,10 +168,10 @@ def test_a_tensorboard_that_met_a_full_disk_is_switched_off_with_one_warning(ful
 def test_a_run_that_ends_or_is_killed_on_a_full_disk_leaves_whole_lines(tmp_path):
     (ended := tmp_path / "ended").mkdir()
     (killed := tmp_path / "killed").mkdir()
-    done = run_script(DISK_SCRIPT, ended, 1, "limit", 2, 3)
+    done = run_python(DISK_SCRIPT, ended, 1, "limit", 2, 3)
     assert done.returncode == 0 and iterations(done.stdout) == [1]
     assert "metrics.jsonl lacks the last 2 log records" in done.stderr
-    assert run_script(DISK_SCRIPT, killed, 1, "limit", 2, "kill").returncode == -signal.SIGKILL
+    assert run_python(DISK_SCRIPT, killed, 1, "limit", 2, "kill").returncode == -signal.SIGKILL
     assert rows(ended) == rows(killed) == [{"iteration": 1, "loss": 0.25}]
 
 
@@ -269,7 +262,7 @@ def run_wandb(tmp_path_factory):
 
     def run(*arguments: object, mode: str = "offline") -> Any:
         environment = {"HOME": str(home), "WANDB_MODE": mode, "WANDB_API_KEY": ""}
-        return run_script(WANDB_SCRIPT, *arguments, **environment)
+        return run_python(WANDB_SCRIPT, *arguments, **environment)
 
     return run
 

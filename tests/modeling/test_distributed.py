@@ -53,7 +53,7 @@ def gradients_of_two_processes(tmp_path_factory) -> tuple[Detector, list[dict[st
     folder: Path = tmp_path_factory.mktemp("two_processes")
     out = folder / "gradients.pt"
     arguments = (cfg, detector.state_dict(), str(folder / "store"), str(out), COUNTS)
-    mp.spawn(_rank_step, arguments, nprocs=2)
+    mp.start_processes(_rank_step, arguments, nprocs=2, start_method="forkserver")
     return detector, torch.load(out)
 
 

@@ -73,7 +73,9 @@ def _train(rank: int, store: str, folder: str) -> None:
 def records(tmp_path_factory) -> tuple[Record, Record]:
     """What each of two processes saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_train, (str(folder / "store"), str(folder)), nprocs=2)
+    mp.start_processes(
+        _train, (str(folder / "store"), str(folder)), nprocs=2, start_method="forkserver"
+    )
     return torch.load(folder / "0.pt"), torch.load(folder / "1.pt")
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,24 +9,20 @@ import torch
 
 from dn_detr.checkpoint import read_weights, save_weights
 from dn_detr.config import LazyConfig, get_config, instantiate
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.engine.runs import run_tool
 
 
 def _run(tool: str, *arguments: object) -> None:
-    command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    done = run_tool(tool, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def _evaluate(config: str, weights: Path, data: Path, output: Path) -> tuple[bytes, bytes]:
     _run(
-        "train_net.py",
+        "train_net",
         *("--config-file", config, "--eval-only", f"train.init_checkpoint={weights}"),
         *(f"dataloader.root={data}", f"train.output_dir={output}", "train.device=cpu"),
-        *("dataloader.image_scale=0.3", "dataloader.test.limit=6"),
+        *("dataloader.image_scale=0.3", "dataloader.test.limit=2"),
     )
     return tuple(
         (output / "eval" / name).read_bytes() for name in ("metrics.json", "predictions.json")
@@ -61,11 +54,11 @@ def test_weights_of_every_layout_evaluate_to_the_same_coco_numbers(config, share
     for layout in layouts:
         file, back = tmp_path / f"{layout}.pth", tmp_path / f"back_from_{layout}"
         _run(
-            "convert_checkpoint.py",
+            "convert_checkpoint",
             *("--config-file", config, "--input", ours, "--output", file, "--to", layout),
         )
         assert _evaluate(config, file, data, tmp_path / f"run_{layout}") == expected
-        _run("convert_checkpoint.py", "--config-file", config, "--input", file, "--output", back)
+        _run("convert_checkpoint", "--config-file", config, "--input", file, "--output", back)
         before, after = read_weights(ours), read_weights(back)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)

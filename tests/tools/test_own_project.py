@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.engine.runs import run_tool
+
 MODELING = """
 from tests.engine.dummy import TinyDataset, TinyDetector, TinyEvaluator
 
@@ -56,37 +54,26 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(tool: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / tool), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-
-
 @pytest.mark.slow
 def test_own_project_is_trained_by_two_processes_resumed_and_run_again(folder: Path) -> None:
     config = str(folder / "my_project" / "configs" / "my_config.py")
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
     output = f"train.output_dir={folder}/run"
-    done = run("train_net.py", "--config-file", config, "--num-gpus", "2", output, cwd=elsewhere)
+    done = run_tool("train_net", "--config-file", config, "--num-gpus", "2", output, cwd=elsewhere)
     assert done.returncode == 0, done.stderr
-    more = run(
-        *("train_net.py", "--config-file", config, "--resume", output, "train.epochs=2"),
+    more = run_tool(
+        *("train_net", "--config-file", config, "--resume", output, "train.epochs=2"),
         cwd=elsewhere,
     )
     assert more.returncode == 0, more.stderr
     saved = str(folder / "run" / "config.yaml")
     again = ("--config-file", saved, f"train.output_dir={folder}/again")
-    refused = run("train_net.py", *again, cwd=folder)
+    refused = run_tool("train_net", *again, cwd=folder)
     assert refused.returncode == 1 and "add --trust my_project" in refused.stderr
-    lost = run("train_net.py", *again, "--trust", "my_project", cwd=elsewhere)
+    lost = run_tool("train_net", *again, "--trust", "my_project", cwd=elsewhere)
     assert lost.returncode == 1 and "run the command in the folder that has" in lost.stderr
-    repeated = run("train_net.py", *again, "--trust", "my_project", cwd=folder)
+    repeated = run_tool("train_net", *again, "--trust", "my_project", cwd=folder)
     assert repeated.returncode == 0, repeated.stderr
 
 
@@ -94,11 +81,11 @@ def test_own_project_is_trained_by_two_processes_resumed_and_run_again(folder: P
 def test_own_project_is_trained_by_a_job_from_its_saved_config(folder: Path) -> None:
     pytest.importorskip("submitit")
     config = str(folder / "my_project" / "configs" / "my_config.py")
-    printed = run("train_net.py", "--config-file", config, "--print-config", cwd=folder)
+    printed = run_tool("train_net", "--config-file", config, "--print-config", cwd=folder)
     assert printed.returncode == 0, printed.stderr
     (folder / "config.yaml").write_text(printed.stdout)
-    submitted = run(
-        *("submit.py", "--config-file", "config.yaml", "--trust", "my_project"),
+    submitted = run_tool(
+        *("submit", "--config-file", "config.yaml", "--trust", "my_project"),
         *("--cluster", "local", "--processes-per-node", "1", "--time", "10"),
         f"train.output_dir={folder}/run",
         cwd=folder,

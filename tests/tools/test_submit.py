@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from dn_detr.engine.cluster import PYTHON_COMMAND, SubmissionError, parse_minutes
+from tests.engine.runs import run_tool
 from tests.tools.processes import (
     SLOW_CONFIG,
     assert_equal_weights,
-    assert_success,
     start,
     wait_for_log,
 )
@@ -22,6 +22,7 @@ from tools.submit import main
 
 COMMAND = ["--config-file", SLOW_CONFIG, "--time", "10"]
 ON_CPUS = ["--processes-per-node", "2"]
+ON_THIS_MACHINE = [*COMMAND, *ON_CPUS, "--cluster", "local"]
 
 
 @pytest.mark.parametrize(
@@ -93,8 +94,7 @@ def test_a_signal_during_the_imports_of_a_job_waits_for_the_training():
 
 
 def submit_here(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = ["tools/submit.py", *COMMAND, *ON_CPUS, "--cluster", "local"]
-    return start(*command, f"train.output_dir={folder}", *arguments)
+    return start("tools/submit.py", *ON_THIS_MACHINE, f"train.output_dir={folder}", *arguments)
 
 
 @pytest.mark.slow
@@ -106,6 +106,7 @@ def test_a_killed_local_job_saves_and_the_same_command_finishes_it(tmp_path, uni
     said, _ = stopped.communicate(timeout=600)
     assert stopped.returncode == 1 and "the same command continues it" in said
 
-    assert_success(submit_here(tmp_path))
+    again = run_tool("submit", *ON_THIS_MACHINE, f"train.output_dir={tmp_path}")
+    assert again.returncode == 0, again.stderr
     assert "resuming from" in (tmp_path / "log.txt").read_text()
     assert_equal_weights(uninterrupted, tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.runs import Run
 from tests.tools.processes import (
     ROOT,
     SLOW_CONFIG,
@@ -59,7 +60,8 @@ def worker(agent: subprocess.Popen[str], local_rank: int) -> int:
 
 def test_two_nodes_give_the_weights_of_as_many_ranks_on_one(tmp_path):
     # Of a batch of four, three ranks take two, one and one images.
-    assert_success(start(*train_net(tmp_path / "spawned", "--num-gpus", "3")))
+    with Run(tmp_path / "spawned", "--num-gpus", "3") as spawned:
+        spawned.succeed()
     run_on_nodes([2, 1], tmp_path / "nodes")
     assert_equal_weights(tmp_path / "spawned", tmp_path / "nodes")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dn_detr.checkpoint import read_weights
-from tests.engine.runs import wait_until
+from tests.engine.runs import Group, Run, run_tool, wait_until
 from tools.train_net import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ def losses(folder: Path) -> list[float]:
 
 def test_two_processes_train_evaluate_and_stop_together_on_nan(tmp_path):
     arguments = ("--num-gpus", "2", f"train.output_dir={tmp_path}/a", "model.nan_at=5")
-    done = run(*arguments, "model.nan_rank=1")
+    done = run_tool("train_net", *COMMAND[1:], *arguments, "model.nan_rank=1")
     assert done.returncode == 1
     error = done.stderr[done.stderr.index("error: ") :]
     assert error.startswith("error: iteration 5: loss terms loss_class not finite")
@@ -57,29 +57,19 @@ def test_two_processes_train_evaluate_and_stop_together_on_nan(tmp_path):
 
 
 def test_an_interrupt_of_the_parent_alone_stops_all_processes(tmp_path):
-    arguments = ("--num-gpus", "2", "train.epochs=100000", f"train.output_dir={tmp_path}/a")
-    parent = subprocess.Popen(
-        [sys.executable, *COMMAND, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell script that started these tests in the background would pass on a deaf ear.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    metrics = tmp_path / "a" / "metrics.jsonl"
-    wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 0)
-    parent.send_signal(signal.SIGINT)
-    _, error = parent.communicate(timeout=600)
-    assert parent.returncode == 75 and "--resume continues" in error
+    with Run(tmp_path / "a", "--num-gpus", "2", "train.epochs=100000") as parent:
+        metrics = tmp_path / "a" / "metrics.jsonl"
+        wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 0)
+        assert parent.signal(signal.SIGINT).wait() == 75
+        assert "--resume continues" in parent.log
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path):
     # Adam would make whole steps out of rounding errors.
     overrides = ("model.dropout=0.0", "optimizer._target_=torch.optim.SGD")
     assert main([*COMMAND[1:], *overrides, f"train.output_dir={tmp_path}/one"]) == 0
-    two = run("--num-gpus", "2", *overrides, f"train.output_dir={tmp_path}/two")
+    arguments = ("--num-gpus", "2", *overrides, f"train.output_dir={tmp_path}/two")
+    two = run_tool("train_net", *COMMAND[1:], *arguments)
     assert two.returncode == 0, two.stderr
     expected, found = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
     for name, value in expected.items():
@@ -98,12 +88,10 @@ def test_torchrun_and_num_gpus_give_the_same_weights(tmp_path):
 
 
 @pytest.mark.slow
-def test_nan_under_torchrun_ends_both_processes(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    overrides = (f"train.output_dir={tmp_path}/a", "model.nan_at=2", "model.nan_rank=1")
-    done = run(*overrides, launcher=launcher)
-    assert done.returncode != 0
-    assert "error (rank 1): iteration 2: loss terms loss_class not finite" in done.stderr
+def test_nan_in_one_process_of_torchrun_ends_both(tmp_path):
+    with Group(tmp_path / "a", "model.nan_at=2", "model.nan_rank=1") as group:
+        assert group.wait() == [1, 1]
+        assert "error (rank 1): iteration 2: loss terms loss_class not finite" in group.log
 
 
 def test_eval_only_gives_the_numbers_of_the_evaluation_inside_training(tmp_path, capsys):
