@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class UserError(ValueError):
@@ -33,8 +36,10 @@ def first_names(names: Iterable[object], count: int = 5) -> str:
 
     Args:
         names: of anything; ids, for instance.
-        count: how many are shown.
+        count: how many are shown, each of at most 200 characters, those that a terminal obeys
+            escaped.
     """
-    texts = [str(name) for name in names]
+    texts = [CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], str(n)) for n in names]
+    texts = [t if len(t) <= 200 else f"{t[:200]}... ({len(t)} characters)" for t in texts]
     rest = f" and {len(texts) - count} more" if len(texts) > count else ""
     return ", ".join(texts[:count]) + rest

@@ -43,3 +43,8 @@ def test_an_image_is_named_by_its_file_else_by_its_id():
 def test_a_long_list_of_names_is_cut():
     assert first_names(["a", "b"], 2) == "a, b"
     assert first_names(["a", "b", "c", "d"], 2) == "a, b and 2 more"
+
+
+def test_a_name_is_shown_short_and_without_what_a_terminal_obeys():
+    assert first_names(["a\x1b[2J\n\x9bé"]) == "a\\x1b[2J\\n\\x9bé"
+    assert first_names(["x" * 300]) == "x" * 200 + "... (300 characters)"

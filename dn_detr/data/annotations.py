@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dn_detr.errors import first_names
+from dn_detr.errors import CONTROL_CHARACTERS, first_names
 
 from .errors import DatasetError
 
@@ -26,6 +26,7 @@ _REQUIRED_KEYS = {
     "categories": ("id", "name"),
 }
 _LARGEST_COORDINATE = 1e9  # beyond it float32 boxes lose whole pixels by the hundred
+_LARGEST_AREA = 1e10  # pycocotools ignores larger objects
 
 
 def require_paths(image_dir: Path, annotation_file: Path) -> None:
@@ -84,18 +85,23 @@ def read_annotation_file(path: Path) -> dict[str, list[Entry]]:
         _check_entries(path, section, content[section], keys)
     refuse = partial(_refuse, path)
     images, categories = content["images"], content["categories"]
-    nameless = [c["id"] for c in categories if not (isinstance(c["name"], str) and c["name"])]
-    refuse("categories without a name", nameless, "class names are read from the file")
+    unnamed = "without a {}, or with control characters in it"
+    nameless = [c["id"] for c in categories if not _is_name(c["name"])]
+    refuse(f"categories {unnamed.format('name')}", nameless, "class names are read from the file")
     times = Counter(category["name"] for category in categories)
     shared = [f"{c['id']} ({c['name']!r})" for c in categories if times[c["name"]] > 1]
     refuse("categories that share a name", shared, "rename or merge them")
 
-    nameless = [i["id"] for i in images if not (isinstance(i["file_name"], str) and i["file_name"])]
-    refuse("images without a file_name", nameless, "give the path below the image folder")
+    nameless = [i["id"] for i in images if not _is_name(i["file_name"])]
+    remedy = "give the path below the image folder"
+    refuse(f"images {unnamed.format('file_name')}", nameless, remedy)
     sizeless = [
         image["id"]
         for image in images
-        if not all(_is_integer(image[side]) and image[side] > 0 for side in ("width", "height"))
+        if not all(
+            _is_integer(image[side]) and 0 < image[side] < _LARGEST_COORDINATE
+            for side in ("width", "height")
+        )
     ]
     refuse("images whose width or height is no positive integer", sizeless, "in pixels")
     _check_annotations(path, content)
@@ -110,7 +116,8 @@ def require_image_files(image_dir: Path, file_names: Sequence[str]) -> None:
     """
     paths = [image_dir / name for name in file_names]
     present = {
-        folder: set(os.listdir(folder)) if folder.is_dir() else set()
+        # os.path takes a name that is too long for one of no folder.
+        folder: set(os.listdir(folder)) if os.path.isdir(folder) else set()
         for folder in {path.parent for path in paths}
     }
     missing = [
@@ -150,8 +157,14 @@ def _check_entries(path: Path, section: str, entries: list[Any], keys: tuple[str
                 f"entry {position} (id {entry.get('id')}) lacks {first_names(lacking)}"
             )
     _refuse(path, f"incomplete '{section}'", incomplete, f"each needs {', '.join(keys)}")
-    not_integer = [repr(entry["id"]) for entry in entries if not _is_integer(entry["id"])]
-    _refuse(path, f"ids in '{section}' that are no integers", not_integer, "use integers")
+    # pycocotools would make floats of larger ones, and find no image of theirs.
+    not_integer = [
+        repr(entry["id"])
+        for entry in entries
+        if not (_is_integer(entry["id"]) and -(2**63) <= entry["id"] < 2**63)
+    ]
+    remedy = "use integers from -2**63 to 2**63 - 1; 1, 2, 3 will do"
+    _refuse(path, f"ids in '{section}' that are no integers of 64 bits", not_integer, remedy)
     times = Counter(entry["id"] for entry in entries)
     duplicates = [id_ for id_, count in times.items() if count > 1]
     _refuse(path, f"duplicate ids in '{section}'", duplicates, "give each entry an id of its own")
@@ -177,15 +190,16 @@ def _check_annotations(path: Path, content: dict[str, list[Entry]]) -> None:
     for annotation in annotations:
         if annotation.get("area") is None:
             _, _, width, height = annotation["bbox"]
-            annotation["area"] = max(width, 0) * max(height, 0)
+            annotation["area"] = min(max(width, 0) * max(height, 0), _LARGEST_AREA)
         if annotation.get("iscrowd") is None:
             annotation["iscrowd"] = 0
     areas = [
         f"{a['id']} ({a['area']!r})"
         for a in annotations
-        if not (_is_finite(a["area"], _LARGEST_COORDINATE**2) and a["area"] >= 0)
+        if not (_is_number(a["area"], _LARGEST_AREA) and a["area"] >= 0)
     ]
-    refuse("annotations whose area is no number >= 0", areas, "leave it out to have w * h")
+    remedy = "leave it out to have w * h"
+    refuse("annotations whose area is no number from 0 to 1e10", areas, remedy)
     crowds = [f"{a['id']} ({a['iscrowd']!r})" for a in annotations if a["iscrowd"] not in (0, 1)]
     refuse("annotations whose iscrowd is not 0 or 1", crowds, "leave it out to have 0")
 
@@ -201,10 +215,16 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_finite(value: Any, limit: float = _LARGEST_COORDINATE) -> bool:
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and not CONTROL_CHARACTERS.search(value)
+
+
+def _is_number(value: Any, limit: float) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and abs(value) < limit  # NaN compares as False
+    return is_number and abs(value) <= limit  # NaN compares as False
 
 
 def _is_box(bbox: Any) -> bool:
-    return isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_finite, bbox))
+    if not (isinstance(bbox, list) and len(bbox) == 4):
+        return False
+    return all(_is_number(number, _LARGEST_COORDINATE) for number in bbox)

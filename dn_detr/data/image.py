@@ -9,6 +9,8 @@ from PIL import Image
 
 from .errors import ImageError
 
+# Without those whose readers start programs, such as EPS.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation -> what makes the image upright. 1 and unknown values mean: as stored.
 _UPRIGHT = {
@@ -33,7 +35,7 @@ def read_image(path: str | Path, expected_size: tuple[int, int] | None = None) -
     annotations speak of: then the boxes were drawn on those and they are kept as they are.
 
     Args:
-        path: image file in any format that Pillow reads.
+        path: image file in one of Pillow's `FORMATS`.
         expected_size: (height, width) in pixels that the annotation file claims, None = any.
 
     Returns:
@@ -49,23 +51,26 @@ def read_image(path: str | Path, expected_size: tuple[int, int] | None = None) -
     if path.stat().st_size == 0:
         raise ImageError(f"{path}: image file is empty (zero bytes); fetch it again")
     try:
-        with Image.open(path) as image:
-            image.load()
-            stored = _to_rgb(image)
-            upright = _turned(stored, _orientation(image))
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if expected_size is None or tuple(expected_size) in ((height, width), (width, height)):
+                image.load()
+                stored = _to_rgb(image)
+                candidates = [_turned(stored, _orientation(image)), stored]
+            else:
+                candidates = []
     except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
         raise ImageError(
             f"{path}: cannot be read as an 8-bit RGB image ({type(error).__name__}: {error});"
             " it is truncated, damaged or of an unusual kind: fetch it again, convert it, or"
             " remove it from the annotation file"
         ) from error
-    if expected_size is None:
-        return upright
-    for candidate in (upright, stored):
-        if (candidate.height, candidate.width) == tuple(expected_size):
+    for candidate in candidates:
+        if expected_size is None or tuple(expected_size) == (candidate.height, candidate.width):
             return candidate
+    assert expected_size is not None  # else the first candidate was right
     raise ImageError(
-        f"{path}: the image is {stored.width}x{stored.height} (width x height), the annotation"
+        f"{path}: the image is {width}x{height} (width x height), the annotation"
         f" file says {expected_size[1]}x{expected_size[0]}; correct 'width' and 'height' (and"
         " the boxes, if the image was resized) or restore the original file"
     )

@@ -159,7 +159,10 @@ NAN, INF = float("nan"), float("inf")
         (spoil("images", 1, id=20), "duplicate ids in 'images': 20"),
         (spoil("annotations", 2, id=1), "duplicate ids in 'annotations': 1"),
         (spoil("categories", 1, id=7), "duplicate ids in 'categories': 7"),
-        (spoil("images", 1, id="10"), "no integers: '10'"),
+        (spoil("images", 1, id="10"), "no integers of 64 bits: '10'"),
+        (spoil("images", 1, id=2**63), f"no integers of 64 bits: {2**63}"),
+        (spoil("categories", 0, id=-(2**63) - 1), f"no integers of 64 bits: {-(2**63) - 1}"),
+        (spoil("images", 1, id=10**4000), "no integers of 64 bits: 1000"),
         (spoil("annotations", 2, category_id=4), "unknown category_id: 3 (category_id 4)"),
         (spoil("annotations", 2, category_id=None), "unknown category_id: 3 (category_id None)"),
         (spoil("annotations", 2, image_id=11), "unknown image_id: 3 (image_id 11)"),
@@ -169,16 +172,27 @@ NAN, INF = float("nan"), float("inf")
         (spoil("annotations", 2, bbox=[1, 2, 3]), "four finite numbers: 3 ("),
         (spoil("annotations", 2, bbox=[1, 2, 3, "4"]), "four finite numbers: 3 ("),
         (spoil("annotations", 2, bbox=None), "four finite numbers: 3 ("),
-        (spoil("annotations", 2, area=NAN), "area is no number >= 0: 3 (nan)"),
-        (spoil("annotations", 2, area=-1), "area is no number >= 0: 3 (-1)"),
+        (spoil("annotations", 2, area=NAN), "area is no number from 0 to 1e10: 3 (nan)"),
+        (spoil("annotations", 2, area=-1), "area is no number from 0 to 1e10: 3 (-1)"),
+        (spoil("annotations", 2, area=1.1e10), "area is no number from 0 to 1e10: 3 (11"),
         (spoil("annotations", 2, iscrowd="no"), "iscrowd is not 0 or 1: 3 ('no')"),
         (lose("annotations", 2, "bbox"), "entry 2 (id 3) lacks bbox"),
         (lose("annotations", 2, "id"), "entry 2 (id None) lacks id"),
         (lose("images", 0, "width"), "entry 0 (id 20) lacks width"),
         (lose("categories", 0, "name"), "entry 0 (id 7) lacks name"),
         (spoil("images", 0, height=0), "no positive integer: 20"),
-        (spoil("images", 0, file_name=""), "without a file_name: 20"),
-        (spoil("categories", 0, name=""), "without a name: 7"),
+        (spoil("images", 0, width=10**400), "no positive integer: 20"),
+        (
+            spoil("images", 0, file_name=""),
+            "with control characters in it: 20",
+        ),
+        (spoil("images", 0, file_name="a\x1b[2J.jpg"), "with control characters in it: 20"),
+        (spoil("images", 0, file_name="a/" * 3000 + "b"), "1 of 2 image files are missing: a/a/"),
+        (spoil("categories", 0, name=""), "with control characters in it: 7"),
+        (
+            spoil("categories", 0, name="\x9b31mcat"),
+            "with control characters in it: 7",
+        ),
         (spoil("categories", 0, name="dog"), "share a name: 7 ('dog'), 3 ('dog')"),
     ],
 )
@@ -188,7 +202,14 @@ def test_wrong_annotation_file_is_refused_with_file_and_id(
     damage(folder)
     with pytest.raises(DatasetError, match=re.escape(message)) as error:
         folder.open()
-    assert str(folder.annotation_file) in str(error.value)
+    message = str(error.value)
+    assert str(folder.annotation_file) in message or str(folder.images_dir) in message
+    assert len(message) < 1000 and message.isprintable()
+
+
+def test_the_area_of_a_huge_box_is_one_that_the_evaluation_counts(folder: Any) -> None:
+    folder.annotate(9, [0, 0, 1e8, 1e8])
+    assert folder.open().coco.anns[9]["area"] == 1e10
 
 
 def test_many_offenders_are_counted_and_the_first_named(folder: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 
 from dn_detr.data import DatasetError, read_image
 
@@ -127,3 +127,33 @@ def test_file_that_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "page.jpg").write_text("<html>404</html>")
     with pytest.raises(DatasetError, match=r"page\.jpg: cannot be read"):
         read_image(tmp_path / "page.jpg")
+
+
+def test_formats_whose_reader_starts_a_program_are_not_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gs = tmp_path / "gs"
+    gs.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    gs.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    path = save(tmp_path, gradient(), "image.eps").rename(tmp_path / "image.jpg")
+    with pytest.raises(DatasetError, match=r"image\.jpg: cannot be read"):
+        read_image(path)
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "gif", "tif", "ppm", "jp2"])
+def test_the_formats_of_the_documentation_are_read(tmp_path: Path, suffix: str) -> None:
+    image = read_image(save(tmp_path, gradient(), f"image.{suffix}"), (HEIGHT, WIDTH))
+    assert image.size == (WIDTH, HEIGHT)
+
+
+def test_an_image_of_another_size_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, Image.new("1", (13000, 13000)), "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
+    with pytest.raises(DatasetError, match=r"bomb\.png: the image is 13000x13000.* says 8x6"):
+        read_image(path, expected_size=(6, 8))
