@@ -25,6 +25,8 @@ from torchvision.tv_tensors import TVTensor
 
 from dn_detr.structures import Instances
 
+_LARGEST_SIDE = 100_000  # pixels
+
 Sample = dict[str, Any]
 Transform = Callable[[Sample, random.Random], Sample]
 
@@ -194,8 +196,8 @@ def train_transforms(
         before the crop, crop width, crop height, top, left, short side].
 
     Raises:
-        ValueError: a size or `scale` is not positive, a probability is outside [0, 1], or a
-            list of sizes is empty or `crop_range` is reversed.
+        ValueError: a size or `scale` is not positive or too large, a probability is outside [0, 1],
+            or a list of sizes is empty or `crop_range` is reversed.
 
     Source: DETR's reference recipe (480-800 step 32, 1333, 400/500/600, 384-600), the defaults.
     """
@@ -228,7 +230,7 @@ def test_transforms(
         max_size: limit of the long side, pixels.
 
     Raises:
-        ValueError: a size or `scale` is not positive.
+        ValueError: a size or `scale` is not positive or too large.
     """
     return RandomResize(_scaled([short_side], scale), _scaled([max_size], scale)[0])
 
@@ -238,9 +240,9 @@ test_transforms.__test__ = False  # type: ignore[attr-defined]
 
 
 def _scaled(sizes: Sequence[int], scale: float) -> tuple[int, ...]:
-    if not sizes or min(sizes) <= 0 or not scale > 0:
+    if not sizes or min(sizes) <= 0 or not 0 < scale * max(sizes) <= _LARGEST_SIDE:
         raise ValueError(
-            f"sizes and scale of the augmentation must be positive, got sizes={list(sizes)},"
-            f" scale={scale}"
+            "sizes of the augmentation times their scale (dataloader.image_scale) must be positive"
+            f" and at most {_LARGEST_SIDE} pixels, got sizes={list(sizes)}, scale={scale}"
         )
     return tuple(max(1, round(size * scale)) for size in sizes)

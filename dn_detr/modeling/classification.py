@@ -83,6 +83,9 @@ class FocalClassification(Classification):
         gamma: focusing exponent.
         prior: score of every class at the start (section 3.3).
 
+    Raises:
+        ValueError: alpha outside [0, 1], gamma below 0, prior outside (0, 1), or not finite.
+
     Source: Lin et al., "Focal Loss for Dense Object Detection", 2017, equation 5; as the cost of a
     matching: Zhu et al., "Deformable DETR", 2021.
     """
@@ -90,6 +93,14 @@ class FocalClassification(Classification):
     alpha: float = 0.25
     gamma: float = 2.0
     prior: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha {self.alpha} must lie in [0, 1]")
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(f"gamma {self.gamma} must lie in [0, inf)")
+        if not 0 < self.prior < 1:
+            raise ValueError(f"prior {self.prior} must lie in (0, 1)")
 
     def num_logits(self, num_classes: int) -> int:
         """See `Classification.num_logits`: K."""
@@ -130,10 +141,17 @@ class SoftmaxClassification(Classification):
     Args:
         no_object_weight: weight of the queries that are to predict nothing, which are many.
 
+    Raises:
+        ValueError: `no_object_weight` is negative or not finite.
+
     Source: Carion et al., "End-to-End Object Detection with Transformers", 2020, section 3.1.
     """
 
     no_object_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.no_object_weight < math.inf:
+            raise ValueError(f"no_object_weight {self.no_object_weight} must lie in [0, inf)")
 
     def num_logits(self, num_classes: int) -> int:
         """See `Classification.num_logits`: K + 1."""

@@ -22,6 +22,8 @@ from dn_detr.structures import box_cxcywh_to_xyxy, pairwise_generalized_box_iou
 from .classification import Classification, FocalClassification
 from .pairs import Outputs, Pairs, Targets, Term, pad_targets, shape_of, term_dict
 
+_LARGEST_COST = 1e6  # of what is matched only where nothing else is left
+
 
 class MatchingCost(Term, ABC):
     """One term of the cost of a query for an object."""
@@ -95,16 +97,20 @@ class HungarianMatcher(nn.Module):
             }
         self.costs = term_dict(costs)
 
-    @torch.no_grad()
     def cost(self, outputs: Outputs, targets: Targets) -> Tensor:
         """Cost of every query for every object of its own image, see `MatchingCost.forward`.
 
         Raises:
             UserError: a cost has another shape.
         """
+        first, *others = self._weighted(outputs, targets).values()
+        return sum(others, first)
+
+    @torch.no_grad()
+    def _weighted(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         most = max((len(target["labels"]) for target in targets), default=0)
         shape = (*next(iter(outputs.values())).shape[:3], most)
-        costs: list[Tensor] = []
+        costs: dict[str, Tensor] = {}
         term: Any
         for name, term in self.costs.items():
             value = term(outputs, targets)
@@ -113,27 +119,34 @@ class HungarianMatcher(nn.Module):
                     f"model.criterion.matcher.costs.{name}: {type(term).__name__} must return a "
                     f"tensor (layers, images, queries, objects) = {shape}, not {shape_of(value)}"
                 )
-            costs.append(term.weight * value)
-        return sum(costs[1:], costs[0])
+            costs[name] = term.weight * value
+        return costs
 
     def forward(self, outputs: Outputs, targets: Targets, ignored: Tensor | None = None) -> Pairs:
         """Match.
 
         An image with more objects than queries keeps Q pairs. Predictions that are not finite
         match arbitrarily; the loss then is not finite either, which the training loop reports.
+        (Costs that are not finite though the predictions are would go unnoticed: an error.)
 
         Args:
             outputs: see `Outputs`; (N, B, Q, ...) each.
             targets: of B images.
             ignored: (B, Q) bool, True = a query that is matched only where no other is left, and
                 does not take part in the classification.
+
+        Raises:
+            UserError: a cost has another shape, or is not finite for finite predictions.
         """
         cost = self.cost(outputs, targets)
         device = cost.device
         if ignored is not None:
-            cost = cost.masked_fill(ignored[:, :, None], torch.inf)
+            cost = cost.masked_fill(ignored[:, :, None], _LARGEST_COST)
         # One copy to the host for all layers and images; everything after it is on the CPU.
-        cost = cost.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6).cpu()
+        cost = cost.cpu()
+        if not cost.isfinite().all():
+            self._check_finite(outputs, targets)
+            cost = cost.nan_to_num(_LARGEST_COST, _LARGEST_COST, -_LARGEST_COST)
         images: list[Tensor] = []
         queries: list[list[Tensor]] = [[] for _ in cost]
         matched: list[list[Tensor]] = [[] for _ in cost]
@@ -157,3 +170,15 @@ class HungarianMatcher(nn.Module):
             image_C, query_C = (~ignored).nonzero(as_tuple=True)
             classified = image_C, query_C
         return Pairs(image_M[0], query_NM, target_NM, classified, tuple(query_of_object))
+
+    def _check_finite(self, outputs: Outputs, targets: Targets) -> None:
+        """Name a cost that is not finite, unless the predictions are not."""
+        if not all(output.isfinite().all() for output in outputs.values()):
+            return
+        for name, value in self._weighted(outputs, targets).items():
+            own = [value[:, i, :, : len(target["labels"])] for i, target in enumerate(targets)]
+            if not all(costs.isfinite().all() for costs in own):
+                raise UserError(
+                    f"model.criterion.matcher.costs.{name}: {type(self.costs[name]).__name__} "
+                    "gives costs of finite predictions that are not finite"
+                )

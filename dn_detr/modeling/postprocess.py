@@ -18,10 +18,15 @@ class PostProcess(nn.Module):
     Args:
         num_select: how many to keep per image. DN-Deformable-DETR was published with 100.
         classification: what the logits mean, and whether a query may be kept with several classes.
+
+    Raises:
+        ValueError: `num_select` below 1.
     """
 
     def __init__(self, num_select: int = 100, classification: Classification | None = None) -> None:
         super().__init__()
+        if num_select < 1:
+            raise ValueError(f"num_select {num_select} must be at least 1")
         self.num_select = num_select
         self.classification = classification or FocalClassification()
 

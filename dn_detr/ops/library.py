@@ -27,13 +27,15 @@ CPU_LIBRARY, CUDA_LIBRARY = (
 )
 
 KERNELS = ("auto", "pytorch")
-_chosen = os.environ.get("DN_DETR_KERNELS") or "auto"
+# The choice of the process, and those of the contexts that threads have entered and not left.
+_choices: dict[object, str] = {None: os.environ.get("DN_DETR_KERNELS") or "auto"}
 
 
 @contextmanager
 def use_kernels(kernels: str) -> Iterator[None]:
     """Choose the kernels of the operators while the context lasts, in all threads.
 
+    Of contexts that overlap the one entered last counts: backward passes run in other threads.
     The environment variable `DN_DETR_KERNELS` chooses for a whole process.
 
     Args:
@@ -42,13 +44,13 @@ def use_kernels(kernels: str) -> Iterator[None]:
     Raises:
         ValueError: another name.
     """
-    global _chosen
     _check_choice(kernels)
-    before, _chosen = _chosen, kernels
+    context = object()
+    _choices[context] = kernels
     try:
         yield
     finally:
-        _chosen = before
+        del _choices[context]
 
 
 def _check_choice(kernels: str) -> None:
@@ -173,8 +175,9 @@ def compiled_operators(device: torch.device) -> Any | None:
     Raises:
         ValueError: `DN_DETR_KERNELS` has another value than those of `use_kernels`.
     """
-    _check_choice(_chosen)
-    if _chosen == "pytorch":
+    chosen = [*_choices.values()][-1]
+    _check_choice(chosen)
+    if chosen == "pytorch":
         return None
     problem = missing_kernels(device.type)
     if problem is None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import eager
 from .library import call, compiled_operators
@@ -41,14 +42,17 @@ def ms_deform_attn(
             reading it does not stall an accelerator.
         level_start_index: (L,) int64, first cell of each level within S.
         sampling_locations: (B, Q, H, L, P, 2) as (x, y); [0, 1] spans a level's map.
-        attention_weights: (B, Q, H, L, P).
+        attention_weights: (B, Q, H, L, P). One that is not finite at a sample outside the map is
+            left out by the compiled kernels, while those in PyTorch make NaN of it.
 
     Returns:
         (B, Q, H * D) in the type of `value`.
 
     Raises:
         ValueError: types, devices or shapes that do not fit together; the argument is named.
+        NotImplementedError: an argument has a tangent (forward-mode differentiation).
     """
+    _refuse_tangents(value, sampling_locations, attention_weights)
     return torch.ops.dn_detr.ms_deform_attn(
         value, spatial_shapes, level_start_index, sampling_locations, attention_weights
     )
@@ -81,10 +85,23 @@ def ms_deform_attn_fused(
 
     Raises:
         ValueError: types, devices or shapes that do not fit together; the argument is named.
+        NotImplementedError: an argument has a tangent (forward-mode differentiation).
     """
+    _refuse_tangents(value, reference_points, offsets, logits)
     return torch.ops.dn_detr.ms_deform_attn_fused(
         value, spatial_shapes, level_start_index, reference_points, offsets, logits, padding_mask
     )
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    """Refuse what PyTorch would silently take for a derivative of zero."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "deformable attention has no forward-mode derivative; use reverse mode "
+            "(torch.autograd.grad, torch.func.vjp, jacrev)"
+        )
 
 
 def _kernel(name: str, value: Tensor, in_pytorch: Callable[..., Any]) -> Callable[..., Any]:

@@ -110,6 +110,8 @@ def test_coloured_rectangle_stays_under_its_box() -> None:
     [
         {"scale": 0},
         {"scale": float("nan")},
+        {"scale": 1e9},
+        {"scale": float("inf")},
         {"short_sides": []},
         {"short_sides": [0]},
         {"flip_probability": 1.5},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -155,3 +157,15 @@ def test_a_term_that_returns_anything_but_a_number_per_layer_is_named(returned):
     criterion = DetectionCriterion({"loss_wrong": Wrong()})
     with pytest.raises(ValueError, match=r"losses\.loss_wrong: Wrong must .* \(2,\), not"):
         _match(criterion, _predictions(1), _targets([1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        *[("alpha", -0.1), ("alpha", 1.1), ("alpha", math.nan)],
+        *[("gamma", -1.0), ("gamma", math.inf), ("prior", 0.0), ("prior", 1.0)],
+    ],
+)
+def test_a_focal_loss_of_meaningless_numbers_is_refused(name, number):
+    with pytest.raises(ValueError, match=rf"{name} {number} must lie"):
+        FocalClassification(**{name: number})

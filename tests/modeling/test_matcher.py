@@ -131,3 +131,31 @@ def test_a_cost_of_another_shape_is_named(shape):
     matcher = HungarianMatcher({"cost_wrong": Wrong()})
     with pytest.raises(ValueError, match=r"costs\.cost_wrong: Wrong must .*\(3, 2, 7, 3\), not"):
         matcher(*_problem([3, 1]))
+
+
+class Constant(MatchingCost):
+    """A cost that is a given number, and another one beyond an image's own objects."""
+
+    def __init__(self, number: float, beyond: float = 0.0) -> None:
+        super().__init__()
+        self.number, self.beyond = number, beyond
+
+    def forward(self, outputs, targets):
+        counts = torch.tensor([len(target["labels"]) for target in targets])[:, None, None]
+        inside = torch.arange(counts.max()) < counts
+        own = torch.where(inside, self.number, self.beyond)  # (B, 1, T)
+        return own.expand(*outputs["pred_logits"].shape[:3], -1)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_a_cost_that_is_not_finite_is_named(number):
+    matcher = HungarianMatcher({"cost_bbox": BoxL1Cost(), "cost_mine": Constant(number)})
+    with pytest.raises(ValueError, match=r"costs\.cost_mine: Constant gives costs .* not finite"):
+        matcher(*_problem([3, 1]))
+
+
+def test_costs_beyond_the_own_objects_of_an_image_may_be_anything():
+    problem = _problem([3, 1])
+    plain = HungarianMatcher({"cost_bbox": BoxL1Cost()})
+    matcher = HungarianMatcher({"cost_bbox": BoxL1Cost(), "cost_mine": Constant(0.0, torch.nan)})
+    assert torch.equal(matcher(*problem).query, plain(*problem).query)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from dn_detr.modeling import PostProcess, SoftmaxClassification
@@ -39,3 +40,9 @@ def test_softmax_gives_each_query_its_likeliest_class_but_nothing():
     assert found.pred_classes.tolist() == [0, 1]
     expected = torch.stack([torch.tensor(x).softmax(0).max() for x in ([2.0, -1, 0], [-5.0, 1, 0])])
     torch.testing.assert_close(found.scores, expected)
+
+
+@pytest.mark.parametrize("num_select", [0, -1])
+def test_a_detector_that_would_detect_nothing_is_refused(num_select):
+    with pytest.raises(ValueError, match=f"num_select {num_select} must be at least 1"):
+        PostProcess(num_select)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,9 @@ def test_one_line_of_the_config_makes_a_detector_classify_with_softmax(family_co
     detector.eval()
     (found, _) = (result["instances"] for result in detector(samples))
     assert len(found) == len(found.pred_boxes) and found.pred_classes.max() < 10
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
+def test_a_weight_of_nothing_that_is_no_weight_is_refused(weight):
+    with pytest.raises(ValueError, match=f"no_object_weight {weight} must"):
+        SoftmaxClassification(no_object_weight=weight)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dn_detr.layers import MSDeformAttn
 from dn_detr.ops import library, ms_deform_attn, ms_deform_attn_fused, use_kernels
@@ -45,6 +46,28 @@ def test_second_derivatives_are_refused():
     (grad,) = torch.autograd.grad(out.square().sum(), value, create_graph=True)
     with pytest.raises(RuntimeError, match="ms_deform_attn_backward"):
         grad.sum().backward()
+
+
+@KERNELS
+@pytest.mark.parametrize("coordinates", [0, 2])
+def test_forward_mode_derivatives_are_refused(kernels, coordinates):
+    case = make_case(torch.float64, coordinates=coordinates)
+    operator = ms_deform_attn_fused if coordinates else ms_deform_attn
+
+    def of_value(value: Tensor) -> Tensor:
+        return operator(value, *case.arguments[1:])
+
+    value = case["value"]
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(of_value, (value,), (torch.ones_like(value),))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jacfwd(of_value)(value)
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="no forward-mode derivative"),
+    ):
+        of_value(forward_ad.make_dual(value, torch.ones_like(value)))
+    assert torch.func.jvp(lambda _: of_value(value), (value,), (value,))[1].count_nonzero() == 0
 
 
 def test_inputs_changed_before_the_backward_are_noticed():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+
+from dn_detr.ops import use_kernels
+from dn_detr.ops.library import compiled_operators
 
 from ..threads import number_of_threads
 from .cases import FEW, MANY, assert_same_bits, computed, make_case
@@ -33,3 +37,21 @@ def test_callers_in_several_threads_do_not_disturb_each_other():
     with ThreadPoolExecutor(8) as pool:
         for results, others in zip(pool.map(computed, cases), alone, strict=True):
             assert_same_bits(results, others)
+
+
+def test_contexts_of_several_threads_that_overlap_leave_no_choice_behind():
+    entered, left = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with use_kernels("pytorch"):
+            entered.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait(10)
+    with use_kernels("pytorch"):
+        left.set()
+        thread.join()
+        assert compiled_operators(torch.device("cpu")) is None
+    assert compiled_operators(torch.device("cpu")) is not None
