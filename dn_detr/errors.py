@@ -17,9 +17,18 @@ class UserError(ValueError):
     """
 
 
+def escape_control_characters(text: str) -> str:
+    """Return a text that a terminal only shows, whatever names from files are in it."""
+
+    def escaped(found: re.Match[str]) -> str:
+        return found[0] if found[0] in "\n\t" else repr(found[0])[1:-1]
+
+    return CONTROL_CHARACTERS.sub(escaped, text)
+
+
 def user_message(error: UserError) -> str:
     """Return the message of an error, without the traceback that a loader's worker puts before."""
-    text = str(error)
+    text = escape_control_characters(str(error))
     if not text.startswith("Caught ") or "in DataLoader worker process" not in text:
         return text
     name = f"{type(error).__module__}.{type(error).__qualname__}"
@@ -36,10 +45,9 @@ def first_names(names: Iterable[object], count: int = 5) -> str:
 
     Args:
         names: of anything; ids, for instance.
-        count: how many are shown, each of at most 200 characters, those that a terminal obeys
-            escaped.
+        count: how many are shown, each of at most 200 characters.
     """
-    texts = [CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], str(n)) for n in names]
+    texts = [str(name) for name in names]
     texts = [t if len(t) <= 200 else f"{t[:200]}... ({len(t)} characters)" for t in texts]
     rest = f" and {len(texts) - count} more" if len(texts) > count else ""
     return ", ".join(texts[:count]) + rest

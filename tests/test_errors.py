@@ -45,6 +45,9 @@ def test_a_long_list_of_names_is_cut():
     assert first_names(["a", "b", "c", "d"], 2) == "a, b and 2 more"
 
 
-def test_a_name_is_shown_short_and_without_what_a_terminal_obeys():
-    assert first_names(["a\x1b[2J\n\x9bé"]) == "a\\x1b[2J\\n\\x9bé"
+def test_a_long_name_is_cut():
     assert first_names(["x" * 300]) == "x" * 200 + "... (300 characters)"
+
+
+def test_a_message_obeys_no_name_in_it():
+    assert user_message(UserError("a\x1b[2J\n\t\x9bé\r")) == "a\\x1b[2J\n\t\\x9bé\\r"

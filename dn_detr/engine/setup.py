@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dn_detr.collect_env import describe_environment
 from dn_detr.distributed import is_main, rank, world_size
-from dn_detr.errors import UserError
+from dn_detr.errors import UserError, escape_control_characters
 
 # Log records that a progress bar shows anyway go to the file only.
 FILE_ONLY = {"file_only": True}
@@ -30,6 +30,11 @@ _LOCK_FILE = ".lock"
 _LOCK_SECONDS = 20.0
 
 logger = logging.getLogger(__name__)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_control_characters(super().format(record))
 
 
 class _TerminalHandler(logging.Handler):
@@ -72,10 +77,10 @@ def logging_to(output_dir: Path) -> Iterator[None]:
     handlers: list[logging.Handler] = []
     if is_main():
         handlers = [_TerminalHandler(), _open_log(output_dir / "log.txt")]
-        layout = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+        layout = _Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
     else:
         handlers = [logging.StreamHandler()]
-        layout = logging.Formatter(f"[rank {rank()}] %(levelname)s %(message)s")
+        layout = _Formatter(f"[rank {rank()}] %(levelname)s %(message)s")
     before = (package.level, package.propagate)
     package.setLevel(logging.INFO if is_main() else logging.WARNING)
     package.propagate = False

@@ -207,8 +207,8 @@ class Detector(nn.Module):
             True = padding.
 
         Raises:
-            ValueError: no list of samples, an image that is not a (3, H, W) tensor, or one with
-                values in [0, 1].
+            ValueError: no list of samples, an image that is not a (3, H, W) tensor or has no pixel, or
+                one with values in [0, 1].
         """
         if isinstance(samples, (Tensor, Mapping)) or not all(
             isinstance(sample, Mapping) for sample in samples
@@ -223,7 +223,7 @@ class Detector(nn.Module):
             image, name = sample["image"], _name(sample)
             if not isinstance(image, Tensor):
                 raise UserError(f"{name}: image must be a tensor, is {type(image).__name__}")
-            if image.ndim != 3 or image.shape[0] != 3:
+            if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
                 raise UserError(f"{name}: image must be (3, H, W), is {tuple(image.shape)}")
             on_host = image.is_floating_point() and not image.is_cuda  # elsewhere it would wait
             if on_host and image.numel() and 0 < image.max() <= 1:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import sys
 import types
 from typing import Any
@@ -44,3 +45,10 @@ def test_in_a_terminal_a_bar_replaces_the_line_which_still_goes_to_the_log(
     output, log = show(tmp_path, capsys)
     assert "4/10" in output and "loss 1.2500, lr 1.0e-04, data 0.125 s" in output
     assert "grad norm" not in output and "grad norm 2" in log
+
+
+def test_no_escape_sequence_of_a_name_reaches_the_terminal_or_the_log(tmp_path, capsys):
+    with logging_to(tmp_path):
+        logging.getLogger("dn_detr").warning("class %s\nis new", "\x1b]0;evil\x07cat\r")
+    for text in (capsys.readouterr().out, (tmp_path / "log.txt").read_text()):
+        assert text.endswith("class \\x1b]0;evil\\x07cat\\r\nis new\n")

@@ -147,7 +147,9 @@ def test_training_without_ground_truth_is_refused(small):
         small([sample])
 
 
-@pytest.mark.parametrize("image", [torch.zeros(1, 8, 8), torch.zeros(8, 8)])
+@pytest.mark.parametrize(
+    "image", [torch.zeros(1, 8, 8), torch.zeros(8, 8), torch.zeros(3, 0, 8, dtype=torch.uint8)]
+)
 def test_image_of_another_shape_is_refused(small, image):
     with pytest.raises(ValueError, match=r"\(3, H, W\)"):
         small.preprocess([{"image": image, "image_id": 5}])
