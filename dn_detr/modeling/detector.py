@@ -207,8 +207,8 @@ class Detector(nn.Module):
             True = padding.
 
         Raises:
-            ValueError: no list of samples, an image that is not a (3, H, W) tensor or has no pixel, or
-                one with values in [0, 1].
+            ValueError: no list of samples, an image that is not a (3, H, W) tensor or has no
+                pixel, or one with values in [0, 1].
         """
         if isinstance(samples, (Tensor, Mapping)) or not all(
             isinstance(sample, Mapping) for sample in samples
