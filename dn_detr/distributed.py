@@ -38,6 +38,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether a collective call failed because another rank is gone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def barrier() -> None:
     """Wait until every rank has come here."""
     if is_distributed():

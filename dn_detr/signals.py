@@ -13,10 +13,15 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
+from dn_detr.streams import make_streams_lenient, tell
+
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not an error, to be tried again
 
-# Schedulers warn with SIGTERM, SIGUSR1 or SIGUSR2, people with Ctrl-C.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Schedulers warn with SIGTERM, SIGUSR1, SIGUSR2 or SIGXCPU (the limit of CPU time), people with
+# Ctrl-C, a terminal that is closed with SIGHUP.
+STOP_SIGNALS = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU,
+)  # fmt: skip
 
 _LONGEST_WAIT_SECONDS = 3600.0  # select has a limit
 _END = b"\0"  # no signal has this number
@@ -52,7 +57,11 @@ class SignalThread:
         os.set_blocking(self._sender, False)
         # Before the handlers, so that at every moment the reader before or this one gets a signal.
         self._wakeup = signal.set_wakeup_fd(self._sender, warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+        self._handlers = {
+            number: signal.signal(number, handler)
+            for number in STOP_SIGNALS
+            if not (number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN)  # nohup
+        }
         self._thread = threading.Thread(target=self._read, name="signals", daemon=True)
         self._thread.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a cluster's job starts with them
@@ -92,13 +101,14 @@ class SignalThread:
 def exit_when_signalled() -> None:
     """Let a signal that asks this process to stop end it, with `EXIT_STOPPED`.
 
-    For a command that is starting or ending: importing torch alone takes seconds.
+    For a command that is starting or ending: importing torch alone takes seconds. Its standard
+    streams become lenient first, see `make_streams_lenient`.
     """
+    make_streams_lenient()
     SignalThread(_exit)
 
 
 def _exit(number: int | None) -> None:
     if number is not None:
-        text = f"{signal.Signals(number).name}: no step is in progress, exiting now\n"
-        os.write(2, text.encode())
+        tell(f"{signal.Signals(number).name}: no step is in progress, exiting now")
         os._exit(EXIT_STOPPED)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import datetime
 import os
+import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import multiprocessing
 from torch.distributed.rendezvous import rendezvous
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from dn_detr.distributed import is_lost_connection
 from dn_detr.errors import UserError, user_message
 from dn_detr.signals import STOP_SIGNALS, SignalThread
 
@@ -117,11 +120,20 @@ def _process_group(device: str) -> Iterator[None]:
         # collective; they are freed when this process or the one that started it ends.
         if isinstance(error, Stopped) or gpu is None:
             dist.destroy_process_group()
+        if is_lost_connection(error):
+            raise LaunchError(
+                f"rank {rank} lost its connection to another rank, which was killed or failed: see "
+                "what that one says; --resume continues from the last checkpoint"
+            ) from error
         raise
     dist.destroy_process_group()
 
 
 def _start(function: Callable[..., object], count: int, args: tuple[Any, ...], device: str) -> None:
+    # It inherits what is blocked: a signal to the whole session would end it, and it complains.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     reports = multiprocessing.get_context("spawn").SimpleQueue()
     group = multiprocessing.start_processes(
@@ -192,7 +204,9 @@ def _run_rank(
             except UserError as error:
                 reports.put((LaunchError, user_message(error)))
                 raise
-            except Exception:
+            except Exception as error:
+                if is_lost_connection(error):
+                    raise  # the parent knows which rank is gone
                 reports.put((ProcessFailure, f"rank {rank}:\n{traceback.format_exc()}"))
                 raise
     except Stopped as stop:

@@ -15,7 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dn_detr.allocator import release_freed_memory
-from dn_detr.distributed import any_process, average_gradients, is_distributed
+from dn_detr.distributed import (
+    any_process,
+    average_gradients,
+    is_distributed,
+    is_lost_connection,
+)
 from dn_detr.errors import UserError, image_name
 from dn_detr.modeling import ObjectCounts, mean_over_ranks
 from dn_detr.protocols import CountsObjects, Diagnostics, HasDiagnostics, Sample
@@ -301,7 +306,10 @@ def images_named_on_failure(batch: Sequence[Sample], iteration: int) -> Iterator
         yield
     except (NonFiniteError, OutOfMemory):
         raise
-    except Exception:
+    except Exception as error:
+        if is_lost_connection(error):
+            logger.error("iteration %d: the connection to another rank is lost", iteration)
+            raise
         names = ", ".join(map(image_name, batch))
         logger.error("iteration %d failed on %s", iteration, names)
         raise

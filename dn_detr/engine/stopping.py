@@ -17,6 +17,7 @@ from typing import NoReturn
 from dn_detr.distributed import is_main, rank
 from dn_detr.signals import EXIT_STOPPED as EXIT_STOPPED
 from dn_detr.signals import SignalThread
+from dn_detr.streams import tell
 
 EXIT_DONE = 0
 EXIT_ERROR = 1
@@ -119,12 +120,13 @@ class StopRequest:
             self._requested_at = now
             self._signal = self._signal or number
             if is_main():
-                _tell(
+                tell(
                     f"{signal.Signals(number).name}: finishing this step and saving, for at most "
                     f"{self._grace_seconds:g} s; a second signal exits now"
                 )
         passed = now - self._requested_at
-        if number is not None and passed > _ONE_REQUEST_SECONDS:
+        # the kernel repeats SIGXCPU every second of CPU time
+        if number not in (None, signal.SIGXCPU) and passed > _ONE_REQUEST_SECONDS:
             self._exit(number, "a second signal")
         if passed >= self._grace_seconds:
             why = f"no checkpoint within train.grace_seconds={self._grace_seconds:g}"
@@ -134,10 +136,5 @@ class StopRequest:
     def _exit(self, number: int, why: str) -> NoReturn:
         if self._has_saved:
             os._exit(EXIT_STOPPED)
-        _tell(f"{why} ({signal.Signals(number).name}): rank {rank()} exits without saving")
+        tell(f"{why} ({signal.Signals(number).name}): rank {rank()} exits without saving")
         os._exit(EXIT_SIGNAL + number)
-
-
-def _tell(text: str) -> None:
-    # not through logging, whose lock may be held by a thread that waits for a file system
-    os.write(2, f"{text}\n".encode())

@@ -306,6 +306,7 @@ def _run(
     command: Sequence[str], variables: Mapping[str, str], stdout: Connection, stderr: Connection
 ) -> None:
     _become_like_any_other(variables, stdout, stderr)
+    _break_output(variables.get("BROKEN_OUTPUT", ""))
     exit_when_signalled()  # as tools/train_net.py does
     if variables["PAUSE_AT"].startswith(("saving", "recording")):
         pause_while_saving()
@@ -335,6 +336,19 @@ def start_forked(
 
 def _run_forked_rank(rank: int, run_rank: Callable[..., None], *args: Any) -> None:
     run_rank(rank, os.getppid(), *args)  # which may be the server
+
+
+def _break_output(how: str) -> None:
+    """Let stdout and stderr be closed, a full disk, or a pipe whose reader has gone."""
+    reader, writer = os.pipe()
+    full = os.open("/dev/full", os.O_WRONLY)
+    for number in (1, 2) if how else ():
+        if how == "closed":
+            os.close(number)
+        else:
+            os.dup2(full if how == "full" else writer, number)
+    for number in (reader, writer, full):
+        os.close(number)
 
 
 def outcome(folder: Path) -> dict[str, Any]:

@@ -37,6 +37,21 @@ def last_error(run: Run) -> str:
     return found[0]
 
 
+@pytest.mark.parametrize(
+    "how",
+    ["closed", pytest.param("full", marks=slow), pytest.param("without a reader", marks=slow)],
+)
+def test_an_output_that_cannot_be_written_changes_nothing(tmp_path, whole, how):
+    folder = tmp_path / "run"
+    with Run(folder, environment={"BROKEN_OUTPUT": how}) as run:
+        assert run.wait() == 0
+    assert outcome(folder) == whole
+    with Run(tmp_path / "bad", "train.seed=-1", environment={"BROKEN_OUTPUT": how}) as run:
+        assert run.wait() == 1
+    with Run(tmp_path / "stopped", pause="step 5", environment={"BROKEN_OUTPUT": how}) as run:
+        assert run.reach_pause().signal(signal.SIGTERM).go_on().wait() == 75
+
+
 @pytest.mark.parametrize("options", [(), ("train.checkpoint.asynchronous=false",)])
 def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tmp_path, whole, options):
     folder = tmp_path / "run"

@@ -63,6 +63,29 @@ def test_a_signal_lets_the_step_end_and_saves(tmp_path, whole, number):
 
 
 @slow
+def test_the_limit_of_cpu_time_that_the_kernel_repeats_is_one_request(tmp_path, whole):
+    with Run(tmp_path / "run", pause="step 5") as run:
+        run.reach_pause().signal(signal.SIGXCPU)
+        time.sleep(ONE_REQUEST)
+        run.signal(signal.SIGXCPU)
+        time.sleep(0.2)
+        assert run.go_on().wait() == STOPPED
+    assert_resumes(run.folder, whole[1])
+
+
+def test_a_run_under_nohup_ignores_the_end_of_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+            assert stop.reason is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@slow
 @pytest.mark.parametrize(
     ("place", "number"),
     [
@@ -349,6 +372,9 @@ def test_a_killed_process_ends_the_other_one(tmp_path, whole):
         killed, other = group.runs
         killed.reach_pause().signal(signal.SIGKILL)
         assert (killed.wait(), other.wait()) == (-signal.SIGKILL, 1)
+        assert "iteration 5: the connection to another rank is lost" in other.log
+        assert "error (rank 1): rank 1 lost its connection to another rank, which was" in other.log
+        assert ".jpg" not in other.log and "Traceback" not in other.log
     assert_resumes(tmp_path / "run", whole[2], processes=2)
 
 
