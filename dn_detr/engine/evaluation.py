@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dn_detr.protocols import Evaluator, NamesResults, TestLoader
 from .devices import announce_device, choose_device
 from .random_state import preserved_random_state, seed_everything
 from .settings import TrainSettings
-from .setup import logging_to, make_folder, record_run
+from .setup import lock_folder, logging_to, make_folder, record_run
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         The evaluator's metrics, in [0, 1]; an empty dict on other ranks than the main process.
 
     Raises:
-        ValueError: there is no checkpoint, or it is damaged or of another model.
+        ValueError: there is no checkpoint, or it is damaged or of another model, or a run is
+            writing to that folder.
     """
     settings = TrainSettings.from_config(cfg)
     keep_freed_memory()
@@ -46,7 +48,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     seed_everything(settings.seed + rank())
     checkpoint = _weights_to_evaluate(settings)
     folder = make_folder(settings.output_dir)
-    with logging_to(folder):
+    with logging_to(folder), lock_folder(folder) if is_main() else nullcontext():
         if is_main():
             record_run(LazyConfig.to_yaml(cfg), make_folder(folder / "eval"), device)
         announce_device(device, settings.device)

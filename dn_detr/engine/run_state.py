@@ -50,6 +50,7 @@ class RunState:
         batches_drawn: batches taken from the loader; more than `iteration` after a rollback.
         nonfinite_steps: steps dropped because numbers were not finite.
         metrics: numbers of this rank since the last log record.
+        log_records: written until the last checkpoint, on the main process.
         results: of the evaluation at `iteration`, None if there was none.
     """
 
@@ -75,6 +76,7 @@ class RunState:
         self.batches_drawn = 0
         self.nonfinite_steps = 0
         self.metrics = RunningSums()
+        self.log_records = 0
         self.results: Mapping[str, Any] | None = None
         self._class_names = class_names
         self._random_state: dict[str, Any] | None = None
@@ -98,6 +100,7 @@ class RunState:
                 "models": models,
                 "batches_drawn": self.batches_drawn,
                 "nonfinite_steps": self.nonfinite_steps,
+                "log_records": self.log_records,
                 "ranks": all_gather(of_this_rank),
             },
         )
@@ -137,6 +140,7 @@ class RunState:
             self.best.update(self.results)
         self.batches_drawn = state["batches_drawn"]
         self.nonfinite_steps = state["nonfinite_steps"]
+        self.log_records = state.get("log_records", 0)
         ranks = state["ranks"]
         self.metrics = RunningSums()
         if len(ranks) == world_size():

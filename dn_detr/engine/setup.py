@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from dn_detr.collect_env import describe_environment
 from dn_detr.distributed import is_main, rank, world_size
 from dn_detr.errors import UserError, escape_control_characters
+from dn_detr.streams import make_streams_lenient
 
 # Log records that a progress bar shows anyway go to the file only.
 FILE_ONLY = {"file_only": True}
@@ -46,10 +48,20 @@ class _TerminalHandler(logging.Handler):
             tqdm.write(self.format(record), file=sys.stdout)
 
 
-class _LogFile(logging.FileHandler):
-    """Writes a log; a full disk costs lines, is told once and stops nothing."""
+class _LogFile(WatchedFileHandler):
+    """Writes a log, in a new file if that was removed or renamed; a full disk costs lines."""
 
     _has_failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        stream = self.stream
+        try:
+            super().emit(record)
+            if self.stream is not stream:
+                logger.error("%s was removed or renamed, this is a new one", self.baseFilename)
+        except OSError:  # there is no new file either
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Say on stderr why lines will be missing."""
@@ -73,6 +85,7 @@ def logging_to(output_dir: Path) -> Iterator[None]:
     Raises:
         ValueError: the file cannot be written to.
     """
+    make_streams_lenient()
     package = logging.getLogger("dn_detr")
     handlers: list[logging.Handler] = []
     if is_main():
@@ -111,9 +124,14 @@ def make_folder(path: str | Path) -> Path:
         ValueError: it cannot be created or written to.
     """
     folder = Path(path)
-    if folder.is_file():
-        raise UserError(f"train.output_dir={path}: cannot be created: there is a file of that name")
+    if "://" in str(path) or os.path.abspath(path) == os.sep:
+        raise UserError(
+            f"train.output_dir={path}: expected a folder of its own in a file system (a bucket can "
+            "be mounted as one)"
+        )
     try:
+        if folder.is_file():
+            raise FileExistsError("there is a file of that name")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"train.output_dir={path}: cannot be created: {error}") from error

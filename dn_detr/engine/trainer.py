@@ -30,7 +30,7 @@ from .schedule import LearningRateRule, set_learning_rates
 from .settings import TrainSettings
 from .step import Outcome, StepResult, images_named_on_failure
 from .stopping import Stopped, StopRequest, WaitInterrupted
-from .writers import MetricsFile, finite_record
+from .writers import MetricsFile, WriterError, finite_record
 
 logger = logging.getLogger(__name__)
 
@@ -245,12 +245,16 @@ class Trainer:
                 self.state.output_dir,
                 self.state.iteration,
                 is_evaluated=self.state.results is not None,
+                expected=self.state.log_records,
             )
 
     def _save(self) -> None:
         """Write a checkpoint of this iteration, unless there is one."""
         if self._saved_iteration == self.state.iteration:
             return
+        if self._metrics_file is not None:
+            self._metrics_file.flush_to_disk()
+            self.state.log_records = self._metrics_file.records
         self._checkpoints.save(self.state.snapshot())
         self._saved_iteration, self._has_unwritten = self.state.iteration, False
 
@@ -274,6 +278,11 @@ class Trainer:
                 self._checkpoints.wait()
             finally:
                 barrier()
+        if self._metrics_file is not None and self._metrics_file.was_removed:
+            raise WriterError(
+                f"{self._metrics_file.path} was removed or renamed during the run, so records, and "
+                "whatever else was there, are missing; the last checkpoint is saved"
+            )
 
     def _save_and_stop(self) -> NoReturn:
         if self.state.iteration > 0:
@@ -342,6 +351,8 @@ class Trainer:
         iteration, results = self.state.iteration, self.state.results
         if is_main() and results is not None and self._saved_iteration == iteration:
             is_best = self.state.best.is_best
+            if self._metrics_file is not None:
+                self._metrics_file.flush_to_disk()
             self._checkpoints.record_evaluation(iteration, results, is_best=is_best)
 
     def _agree_on_stagnation(self) -> None:

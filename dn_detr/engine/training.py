@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -40,7 +41,8 @@ from .devices import announce_device, choose_device
 from .evaluation import check_watched_result
 from .random_state import seed_everything
 from .run_state import RunState, load_last
-from .settings import TrainSettings
+from .schedule import parse_period
+from .settings import CheckpointSettings, TrainSettings
 from .setup import (
     NEVER_IN_TERMINAL,
     lock_folder,
@@ -158,6 +160,9 @@ def build_trainer(
     if checkpoint is not None:
         state.restore(checkpoint)
         sampler.start_iteration = state.batches_drawn
+    checkpoints = build_checkpoint_writer(cfg, dataset)
+    if is_main():
+        warn_of_small_disk(state, settings.checkpoint)
     evaluators = {name: build_evaluator(cfg, name) for name in ("", *state.callbacks.models())}
     check_watched_result(watched, evaluators, dataset.class_names)
     return Trainer(
@@ -165,11 +170,30 @@ def build_trainer(
         train_loader,
         test_loader,
         evaluators,
-        build_checkpoint_writer(cfg, dataset),
+        checkpoints,
         stop=stop,
         lr_rule=lr_rule,
         settings=settings,
     )
+
+
+def warn_of_small_disk(state: RunState, settings: CheckpointSettings) -> None:
+    """Compare what the checkpoints of a run take with what is free; Adam's state is assumed."""
+    tensors = state.model.state_dict().values()
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    trained = sum(4 * p.numel() for p in state.model.parameters() if p.requires_grad)
+    each = weights * (1 + len(state.callbacks.models())) + 2 * trained
+    timetable, folder = state.timetable, state.output_dir / "checkpoints"
+    every = parse_period(settings.period, timetable.iterations_per_epoch) or timetable.max_iter
+    saves = -(-timetable.max_iter // every)
+    written = len(list(folder.glob("[0-9]*")))
+    count = min(saves, settings.keep or saves) + 2 - written  # the best, and one in the making
+    free = shutil.disk_usage(folder).free
+    if free < count * each:
+        logger.warning(
+            "%s: %.0f MiB are free, and %d checkpoints of this run take about %.0f MiB: make room,"
+            " or lower train.checkpoint.keep", folder, free / 2**20, count, count * each / 2**20,
+        )  # fmt: skip
 
 
 def _log_resumption(checkpoint: LoadedCheckpoint, config: str) -> None:

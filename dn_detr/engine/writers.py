@@ -43,36 +43,57 @@ class MetricsFile:
     """Writes `metrics.jsonl`; records that an abandoned run wrote after `iteration` are removed.
 
     A record that cannot be written (the disk is full) is kept in memory and written before the next
-    one; the file never holds a part of a line for longer than the attempt.
+    one; the file never holds a part of a line for longer than the attempt. A file that is removed
+    or renamed is replaced by a new one, for the records from then on.
 
     Args:
         folder: output folder of the run.
         iteration: the run continues after this one; 0 for a new run.
         is_evaluated: whether records of the evaluation at `iteration` are kept.
+        expected: how many records of the training there were at `iteration`; with fewer in the file
+            a warning is logged.
+
+    Attributes:
+        records: of the training, from its begin.
+        was_removed: whether the file lacks records because it was removed or renamed.
 
     Raises:
         WriterError: the file cannot be read or written when the run starts.
     """
 
-    def __init__(self, folder: Path, iteration: int, *, is_evaluated: bool = False) -> None:
+    def __init__(
+        self, folder: Path, iteration: int, *, is_evaluated: bool = False, expected: int = 0
+    ) -> None:
         self.path = folder / METRICS_FILE
+        self.was_removed = False
         self._waiting = b""
         self._has_failed = False
         try:
-            _truncate(self.path, iteration, is_evaluated)
-            # unbuffered: a buffer would write what failed a second time
-            self._file = self.path.open("ab", buffering=0)
-            self._size = self.path.stat().st_size  # bytes of complete lines
+            found = _truncate(self.path, iteration, is_evaluated)
+            self._open()
         except OSError as error:
             raise WriterError(
                 f"{self.path}: {error.strerror}; free disk space, or choose another "
                 "train.output_dir"
             ) from error
+        self.records = max(found, expected)
+        if found < expected:
+            logger.warning(
+                "%s lacks %d of the %d log records up to iteration %d, lost by a power failure or a"
+                " change of the file; they do not come back", self.path, expected - found,
+                expected, iteration,
+            )  # fmt: skip
 
     def write(self, record: Record) -> None:
         """Append one record, whose numbers are finite or None."""
+        self.records += not _is_evaluation(record)
         self._waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
         self._write_waiting()
+
+    def flush_to_disk(self) -> None:
+        """Let the records survive a power failure, as far as they could be written."""
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Try once more to write what could not be written, and close the file."""
@@ -84,8 +105,14 @@ class MetricsFile:
         with suppress(OSError):  # a network's file system may tell only now that it is full
             self._file.close()
 
+    def _open(self) -> None:
+        # unbuffered: a buffer would write what failed a second time
+        self._file = self.path.open("ab", buffering=0)
+        self._size = self.path.stat().st_size  # bytes of complete lines
+
     def _write_waiting(self) -> None:
         try:
+            self._replace_if_removed()
             if self._has_failed:
                 self._file.truncate(self._size)  # half a line, if that could not be removed before
             view = memoryview(self._waiting)
@@ -106,6 +133,18 @@ class MetricsFile:
         self._has_failed = False
         self._size += len(self._waiting)
         self._waiting = b""
+
+    def _replace_if_removed(self) -> None:
+        with suppress(FileNotFoundError):
+            if os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
+                return
+        if not self.was_removed:
+            logger.error("%s was removed or renamed; later log records are in a new one", self.path)
+        self.was_removed = True
+        removed = self._file
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._open()
+        removed.close()
 
 
 def finite_record(record: Record) -> Record:
@@ -268,31 +307,37 @@ class WeightsAndBiases(RecordWriter):
         self._run.finish(exit_code=int(failed))
 
 
-def _truncate(path: Path, iteration: int, is_evaluated: bool) -> None:
+def _truncate(path: Path, iteration: int, is_evaluated: bool) -> int:
     """Keep the log records up to `iteration`; drop the line that a killed process was writing.
 
     A new run does not continue the records of one whose checkpoints are gone, and keeps them aside.
+
+    Returns:
+        How many records of the training are kept.
     """
     if not path.exists():
-        return
+        return 0
     if iteration == 0 and path.is_file() and path.stat().st_size:
         aside = path.with_name(f"before_{path.name}")
         os.replace(path, aside)
         logger.warning("%s is of a run that left no checkpoint; it is kept as %s", path, aside)
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line + "\n" for line in lines if _is_kept(line, iteration, is_evaluated)]
+        return 0
+    kept, records = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            at = record["iteration"]
+            is_pending = _is_evaluation(record) and not is_evaluated
+            if at <= iteration - is_pending:
+                kept.append(line + "\n")
+                records += not _is_evaluation(record)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue  # no record
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, path)
+    return records
 
 
-def _is_kept(line: str, iteration: int, is_evaluated: bool) -> bool:
-    try:
-        record = json.loads(line)
-        at = record["iteration"]
-    except (ValueError, KeyError, TypeError):
-        return False
-    is_evaluation = any(name.startswith("eval") for name in record)
-    is_pending = is_evaluation and at == iteration and not is_evaluated
-    return at <= iteration and not is_pending
+def _is_evaluation(record: Record) -> bool:
+    return any(name.startswith("eval/") for name in record)

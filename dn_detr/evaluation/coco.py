@@ -225,9 +225,16 @@ class CocoEvaluator:
             )  # fmt: skip
 
     def _write(self, name: str, content: Any) -> None:
-        if self.output_dir is not None:
+        if self.output_dir is None:
+            return
+        file = self.output_dir / name
+        try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            (self.output_dir / name).write_text(json.dumps(content), encoding="utf-8")
+            file.write_text(json.dumps(content), encoding="utf-8")
+        except OSError as error:  # a full disk is not worth the training that is evaluated
+            logger.error("%s is not written: %s; the results are in the log", file, error.strerror)
+            with contextlib.suppress(OSError):
+                file.unlink()  # half of it may be there
 
 
 def format_results(metrics: Mapping[str, Any]) -> str:

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from dn_detr.engine import setup
-from dn_detr.engine.setup import lock_folder
+from dn_detr.engine import evaluate, setup
+from dn_detr.engine.setup import lock_folder, make_folder
+from dn_detr.errors import UserError
 
 
 def hold(folder, is_held) -> None:
@@ -49,3 +50,30 @@ def test_runs_may_follow_each_other(tmp_path):
     for _ in range(2):
         with lock_folder(tmp_path):
             pass
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("s3://bucket/run", "train.output_dir=s3://bucket/run: expected a folder of its own"),
+        ("/", "train.output_dir=/: expected a folder of its own"),
+        ("{tmp_path}/" + 300 * "x", "cannot be created: .*File name too long"),
+        ("{tmp_path}/file", "cannot be created: there is a file of that name"),
+    ],
+)
+def test_what_cannot_be_the_folder_of_a_run_is_refused(tmp_path, monkeypatch, path, message):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        make_folder(path.format(tmp_path=tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert make_folder(".").is_dir()
+
+
+def test_an_evaluation_in_the_folder_of_a_running_training_is_refused(
+    tmp_path, other_run, monkeypatch, tiny_config
+):
+    monkeypatch.setattr(setup, "_LOCK_SECONDS", 0.3)
+    with pytest.raises(UserError, match="another run is writing there"):
+        evaluate(tiny_config(f"train.output_dir={tmp_path}", "train.init_checkpoint=x"))
+    assert not (tmp_path / "eval").exists()

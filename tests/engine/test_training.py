@@ -5,14 +5,20 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from dn_detr.checkpoint import read_manifest, read_weights
-from dn_detr.config import LazyConfig
-from dn_detr.engine import NonFiniteError, evaluate, train
-from dn_detr.engine.training import config_changes
+from dn_detr.checkpoint import load_checkpoint, read_manifest, read_weights
+from dn_detr.config import LazyCall, LazyConfig
+from dn_detr.engine import Callback, NonFiniteError, Timetable, evaluate, train
+from dn_detr.engine.callbacks import Callbacks
+from dn_detr.engine.settings import CheckpointSettings
+from dn_detr.engine.training import config_changes, warn_of_small_disk
+from dn_detr.engine.writers import MetricsFile
 
 from .dummy import TinyDetector
 
@@ -98,6 +104,73 @@ def test_equal_seeds_give_equal_weights_and_others_do_not(run, tmp_path):
     assert_equal_weights(tmp_path / "a", tmp_path / "b")
     with pytest.raises(AssertionError):
         assert_equal_weights(tmp_path / "a", tmp_path / "c")
+
+
+class Removing(Callback):
+    """Removes metrics.jsonl and log.txt, or renames their folder, after the third step."""
+
+    def __init__(self, folder: bool) -> None:
+        self.folder = folder
+
+    def after_step(self, state, samples, result):
+        if state.iteration == 3 and self.folder:
+            state.output_dir.rename(state.output_dir.with_name("elsewhere"))
+        elif state.iteration == 3:
+            for name in ("metrics.jsonl", "log.txt"):
+                (state.output_dir / name).unlink()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_run_whose_files_are_removed_goes_on_and_ends_with_an_error(
+    tiny_config, tmp_path, folder
+):
+    cfg = tiny_config(f"train.output_dir={tmp_path}/run", "train.checkpoint.period=3")
+    cfg.train.callbacks = {"removing": LazyCall(Removing)(folder=folder)}
+    with pytest.raises(ValueError, match=r"metrics\.jsonl was removed or renamed during the run"):
+        train(cfg)
+    assert [row["iteration"] for row in rows(tmp_path / "run") if "loss" in row] == [4, 6, 8, 9]
+    assert read_manifest(tmp_path / "run/checkpoints/last").iteration == 9
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "metrics.jsonl was removed or renamed; later log records are in a new one" in log
+    assert folder or "log.txt was removed or renamed, this is a new one" in log
+
+
+def test_log_records_are_on_the_disk_before_a_checkpoint_names_their_number(
+    run, tmp_path, monkeypatch
+):
+    flushed: list[int] = []
+
+    def flush_to_disk(file: MetricsFile) -> None:
+        flushed.append(len(file.path.read_text().splitlines()))
+
+    monkeypatch.setattr(MetricsFile, "flush_to_disk", flush_to_disk)
+    run("a", "train.log_period=1", "train.eval_period=0", "train.max_iter=6")
+    assert flushed == [3, 6, 7]  # two checkpoints, and the evaluation that one of them gets
+    saved = load_checkpoint(tmp_path / "a/checkpoints/last").snapshot.training_state
+    assert saved["log_records"] == 6
+
+
+@pytest.mark.parametrize(("keep", "count"), [(3, 5), (None, 12)])
+def test_too_little_space_for_the_checkpoints_is_told_with_figures(
+    tmp_path, monkeypatch, caplog, keep, count
+):
+    state: Any = SimpleNamespace(
+        model=nn.Linear(2**18, 64, bias=False, device="meta"),  # 64 MiB, and twice that for Adam
+        callbacks=Callbacks({}),
+        timetable=Timetable(10, 100),
+        output_dir=tmp_path,
+    )
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(logging.getLogger("dn_detr"), "propagate", True)
+    for free in (192 * count, 192 * count - 1):
+        usage = SimpleNamespace(free=free * 2**20)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        assert caplog.messages == []
+        warn_of_small_disk(state, CheckpointSettings(keep=keep))
+    (message,) = caplog.messages
+    figures = f"{192 * count - 1} MiB are free, and {count} checkpoints of this run take about"
+    assert figures in message and f"about {192 * count} MiB: make room" in message
 
 
 def test_evaluating_more_often_does_not_change_the_training(run, tmp_path):

@@ -99,13 +99,65 @@ def test_resuming_drops_later_records_half_written_ones_and_an_evaluation_to_be_
     assert rows(tmp_path) == [json.loads(line) for line in kept]
 
 
-@pytest.mark.parametrize("junk", [b"\x00\x00\x00", b"\xff\xfe{", b"7", b'{"loss": 1.0}', b"[1]"])
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"\x00\x00\x00", b"\xff\xfe{", b"7", b'{"loss": 1.0}', b"[1]", b'{"iteration": "x"}',
+        b"[" * 10**5,
+    ],
+)  # fmt: skip
 def test_resuming_drops_what_a_crashed_disk_left_between_the_records(tmp_path, junk):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"iteration": 1}\n' + junk + b"\n")
     file = MetricsFile(tmp_path, 1)
     file.write({"iteration": 2})
     file.close()
     assert rows(tmp_path) == [{"iteration": 1}, {"iteration": 2}]
+
+
+@pytest.mark.parametrize("left", [b"", b"\x00" * 40 + b"\n"])
+def test_records_that_a_power_failure_took_are_told(tmp_path, left, warnings):
+    file = MetricsFile(tmp_path, 0)
+    for iteration in (1, 2, 3):
+        file.write({"iteration": iteration})
+    file.write({"iteration": 3, "eval/AP": 0.5})
+    file.close()
+    assert file.records == 3
+    first, *_ = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_bytes(first + left)
+    resumed = MetricsFile(tmp_path, 3, is_evaluated=True, expected=3)
+    assert "lacks 2 of the 3 log records up to iteration 3" in warnings.messages[-1]
+    assert resumed.records == 3  # so that every later start tells it too
+
+
+def test_complete_records_give_no_warning(tmp_path, warnings):
+    file = MetricsFile(tmp_path, 0)
+    file.write({"iteration": 1})
+    file.write({"iteration": 1, "eval/AP": 0.5})  # made again
+    file.close()
+    MetricsFile(tmp_path, 1, expected=1).close()
+    assert warnings.messages == []
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed", "with its folder"])
+def test_a_file_that_disappears_is_an_error_and_later_records_are_in_a_new_one(
+    tmp_path, how, warnings
+):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    file = MetricsFile(folder, 0)
+    file.write({"iteration": 1})
+    if how == "removed":
+        file.path.unlink()
+    elif how == "renamed":
+        file.path.rename(folder / "mine.jsonl")
+    else:
+        folder.rename(tmp_path / "mine")
+    for iteration in (2, 3):
+        file.write({"iteration": iteration})
+    file.close()
+    assert file.was_removed
+    assert [record.levelname for record in warnings.records] == ["ERROR"]
+    assert rows(folder) == [{"iteration": 2}, {"iteration": 3}]
 
 
 def test_a_file_that_cannot_be_written_at_the_start_is_an_error_with_its_path(tmp_path):

@@ -330,3 +330,28 @@ def test_table_shows_percent_and_marks_undefined_values() -> None:
     shown = dict(zip(numbers[::2], numbers[1::2], strict=True))
     assert shown == dict.fromkeys(NAMES, "45.67") | {"APs": "-"}
     assert per_class == ["cat", "50.00", "dog", "-"]
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+def test_results_that_cannot_be_written_are_an_error_in_the_log_and_no_exception(
+    evaluator: CocoEvaluator,
+    tmp_path: Path,
+    is_full: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dn_detr"), "propagate", True)
+    folder, names = tmp_path / "eval", ("predictions.json", "metrics.json")
+    if is_full:
+        folder.mkdir()
+        for name in names:
+            (folder / name).symlink_to("/dev/full")
+    else:
+        folder.touch()  # a file of that name
+    feed(evaluator, 3, [result([0, 0, 100, 100], 0.5)])
+    assert evaluator.evaluate() is not None
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    reason = "No space left on device" if is_full else "File exists"
+    assert errors == [
+        f"{folder / name} is not written: {reason}; the results are in the log" for name in names
+    ]
