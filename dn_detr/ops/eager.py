@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,10 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_SIDE = 2**24  # whole numbers up to here are exact in float32
 
 
-def forward(
-    value: Tensor, spatial_shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
-) -> Tensor:
-    """(B, Q, H * D); see `ms_deform_attn`."""
-    return _forward(
-        value, check_inputs(value, spatial_shapes, starts, locations, weights), locations, weights
-    )
+def forward(*inputs: Tensor) -> Tensor:
+    """(B, Q, H * D) of the arguments of `ms_deform_attn`."""
+    value, _, _, locations, weights = inputs
+    return _forward(value, check_inputs(*inputs), locations, weights)
 
 
 def _forward(value: Tensor, shapes: list[list[int]], locations: Tensor, weights: Tensor) -> Tensor:
@@ -37,16 +35,10 @@ def _forward(value: Tensor, shapes: list[list[int]], locations: Tensor, weights:
     return out.to(value.dtype).contiguous()
 
 
-def backward(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Tensor,
-    starts: Tensor,
-    locations: Tensor,
-    weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of value, locations and weights; samples are computed again rather than kept."""
-    shapes = check_inputs(value, spatial_shapes, starts, locations, weights)
+    value, _, _, locations, weights = inputs
+    shapes = check_inputs(*inputs)
     _check_grad_output(grad_output, value, locations)
     return _backward(grad_output, value, shapes, locations, weights)
 
@@ -83,49 +75,25 @@ def _backward(
     )
 
 
-def fused_forward(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    starts: Tensor,
-    references: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    padding_mask: Tensor | None,
-) -> Tensor:
-    """(B, Q, H * D); see `ms_deform_attn_fused`."""
-    shapes = check_fused_inputs(
-        value, spatial_shapes, starts, references, offsets, logits, padding_mask
-    )
-    return _forward(
-        _without_padding(value, padding_mask),
-        shapes,
-        _locations(references, offsets, spatial_shapes),
-        _softmax(logits, offsets),
-    )
+def fused_forward(*inputs: Any) -> Tensor:
+    """(B, Q, H * D) of the arguments of `ms_deform_attn_fused`."""
+    value, spatial_shapes, _, references, offsets, logits, padding_mask = inputs
+    shapes = check_fused_inputs(*inputs)
+    locations = _locations(references, offsets, spatial_shapes)
+    value = _without_padding(value, padding_mask)
+    return _forward(value, shapes, locations, _softmax(logits, offsets))
 
 
-def fused_backward(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Tensor,
-    starts: Tensor,
-    references: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    padding_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fused_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of value, reference points, offsets and logits."""
-    shapes = check_fused_inputs(
-        value, spatial_shapes, starts, references, offsets, logits, padding_mask
-    )
+    value, spatial_shapes, _, references, offsets, logits, padding_mask = inputs
+    shapes = check_fused_inputs(*inputs)
     _check_grad_output(grad_output, value, offsets)
+    value = _without_padding(value, padding_mask)
+    locations = _locations(references, offsets, spatial_shapes)
     weights = _softmax(logits, offsets)
     value_grad, locations_grad, weights_grad = _backward(
-        grad_output,
-        _without_padding(value, padding_mask),
-        shapes,
-        _locations(references, offsets, spatial_shapes),
-        weights,
+        grad_output, value, shapes, locations, weights
     )
     logits_grad = torch.ops.aten._softmax_backward_data(
         weights_grad.flatten(-2), weights.flatten(-2), -1, weights.dtype
