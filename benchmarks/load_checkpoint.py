@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import pickle
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,7 @@ LAYOUTS: dict[str, Callable[[State, Path], Path]] = {
 
 
 def measure(path: Path) -> dict[str, float]:
-    """Load once into a new model; run in a process of its own."""
+    """Load once into a new model, in a process of its own."""
     model = instantiate(_config())
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     started = time.perf_counter()
@@ -154,19 +153,14 @@ def _memory(field: str) -> int:
 def _row(name: str, state: State) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = LAYOUTS[name](state, Path(folder))
-        command = [sys.executable, __file__, "--measure", str(path)]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {"layout": name, **json.loads(output)}
+        with multiprocessing.get_context("forkserver").Pool(1) as pool:
+            return {"layout": name, **pool.apply(measure, [path])}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write the rows to a file")
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        print(json.dumps(measure(arguments.measure)))
-        return
+    arguments = parser.parse_args(argv)
     state = instantiate(_config()).state_dict()
     rows = []
     print(f"{'layout':<26}{'file MiB':>9}{'read s':>8}{'load s':>8}{'held MiB':>10}{'/ file':>8}")
@@ -182,4 +176,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    multiprocessing.set_forkserver_preload(["__main__"])
     main()
