@@ -14,7 +14,7 @@ from .nodes import to_node
 from .overrides import apply_overrides
 from .packages import find_trusted
 from .python_file import read_python
-from .yaml_check import check_data
+from .yaml_check import check_targets, check_values
 from .yaml_file import read_yaml, write_yaml
 from .zoo import near_files, zoo_path
 
@@ -31,9 +31,8 @@ class LazyConfig:
     ) -> Any:
         """Load a config file.
 
-        A .py file is code and runs. A .yaml or .yml file is data: it can only name classes and
-        functions of `yaml_check.DATA_PACKAGES` and of `allow`, which is checked here, after the
-        overrides.
+        A .py file is code and runs. A .yaml or .yml file is data: it can only name what
+        `yaml_check` lists and what `allow` names, which is checked here, after the overrides.
 
         Args:
             path: the file.
@@ -53,7 +52,7 @@ class LazyConfig:
         """
         path = Path(path)
         if not path.is_file():
-            raise ConfigError(f"config file {path} does not exist{near_files(path)}")
+            raise ConfigError(f"config file {path} does not exist, or is no file{near_files(path)}")
         if path.suffix in (".yaml", ".yml"):
             root = load_yaml(path, path, allow, overrides)
         elif path.suffix == ".py":
@@ -141,8 +140,11 @@ def load_yaml(
     """
     packages = (allow,) if isinstance(allow, str) else tuple(allow)
     find_trusted(packages)
-    root = apply_overrides(read_yaml(source, name), overrides)
-    check_data(root, name, packages)
+    root = read_yaml(source, name)
+    check_values(root, name)
+    root = apply_overrides(root, overrides)
+    check_values(root, name)
+    check_targets(root, name, packages)
     return root
 
 

@@ -1,17 +1,17 @@
-"""What a YAML config may name.
+"""What a YAML config may hold and name.
 
-A Python config is code and may name anything. A YAML config is data: it may name classes and
-functions that are defined inside `DATA_PACKAGES` or inside the packages that the caller of
-`LazyConfig.load` allows. The place where the object was really defined decides, so a foreign object
-that is reached through an attribute of an allowed module does not pass; and nothing is imported
-from a library that has no allowed package.
+A Python config is code and may name anything. A YAML config is data: it may name the classes and
+functions that are listed here, and those of the packages that the caller of `LazyConfig.load`
+allows. The place where the object was really defined decides, so a foreign object that is reached
+through an attribute of an allowed module does not pass; and nothing is imported from elsewhere.
 """
 
 from __future__ import annotations
 
 import re
+import reprlib
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,55 +21,88 @@ from .errors import ConfigError
 from .nodes import plain, walk
 from .targets import locate
 
-# Not here: what takes a config, overrides, or a path or address to load code from and acts on it,
-# since data would then be run as code after all: dn_detr.config, the training loop, torch.hub, and
-# torchvision.models, whose weights are fetched and unpickled.
-DATA_PACKAGES = (
-    "dn_detr.checkpoint.layouts",  # names of tensors; no files
-    "dn_detr.data",
-    "dn_detr.engine.optimizer",
-    "dn_detr.engine.schedule",
-    "dn_detr.evaluation",
+# Whose classes may be named, wherever they are imported from. To make an object of one runs no code
+# that its arguments bring, fetches nothing and writes nothing.
+CLASSES = (
+    "dn_detr.checkpoint.layouts",
+    "dn_detr.data.coco",
+    "dn_detr.data.transforms",
+    "dn_detr.evaluation.coco",
     "dn_detr.layers",
     "dn_detr.modeling",
-    "dn_detr.ops",
-    "dn_detr.projects",  # they come with the library, and are reviewed with it
-    "dn_detr.structures",
-    "torch.nn",
+    "torch.nn.modules",
     "torch.optim",
-    "torch._C._nn",  # where functions of torch.nn.functional such as gelu are defined
     "torchvision.ops",
-    "torchvision.transforms",
+    "torchvision.transforms.v2",
 )
+FUNCTIONS = (
+    "dn_detr.data.loaders.build_test_loader",
+    "dn_detr.data.loaders.build_train_loader",
+    "dn_detr.data.transforms.test_transforms",
+    "dn_detr.data.transforms.train_transforms",
+    "dn_detr.engine.optimizer.parameter_groups",
+    "dn_detr.engine.schedule.cosine",
+    "dn_detr.engine.schedule.multi_step",
+)
+TRUSTED = ("dn_detr.projects",)  # they come with the library, and are reviewed with it
+
+_IMPORTED = ("dn_detr", "torch.nn", "torch.optim", "torchvision.ops", "torchvision.transforms")
+_REFERENCE = re.compile(r"\$\{([^{}:]*)\}")
 _ESCAPED = re.compile(r"(?<!\\)(\\\\)*\\\$\{")
-_REFERENCE = re.compile(r"\$\{[^{}:]*\}")
+_RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
+_MAX_KEY = 1000  # characters of a dotted key
+_MAX_NAME = 200  # characters of a target
+_MAX_BITS = 1024  # as those of a float
+_MAX_SIZE = 2**20  # characters and values, each reference counted as what it refers to
 
 
-def check_data(root: DictConfig, path: str | Path, allow: Iterable[str]) -> None:
+def check_values(root: DictConfig, path: str | Path) -> None:
+    """Check that a YAML config is plain data of a bounded size, before a reference is followed.
+
+    Raises:
+        ConfigError: a value calls a resolver, or is too large; names file and key.
+    """
+    data = plain(root)
+    for key, value in walk(data):
+        if len(key) > _MAX_KEY:
+            raise ConfigError(f"{path}: {key[:50]}...: is a key of {len(key)} characters")
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise ConfigError(f"{path}: {key}: is a number of {value.bit_length()} bits")
+        if isinstance(value, str) and _RESOLVER.search(_without_references(value)):
+            raise ConfigError(
+                f"{path}: {key}: {reprlib.repr(value)} calls a resolver, which YAML may not; "
+                "write the value"
+            )
+    try:
+        is_large = _Sizes(data).of(data, ()) > _MAX_SIZE
+    except RecursionError:
+        is_large = True
+    if is_large:
+        raise ConfigError(f"{path}: its references (${{...}}) lead in a circle, or to too much")
+
+
+def check_targets(root: DictConfig, path: str | Path, allow: Iterable[str]) -> None:
     """Check every target that a YAML config names.
 
     What is checked is what is built: interpolations can only lead to other parts of the config,
-    because resolvers and interpolated targets are refused.
+    because `check_values` refuses resolvers, and computed targets are refused here.
 
     Args:
         root: the config, overrides applied.
         path: its file, for messages.
-        allow: packages that it may name besides `DATA_PACKAGES`.
+        allow: packages whose classes and functions it may name, too.
 
     Raises:
         ConfigError: a target is not allowed or does not exist; names file and key.
     """
-    packages = (*DATA_PACKAGES, *allow)
+    packages = (*TRUSTED, *allow)
     for key, value in walk(plain(root)):
-        if isinstance(value, str) and _calls_resolver(value):
-            raise ConfigError(
-                f"{path}: {key}: {value!r} calls a resolver, which YAML may not; write the value"
-            )
         if key.rpartition(".")[2] != "_target_":
             continue
         if not isinstance(value, str) or "${" in value:
             raise ConfigError(
-                f"{path}: {key}: must be a dotted name, which YAML may not compute: {value!r}"
+                f"{path}: {key}: must be a dotted name, which YAML may not compute: "
+                f"{reprlib.repr(value)}"
             )
         try:
             _check_target(value, packages)
@@ -81,33 +114,79 @@ def check_data(root: DictConfig, path: str | Path, allow: Iterable[str]) -> None
 
 
 def _check_target(name: str, packages: tuple[str, ...]) -> None:
-    library = name.partition(".")[0]
-    if not (_is_known(library) or _is_inside(name, packages)) or "._" in name:
+    if len(name) > _MAX_NAME or not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"{reprlib.repr(name)} is no dotted name; YAML may not name it")
+    if not _is_inside(name, (*_IMPORTED, *packages)) or "._" in name:
         raise _forbidden(name, name)
     found: Any = locate(name)
-    if isinstance(found, types.MethodType):
-        home = found.__func__.__module__
-    elif isinstance(found, (type, types.FunctionType, types.BuiltinFunctionType)):
-        home = found.__module__
-    else:
-        raise ConfigError(f"{name} is neither a class nor a function; YAML may not name it")
     if isinstance(found, types.FunctionType) and found.__qualname__ != found.__name__:
         # Called with a `self` of the file's choice it could do what no constructor does.
         raise ConfigError(f"{name} is a method without its object; YAML may not name it")
-    if not _is_inside(str(home), packages):
-        raise _forbidden(name, str(home))
+    if isinstance(found, types.MethodType):
+        home = found.__func__.__module__
+    elif isinstance(found, (type, types.FunctionType, types.BuiltinFunctionType)):
+        home = str(found.__module__)
+    else:
+        raise ConfigError(f"{name} is neither a class nor a function; YAML may not name it")
+    is_listed = (
+        _is_inside(home, CLASSES)
+        if isinstance(found, type)
+        else f"{home}.{found.__qualname__}" in FUNCTIONS
+    )
+    if not (is_listed or _is_inside(home, packages)):
+        raise _forbidden(name, home)
 
 
-def _is_known(library: str) -> bool:
-    return any(package.partition(".")[0] == library for package in DATA_PACKAGES)
-
-
-def _calls_resolver(text: str) -> bool:
-    """Whether a text has `${name:...}`, which could make new nodes after the check."""
-    text = _ESCAPED.sub("", text)
+def _without_references(text: str) -> str:
+    """A text without `${key}`, also nested; what is left of `${name:...}` calls a resolver."""
     while _REFERENCE.search(text):
         text = _REFERENCE.sub("", text)  # from the inside out
-    return "${" in text
+    return text
+
+
+class _Sizes:
+    """How large the values of a config become when references are replaced by what they refer to.
+
+    A value in which a part of a reference is computed counts as all that it may lead to.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+        self._known: dict[tuple[Any, ...], int] = {}
+
+    def of(self, value: Any, path: tuple[Any, ...]) -> int:
+        """Number of characters and values of the value at a path."""
+        if path not in self._known:
+            self._known[path] = _MAX_SIZE + 1  # for a reference to what it lies in
+            self._known[path] = 1 + sum(self._parts(value, path))
+        return self._known[path]
+
+    def _parts(self, value: Any, path: tuple[Any, ...]) -> Iterator[int]:
+        if isinstance(value, (dict, list)):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                yield self.of(item, (*path, key))
+        elif isinstance(value, str):
+            yield len(value)
+            value = _ESCAPED.sub("", value)
+            while found := _REFERENCE.search(value):
+                reference = found[1].strip().partition("*")[0]
+                parts = re.findall(r"[^.\[\]'\"\s]+", reference)
+                dots = len(reference) - len(reference.lstrip("."))
+                start = path[: len(path) - dots] if dots else ()
+                yield value.count(found[0]) * self.of(*self._find((*start, *parts)))
+                value = value.replace(found[0], "*")
+
+    def _find(self, path: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        """What a path leads to, or the reference on the way that leads on."""
+        value = self._data
+        for depth, part in enumerate(path):
+            if isinstance(value, str):
+                return value, path[:depth]
+            if isinstance(value, list):
+                value = dict(enumerate(value))
+                part = int(part) if isinstance(part, str) and part.isdecimal() else part
+            value = value.get(part) if isinstance(value, dict) else None
+        return value, path
 
 
 def _is_inside(name: str, packages: Iterable[str]) -> bool:
@@ -116,8 +195,8 @@ def _is_inside(name: str, packages: Iterable[str]) -> bool:
 
 def _forbidden(name: str, home: str) -> ConfigError:
     package = home.partition(".")[0]
-    if _is_known(package):  # what is missing there is missing on purpose
-        remedy = "it may name what docs/configs.md lists; a Python config may name anything"
+    if package in ("dn_detr", "torch", "torchvision"):  # what is not listed is so on purpose
+        remedy = "it may name what docs/security.md lists; a Python config may name anything"
     else:
         remedy = (
             f"if you trust {package}, add --trust {package} to the command, or in Python "

@@ -1,7 +1,7 @@
 """YAML of configs, read and written by OmegaConf.
 
-OmegaConf reads `1e-4` as a float and a date as text, and refuses tags of Python objects and a key
-that is written twice.
+OmegaConf reads `1e-4` as a float and a date as text. What could grow beyond the size of its file is
+refused before.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from omegaconf import Container, DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import ConfigError
-from .nodes import join_path, plain, to_node
+from .nodes import join_path, plain, to_node, walk
 from .targets import dotted_name
+
+_MAX_BYTES = 2**17  # a saved config of the zoo has 2**13
+_MAX_DEPTH = 50
 
 
 def read_yaml(source: Path | str, name: str | Path) -> DictConfig:
@@ -33,19 +36,50 @@ def read_yaml(source: Path | str, name: str | Path) -> DictConfig:
         The root of the config.
 
     Raises:
-        ConfigError: the file is not YAML, has tags, a key that is written twice, or a top level
-            that is no mapping; names the file.
+        ConfigError: the file is not YAML, is too large or nested too deep, has tags, aliases, a key
+            that is written twice, or a top level that is no mapping; names the file.
     """
     try:
-        data = OmegaConf.load(StringIO(source) if isinstance(source, str) else source)
+        text = source if isinstance(source, str) else _read_text(source)
+        scalars = _count_scalars(text)
+        data = OmegaConf.load(StringIO(text))
         if not isinstance(data, DictConfig):
-            raise ConfigError(f"{name}: the top level must be a mapping, not a list")
+            raise ValueError("the top level must be a mapping, not a list")
+        if scalars > sum(2 - isinstance(value, (dict, list)) for _, value in walk(plain(data))):
+            raise ValueError("a key is written twice (1, 0x1 and true are one key), or is <<")
         root: DictConfig = to_node(plain(data))
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name}: is not a valid YAML config: {error}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{name}: is nested too deep, or in itself") from error
     return root
+
+
+def _read_text(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(_MAX_BYTES + 1).decode()
+
+
+def _count_scalars(text: str) -> int:
+    """Number of keys and values of a YAML text, before anything is made of it.
+
+    Raises:
+        ValueError: it is too large or nested too deep, or has a tag or an alias.
+    """
+    if len(text) > _MAX_BYTES:
+        raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
+    count = depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(
+                f"it has an alias, *{event.anchor}; refer to a key by ${{key}} instead"
+            )
+        if getattr(event, "tag", None) is not None:
+            raise ValueError(f"it has a tag, {event.tag}; a config is plain data")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
+        count += isinstance(event, yaml.ScalarEvent)
+    return count
 
 
 def write_yaml(cfg: Container, *, resolve: bool) -> str:

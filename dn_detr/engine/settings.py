@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dn_detr.config import LazyConfig
 from dn_detr.errors import UserError
 
 from .schedule import parse_period
@@ -165,8 +166,10 @@ class TrainSettings:
                 f"the config has no {', '.join(absent)}; it needs {', '.join(SECTIONS)}"
             )
         try:
-            given = OmegaConf.masked_copy(cfg.train, [k for k in cfg.train if k != "callbacks"])
-            values = OmegaConf.to_container(given, resolve=True)
+            # As YAML, so that a text with an escaped ${...} is not resolved twice.
+            values = OmegaConf.create(LazyConfig.to_yaml(cfg.train, resolve=True))
+            assert isinstance(values, DictConfig)
+            values.pop("callbacks", None)
             settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
         except OmegaConfBaseException as error:
             known = ", ".join(item.name for item in fields(cls))

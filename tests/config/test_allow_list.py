@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 from torch.optim import AdamW
+from torch.optim.lr_scheduler import StepLR
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.transforms.v2 import ColorJitter
 
 from dn_detr.config import ConfigError, LazyConfig, instantiate
 from dn_detr.config.nodes import to_node
-from dn_detr.engine import multi_step
+from dn_detr.config.targets import locate
+from dn_detr.config.yaml_check import FUNCTIONS, check_targets
+from dn_detr.engine import TrainSettings, multi_step
 from dn_detr.modeling import Detector
 
 
@@ -26,12 +33,12 @@ def load(folder: Path, text: str, allow: tuple[str, ...] = ()) -> Any:
     [
         ("torch.nn.ReLU", nn.ReLU),
         ("torch.nn.modules.activation.ReLU", nn.ReLU),
-        ("torch.nn.functional.relu", nn.functional.relu),
-        ("torch.nn.functional.gelu", nn.functional.gelu),
         ("torch.optim.AdamW", AdamW),
+        ("torch.optim.lr_scheduler.StepLR", StepLR),
+        ("torchvision.transforms.v2.ColorJitter", ColorJitter),
+        ("torchvision.ops.FrozenBatchNorm2d", FrozenBatchNorm2d),
         ("dn_detr.engine.multi_step", multi_step),
         ("dn_detr.modeling.Detector", Detector),
-        ("torch.nn.Embedding.from_pretrained", nn.Embedding.from_pretrained),
     ],
 )
 def test_targets_of_allowed_packages_are_found(tmp_path: Path, target: str, expected: Any) -> None:
@@ -63,7 +70,39 @@ FORBIDDEN = [
     "torch.nn.functional.math",
     "torch.nn.functional",
     "torch.optim.optimizer.torch.nn",
+    "torch.nn.functional.relu",
+    "torch.nn.modules.module.register_module_forward_hook",
+    "torch.nn.Embedding.from_pretrained",
+    "torch.nn.DataParallel",
+    "torchvision.transforms.v2.functional.to_pil_image",
+    "torchvision.ops.nms",
+    "dn_detr.checkpoint.save_weights",
+    "dn_detr.data.read_image",
+    "dn_detr.modeling.TimmBackbone.load_pretrained",
+    "dn_detr.signals.exit_when_signalled",
 ]
+
+
+def test_the_functions_that_can_be_named_are_those_of_the_list() -> None:
+    roots = ("dn_detr.", "torch.nn.", "torch.optim.", "torchvision.")
+    modules = [name for name in list(sys.modules) if name.startswith(roots)]
+    functions = {
+        f"{module}.{name}"
+        for module in modules
+        for name, value in list(vars(sys.modules[module]).items())
+        if callable(value) and not isinstance(value, type)
+    }
+    assert len(functions) > 1000
+    named = {locate(name) for name in functions if is_allowed(name)}
+    assert named == {locate(name) for name in FUNCTIONS}
+
+
+def is_allowed(name: str) -> bool:
+    try:
+        check_targets(to_node({"_target_": name}), "x.yaml", ())
+    except ConfigError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("target", FORBIDDEN)
@@ -87,6 +126,9 @@ def test_everything_else_is_refused(tmp_path: Path, target: str) -> None:
         "x: {_target_: {_target_: torch.nn.ReLU, _partial_: true}}",
         "x: '${oc.${y}:{_target_:os.getcwd}}'\ny: create",
         "x: '\\\\${oc.create:{_target_:os.getcwd}}'",
+        "x: '\\${oc.env:HOME}'",
+        "x: '${oc.env:HOME}'",
+        "x: '${own:1}'",
         "x: [{y: {z: [{_target_: os.getcwd}]}}]",
         "x: {_args_: [], _target_: os.getcwd}",
         "x: {_target_: hydra.utils.get_method, path: os.getcwd}",
@@ -98,7 +140,9 @@ def test_indirect_names_are_refused(tmp_path: Path, text: str) -> None:
         load(tmp_path, text)
 
 
-@pytest.mark.parametrize("text", ["${y.z}/a:b", "${y.${w}}", "a: {b}", "${y.z}${w}", "\\${a:b}"])
+@pytest.mark.parametrize(
+    "text", ["${y.z}/a:b", "${y.${w}}", "a: {b}", "${y.z}${w}", "\\${a}", "a:${w}"]
+)
 def test_references_and_texts_are_not_taken_for_resolvers(tmp_path: Path, text: str) -> None:
     assert "x" in load(tmp_path, f"x: '{text}'\ny: {{z: 1}}\nw: z")
 
@@ -191,3 +235,31 @@ def test_trust_is_not_the_remedy_for_what_the_libraries_have(tmp_path: Path, nam
 
 def test_python_config_is_not_restricted() -> None:
     assert instantiate(to_node({"_target_": "fractions.Fraction", "numerator": 2})) == 2
+
+
+def test_override_is_not_told_what_a_resolver_would_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An override compares types with the old value, so it must not be resolved for that."""
+    monkeypatch.setenv("SECRET", "s3cr3t")
+    (tmp_path / "config.yaml").write_text("x: '${oc.env:SECRET}'")
+    with pytest.raises(ConfigError, match="calls a resolver") as caught:
+        LazyConfig.load(tmp_path / "config.yaml", overrides=["x=1"])
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_text_that_becomes_a_resolver_when_resolved_stays_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "s3cr3t")
+    sections = "model: {}\ndataloader: {}\noptimizer: {}\nlr_schedule: {}\n"
+    parts = "a: '\\${oc.env'\nb: ':SECRET}'\ntrain: {output_dir: '${a}${b}'}"
+    settings = TrainSettings.from_config(load(tmp_path, sections + parts))
+    assert settings.output_dir == "${oc.env:SECRET}"
+
+
+@pytest.mark.parametrize("name", ["a" * 6000, "torch.nn." + "a" * 6000, "a b", "\x1b[31m", ""])
+def test_target_that_is_no_dotted_name_is_refused_in_few_words(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="no dotted name") as caught:
+        load(tmp_path, f"x: {{_target_: {json.dumps(name)}}}")
+    assert len(str(caught.value)) < 300 and "\x1b" not in str(caught.value)

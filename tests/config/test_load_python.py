@@ -149,7 +149,9 @@ def test_loading_leaves_the_import_of_the_process_alone(write: Write, text: str)
 
 def test_missing_file_names_its_neighbour(write: Write) -> None:
     path = write("dn_detr_r50.py", "a = 1\n")
-    with pytest.raises(ConfigError, match=r"does not exist \(did you mean .*dn_detr_r50\.py\?\)"):
+    with pytest.raises(
+        ConfigError, match=r"does not exist, or is no file \(did you mean .*dn_detr_r50\.py\?\)"
+    ):
         LazyConfig.load(path.with_name("dn_detr_r5.py"))
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -160,14 +162,26 @@ def test_broken_interpolation_is_named_when_resolving(cfg: Any, message: str) ->
     ("text", "message"),
     [
         ("a: [1\n", "c.yaml"),
-        ("a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+        ("a: !!python/object/apply:os.system ['true']\n", "has a tag"),
+        ("a: !!binary aGVsbG8=\n", "has a tag"),
         ("a: 1\nb: 2\na: 3\n", "duplicate key a"),
         ("- 1\n", "must be a mapping"),
-        ("a: &x [*x]\n", "in itself"),
+        ("a: &x [*x]\n", "has an alias, *x"),
+        ("1: a\ntrue: b\n", "a key is written twice"),
+        ("1: a\n0x1: b\n", "a key is written twice"),
+        ("x: [{1.0: a, 1: b}]\n", "a key is written twice"),
+        ("<<: {a: 1}\nb: 2\n", "is <<"),
+        (f"a: {'9' * 6000}\n", "c.yaml"),
+        (f"a: -0x{'f' * 6000}\n", "a: is a number of 24000 bits"),
+        (f"{'[' * 5000}\n", "nested deeper than 50"),
+        (f"{'- ' * 5000}a\n", "nested deeper than 50"),
+        (f"{'{a: ' * 5000}\n", "nested deeper than 50"),
+        (f"a: {'x' * 2**17}\n", "larger than 131072 bytes"),
+        (f"{'k' * 1001}: a\n", "is a key of 1001 characters"),
         ("a: '${'\n", "not a valid YAML config"),
         ("null: 1\n", "not a valid YAML config"),
         ("? [1]\n: 2\n", "not a valid YAML config"),
-        ("a: !tuple [3]\n", "could not determine a constructor"),
+        ("a: !tuple [3]\n", "has a tag"),
         ("\x00", "not a valid YAML config"),
     ],
 )
@@ -181,9 +195,36 @@ def test_bad_yaml_is_an_error_with_its_file(tmp_path: Path, text: str, message: 
 
 def test_hand_written_yaml_reads_as_expected(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("base: &base {a: 1, b: 1e-4}\nover: {<<: *base, b: 2}\nday: 2020-01-01\n")
-    assert plain(LazyConfig.load(path)) == {
-        "base": {"a": 1, "b": 1e-4},
-        "over": {"a": 1, "b": 2},
-        "day": "2020-01-01",
-    }
+    path.write_text("base: {a: 1, b: 1e-4}\n1: {2: }\nday: 2020-01-01\n")
+    base = {"a": 1, "b": 1e-4}
+    assert plain(LazyConfig.load(path)) == {"base": base, 1: {2: None}, "day": "2020-01-01"}
+
+
+LEVELS = range(1, 30)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {f"a{i}": f"${{a{i - 1}}}${{a{i - 1}}}" for i in LEVELS},
+        {f"a{i}": [f"${{a{i - 1}}}", {"b": f"${{...a{i - 1}}}"}] for i in LEVELS},
+        {"l": ["text", *(f"${{.{i - 1}}}${{l[{i - 1}]}}" for i in LEVELS)]},
+        {f"a{i}": f"${{b.a{i - 1}}}${{b.a{i - 1}}}" for i in LEVELS} | {"b": "${c}", "c": "${}"},
+        {"k": "a", **{f"a{i}": f"${{${{k}}{i - 1}}}${{${{k}}{i - 1}}}" for i in LEVELS}},
+        {"l": {f"a{i}": f"${{l.${{k}}{i - 1}}}" * 2 for i in LEVELS}, "k": "a"},
+        {f"a{i}": f"${{a{i + 1}}}" for i in range(5000)},
+    ],
+)
+def test_references_that_multiply_a_config_are_refused(tmp_path: Path, data: Any) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"a0": "text", **data}))
+    with pytest.raises(ConfigError, match=r"lead in a circle, or to too much|is not a valid YAML"):
+        LazyConfig.load(path)
+
+
+def test_fifo_and_device_are_no_configs(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.yaml")
+    (tmp_path / "device.yaml").symlink_to("/dev/zero")
+    for name in ("fifo", "device"):
+        with pytest.raises(ConfigError, match=f"{name}.yaml does not exist, or is no file"):
+            LazyConfig.load(tmp_path / f"{name}.yaml")
