@@ -97,15 +97,10 @@ class DetrexLayout(FamilyLayout):
             return "detrex has patterns in DAB-DETR only"
         return ""
 
-    def to_theirs(
-        self,
-        state: Mapping[str, Tensor],
-        *,
-        class_names: Sequence[str | None] = (),
-        model: nn.Module | None = None,
+    def finish(
+        self, theirs: dict[str, Tensor], class_names: Sequence[str | None], model: nn.Module | None
     ) -> dict[str, Tensor]:
-        """See `Layout.to_theirs`; the backbone of a dilated `model` keeps torchvision's names."""
-        theirs = super().to_theirs(state, class_names=class_names, model=model)
+        """See `Layout.finish`: the backbone of a dilated `model` keeps torchvision's names."""
         if not _is_dilated(model):
             return theirs
         to_torchvision = Renaming((f"backbone.{d2}", f"backbone.body.{tv}") for tv, d2 in RESNET)

@@ -153,7 +153,7 @@ class Layout(ABC):
         class_names: Sequence[str | None] = (),
         model: nn.Module | None = None,
     ) -> dict[str, Tensor]:
-        """Return our state under their names, second names included.
+        """Return our state under their names, second names included; see `rejoin` and `finish`.
 
         Args:
             state: state_dict of a model of ours.
@@ -166,7 +166,7 @@ class Layout(ABC):
         to_theirs = Renaming(self.pairs(state))
         to_second = Renaming(self.second_names(state))
         result = {}
-        for name, value in state.items():
+        for name, value in self.rejoin(state).items():
             if name.endswith("num_batches_tracked"):
                 continue
             their = to_theirs(name)
@@ -175,7 +175,21 @@ class Layout(ABC):
             result[their] = value
             if second := to_second(their):
                 result[second] = value
-        return result
+        return self.finish(result, class_names, model)
+
+    def rejoin(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Undo in our state, still under our names, what `to_ours` did to shapes.
+
+        Raises:
+            CheckpointError: a model without a place in this layout.
+        """
+        return state
+
+    def finish(
+        self, theirs: dict[str, Tensor], class_names: Sequence[str | None], model: nn.Module | None
+    ) -> dict[str, Tensor]:
+        """Change what `to_theirs` will return; its arguments are the same."""
+        return theirs
 
     def check(self, translation: Translation, model: nn.Module) -> None:  # noqa: B027 optional
         """Raise CheckpointError for what does not fit a model although all names and shapes do."""

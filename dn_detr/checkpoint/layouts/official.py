@@ -87,18 +87,13 @@ class OfficialLayout(FamilyLayout):
             return "the authors' two-stage model has tensors that ours has not (pos_trans)"
         return ""
 
-    def to_theirs(
-        self,
-        state: Mapping[str, Tensor],
-        *,
-        class_names: Sequence[str | None] = (),
-        model: nn.Module | None = None,
+    def finish(
+        self, theirs: dict[str, Tensor], class_names: Sequence[str | None], model: nn.Module | None
     ) -> dict[str, Tensor]:
-        """See `Layout.to_theirs`; a model of COCO's 80 classes gets 91 class and 92 label rows.
+        """See `Layout.finish`: a model of COCO's 80 classes gets 91 class and 92 label rows.
 
         80 classes without known names are taken for COCO's.
         """
-        theirs = super().to_theirs(state, class_names=class_names, model=model)
         if not may_be_coco(class_names, len(COCO_NAMES)):
             return theirs
         ids = torch.tensor(COCO_IDS)
