@@ -40,6 +40,11 @@ def image_name(sample: Mapping[str, Any]) -> str:
     return str(sample.get("file_name", sample.get("image_id", "(no name)")))
 
 
+def shortened(text: str, most: int = 200) -> str:
+    """Return a text, or its first characters and how many it has."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
 def first_names(names: Iterable[object], count: int = 5) -> str:
     """Return the first names, joined by commas, and how many more there are.
 
@@ -47,7 +52,6 @@ def first_names(names: Iterable[object], count: int = 5) -> str:
         names: of anything; ids, for instance.
         count: how many are shown, each of at most 200 characters.
     """
-    texts = [str(name) for name in names]
-    texts = [t if len(t) <= 200 else f"{t[:200]}... ({len(t)} characters)" for t in texts]
+    texts = [shortened(str(name)) for name in names]
     rest = f" and {len(texts) - count} more" if len(texts) > count else ""
     return ", ".join(texts[:count]) + rest

@@ -9,13 +9,14 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from dn_detr.errors import first_names
+from dn_detr.errors import first_names, shortened
 
 from .coco_classes import COCO_NAMES, names_of_coco_rows
 from .manifest import CheckpointError
 
 _NO_CLASS = {"", "n/a", "__background__", "background", "no object"}
 _LISTED = 10
+_MOST_ROWS = 100_000
 _Names = tuple[str | None, ...]
 
 
@@ -82,8 +83,11 @@ def choose_rows(
         fine_tune: allow classes that keep their initial values, and another order.
 
     Raises:
-        CheckpointError: without `fine_tune`, the file's classes are not the model's.
+        CheckpointError: without `fine_tune`, the file's classes are not the model's; or there are
+            more rows than any data has classes.
     """
+    if file_classes > _MOST_ROWS:
+        raise CheckpointError(f"the file has {file_classes} rows of classes, no detector's head")
     theirs = known_names(file_names, file_classes)
     if theirs is None and file_is_coco:
         theirs = names_of_coco_rows(file_classes)
@@ -167,7 +171,8 @@ def _first_difference(names: _Names | None, theirs: _Names | None) -> str:
     both = zip_longest(*([n for n in side or () if n is not None] for side in (names, theirs)))
     for index, (now, before) in enumerate(both):
         if now and before and _normal(now) != _normal(before):
-            return f", and class {index} was {before!r} and now is {now!r}"
+            was, is_now = shortened(before), shortened(now)
+            return f", and class {index} was {was!r} and now is {is_now!r}"
     return ""
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from .class_rows import known_names, may_be_coco
 from .coco_classes import COCO_NAMES
 from .files import CLASS_NAMES, read_file
+from .folders import without_links
 from .layouts import OwnLayout
 from .manifest import MANIFEST_NAME, CheckpointError
 from .storage import save_weights
@@ -76,7 +77,7 @@ def _check_output(output: Path, source: Path, *, is_folder: bool, force: bool) -
         return
     if not force:
         raise CheckpointError(f"{output}: exists; choose another output, or replace it (--force)")
-    if output.resolve() in (source.resolve(), *source.resolve().parents):
+    if without_links(output) in (place := without_links(source), *place.parents):
         raise CheckpointError(f"{output}: is the input, or holds it; choose another output")
     if is_folder and not (output / MANIFEST_NAME).is_file():
         raise CheckpointError(f"{output}: in the way, and not a checkpoint that could be replaced")

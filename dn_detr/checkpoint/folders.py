@@ -31,6 +31,11 @@ _REPLACED = ".replaced"
 logger = logging.getLogger(__name__)
 
 
+def without_links(path: Path) -> Path:
+    """Return where a path leads; one of links in a circle leads to nothing, which is no error."""
+    return Path(os.path.realpath(path))
+
+
 def folder_name(iteration: int) -> str:
     """Return the name of the checkpoint folder of an iteration: seven digits, or more."""
     return f"{iteration:07d}"
@@ -130,11 +135,11 @@ def prune(newest: Path, keep: int | None) -> None:
         return
     checkpoints = newest.parent
     folders = saved(checkpoints)
-    best = (checkpoints / BEST_LINK).resolve()
+    best = without_links(checkpoints / BEST_LINK)
     until_newest = [path for path in folders if iteration_of(path) <= iteration_of(newest)]
     later = [path for path in folders[len(until_newest) :] if _is_of_its_iteration(path)]
     for path in [*until_newest[:-keep], *later]:
-        if path.resolve() == best or not os.access(path, os.W_OK):  # write-protected
+        if without_links(path) == best or not os.access(path, os.W_OK):  # write-protected
             continue
         if path in later:
             logger.warning("removing %s: the run went on from a checkpoint before it", path)

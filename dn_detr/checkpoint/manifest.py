@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ MANIFEST_NAME = "manifest.json"
 FORMAT = "dn_detr.checkpoint"
 FORMAT_VERSION = 3  # 2: the optimizer's tensors lie in a file of their own; 1: without "processes"
 _BUFFER = 1 << 22  # bytes
+_MOST_BYTES = 1 << 26  # of a manifest
 
 
 class CheckpointError(UserError):
@@ -73,6 +74,8 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         try:
+            if path.exists() and (not path.is_file() or path.stat().st_size > _MOST_BYTES):
+                raise ValueError("no regular file, or a huge one")
             data = path.read_bytes()
             content = json.loads(data)
             # White space and escapes have several spellings that mean the same; ours has one.
@@ -88,8 +91,12 @@ class Manifest:
             raise CheckpointError(f"{path}: damaged, its content does not match its own digest")
         if content.pop("format", None) != FORMAT:
             raise CheckpointError(f"{path}: not the manifest of a dn_detr checkpoint")
-        if content.get("format_version") not in range(1, FORMAT_VERSION + 1):
+        version = content.get("format_version")
+        if version not in range(1, FORMAT_VERSION + 1) or content.keys() - _KINDS.keys():
             raise UnreadableError(f"{path}: written by a newer dn_detr; update the package")
+        wrong = [name for name, is_right in _KINDS.items() if not is_right(content.get(name))]
+        if wrong:
+            raise CheckpointError(f"{path}: damaged, these have no value that fits: {wrong}")
         return cls(**content)
 
     def verify(self, folder: Path, name: str) -> Path:
@@ -113,6 +120,24 @@ class Manifest:
                 f"{path}: damaged, its SHA-256 differs from the manifest's; use another checkpoint"
             )
         return path
+
+
+def _is_text_by_text(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+_KINDS: Mapping[str, Callable[[Any], bool]] = {
+    "iteration": lambda value: type(value) is int and 0 <= value < 2**63,
+    "epoch": lambda value: type(value) in (int, float),
+    "files": _is_text_by_text,
+    "config": lambda value: isinstance(value, str),
+    "class_names": lambda value: (
+        isinstance(value, list) and all(isinstance(name, str) for name in value)
+    ),
+    "metrics": lambda value: value is None or isinstance(value, dict),
+    "versions": _is_text_by_text,
+    "format_version": lambda value: type(value) is int,
+}
 
 
 def library_versions() -> dict[str, str]:

@@ -26,6 +26,7 @@ from .folders import (
     move_into_place,
     partial_of,
     saved,
+    without_links,
 )
 from .manifest import FORMAT_VERSION, MANIFEST_NAME, CheckpointError, Manifest, UnreadableError
 from .pickles import read_pickle
@@ -190,12 +191,12 @@ def _first_undamaged(output_dir: str | Path, use: Callable[[Path], Used]) -> Use
             f"{output_dir}: itself a checkpoint, not the output folder of a run; start from it "
             f"with train.init_checkpoint={output_dir} and another train.output_dir"
         )
-    checkpoints = (Path(output_dir) / CHECKPOINTS_DIR).resolve()
+    checkpoints = without_links(Path(output_dir) / CHECKPOINTS_DIR)
     link = checkpoints / LAST_LINK
     present = saved(checkpoints)
     if not present and not link.exists() and not link.is_symlink():
         return None
-    last = link.resolve()
+    last = without_links(link)
     damages = [] if last.exists() else [f"{link}: {_what_is_wrong_with(link)}"]
     # `last`, then earlier ones, the newest first; then those after `last`, nearest first
     candidates = list(reversed(present))
@@ -241,7 +242,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     folder = Path(path)
     if (folder / MANIFEST_NAME).is_file():
-        return folder.resolve()
+        return without_links(folder)
     if is_checkpoint(folder) and folder.parent.is_dir():
         with suggest_undamaged(folder):
             look = f"holds no {MANIFEST_NAME}" if folder.is_dir() else _what_is_wrong_with(folder)
@@ -265,7 +266,7 @@ def suggest_undamaged(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        folder = checkpoint.resolve()
+        folder = without_links(checkpoint)
         good = []
         for other in saved(folder.parent):
             with suppress(CheckpointError, OSError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dn_detr.config.errors import did_you_mean
+from dn_detr.errors import shortened
 
 from .class_rows import ClassRows, choose_rows, copy_rows, number_of_classes
 from .files import read_file
@@ -20,7 +23,7 @@ from .layouts import Layout, OwnLayout, Translation
 from .manifest import CheckpointError
 from .tensor_files import FileContent, non_finite
 
-_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_WRAPPERS = re.compile(r"(module\.|_orig_mod\.)*")  # DistributedDataParallel, torch.compile
 _BACKBONE = "backbone."
 _BODY = "backbone.body."
 _DENOISING = "denoising."
@@ -238,7 +241,8 @@ def translate(
     Raises:
         CheckpointError: two names of one tensor disagree.
     """
-    tensors = _without_wrapper(tensors)
+    prefix = _WRAPPERS.match(os.path.commonprefix(list(tensors)))  # noqa: RUF071 no path
+    tensors = {name[prefix.end() if prefix else 0 :]: value for name, value in tensors.items()}
     best = OwnLayout().to_ours(tensors)
     if tensors.keys() != expected.keys():
         translations = [best, *(layout.to_ours(tensors) for layout in key_maps)]
@@ -265,14 +269,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: no such checkpoint, or a damaged one.
     """
     return read_file(path).tensors
-
-
-def _without_wrapper(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take off the prefix that a wrapper of the model puts before every name."""
-    for prefix in _WRAPPERS:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            return _without_wrapper({n.removeprefix(prefix): v for n, v in tensors.items()})
-    return dict(tensors)
 
 
 def _matching(patterns: Sequence[str], names: Collection[str]) -> set[str]:
@@ -426,4 +422,4 @@ def _check_finite(translation: Translation, what: str) -> None:
 def _entries(names: Sequence[str]) -> list[str]:
     """A line for each of the first names, and how many more there are."""
     rest = [f"  ... and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
-    return [*(f"  {name}" for name in names[:_LISTED]), *rest]
+    return [*(f"  {shortened(name, 300)}" for name in names[:_LISTED]), *rest]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -22,6 +23,7 @@ from dn_detr.checkpoint import (
     read_manifest,
     read_weights,
 )
+from dn_detr.checkpoint import manifest as manifest_module
 from dn_detr.checkpoint.files import read_file
 
 from .writing import snapshot
@@ -161,6 +163,52 @@ def test_a_last_that_leads_nowhere_is_replaced_by_the_newest_loudly(run, caplog,
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
     assert (f"points at {target}" if target else "is missing") in record.message
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_link_to_itself_is_one_that_leads_nowhere(run, caplog, name):
+    link = run / "checkpoints" / name
+    link.unlink()
+    link.symlink_to(name)
+    assert last_checkpoint(run).name == "0000030"
+    assert ("points at last, which is not there" in caplog.text) == (name == "last")
+    with pytest.raises(CheckpointError, match=rf"{name}: .*points at {name}.*undamaged"):
+        read_weights(link)
+    with CheckpointWriter(run, keep=2) as writer:
+        writer.save(snapshot(40))
+        writer.wait()
+    assert last_checkpoint(run).name == "0000040"
+
+
+OTHER_CONTENT = {
+    "a further key": {"signature": "x"},
+    "a missing key": {"files": None},
+    "iteration of text": {"iteration": "30"},
+    "negative iteration": {"iteration": -1},
+    "huge iteration": {"iteration": 10**4000},
+    "epoch of text": {"epoch": "1"},
+    "list of files": {"files": ["model.safetensors"]},
+    "digest that is a number": {"files": {"model.safetensors": 3}},
+    "class names that are a text": {"class_names": "cat"},
+    "class names that are numbers": {"class_names": [1]},
+    "metrics that are a list": {"metrics": [1]},
+    "config that is a dict": {"config": {}},
+    "version that is a text": {"format_version": "3"},
+}
+
+
+@pytest.mark.parametrize("case", OTHER_CONTENT)
+def test_a_manifest_with_its_own_digest_but_other_content_is_refused(run, case):
+    folder = run / "checkpoints" / "0000030"
+    content = json.loads((folder / "manifest.json").read_text())
+    content |= OTHER_CONTENT[case]
+    content = {name: value for name, value in content.items() if value is not None}
+    del content["sha256"]
+    content["sha256"] = manifest_module._digest_of_content(content)
+    (folder / "manifest.json").write_text(json.dumps(content, indent=1))
+    for read in (read_manifest, load_checkpoint, read_weights):
+        with pytest.raises(CheckpointError, match=r"manifest\.json: (damaged|written by a newer)"):
+            read(folder)
 
 
 def test_a_last_without_any_checkpoint_is_an_error(run):

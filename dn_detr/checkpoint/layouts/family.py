@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..manifest import CheckpointError
 from .layout import Layout, Pairs, Translation
@@ -19,7 +19,7 @@ CONTENT = "queries.content.weight"
 ENCODER = "transformer.encoder.layers.{i}."
 DECODER = "transformer.decoder.layers.{i}."
 
-_DECODER_LAYER = re.compile(r"decoder\.layers\.([0-9]+)\.")
+_DECODER_LAYER = re.compile(r"decoder\.layers\.([0-9]{1,3})\.")
 _DENSE_DECODER = re.compile(r"decoder\.layers\..*content_proj\.")
 _DEFORMABLE_ENCODER = re.compile(r"encoder\.layers\..*sampling_offsets\.")
 
@@ -95,14 +95,8 @@ class FamilyLayout(Layout):
             result.origin[CONTENT] = result.origin[LABEL_TABLE]
         return result
 
-    def to_theirs(
-        self,
-        state: Mapping[str, Tensor],
-        *,
-        class_names: Sequence[str | None] = (),
-        model: nn.Module | None = None,
-    ) -> dict[str, Tensor]:
-        """See `Layout.to_theirs`."""
+    def rejoin(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """See `Layout.rejoin`: the table of labels takes the content of dense models' queries."""
         traits = Traits.of(state)
         if reason := self.missing_model(traits, state):
             raise CheckpointError(f"the {self.name} layout has no place for this model: {reason}")
@@ -113,7 +107,7 @@ class FamilyLayout(Layout):
             if rows is None:  # without denoising nothing reads the rows of the classes
                 rows = content.new_zeros(len(state["heads.class_embed.0.bias"]), content.shape[1])
             joined[LABEL_TABLE] = torch.cat([rows, content])
-        return super().to_theirs(joined, class_names=class_names, model=model)
+        return joined
 
 
 def heads(traits: Traits, bbox_embed: str = "bbox_embed") -> list[tuple[str, str]]:
