@@ -7,31 +7,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from .folders import CHECKPOINTS_DIR, EMA_FILE, MODEL_FILE, TRAINING_STATE_FILE, is_checkpoint
 from .manifest import MANIFEST_NAME, CheckpointError, Manifest
-from .pickles import read_pickle
+from .pickles import Array, read_pickle
 from .storage import find_checkpoint, suggest_undamaged
 from .tensor_files import FileContent, read_tensors
 
 _SAFETENSORS = ".safetensors"
 _HF_CONFIG = "config.json"
-_HF_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+_HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_MOST_BYTES = 10_000_000  # of a config.json
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "blobs")
 _EMA = "ema_state"
 _MOST_ROWS = 100_000  # classes that are believed of a config
@@ -63,27 +55,36 @@ def read_file(path: str | Path, *, ema: bool = False) -> FileContent:
         CheckpointError: there is none, it is damaged, or it holds no weights; the message says
             what the file looks like.
     """
-    path = Path(path)
-    is_ours = is_checkpoint(path) or (path / CHECKPOINTS_DIR).is_dir()
-    if path.is_dir() and not is_ours and (path / _HF_CONFIG).is_file():
-        if ema:
-            raise _no_ema(path)
-        return _read_huggingface(path)
+    try:
+        return _read(Path(path), ema=ema)
+    except OSError as error:  # no permission, a name that is too long, a disk that fails
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _read(path: Path, *, ema: bool) -> FileContent:
     if path.name in (MODEL_FILE, EMA_FILE) and is_checkpoint(path.parent):
         return _read_ours(path.parent, EMA_FILE if ema else path.name)
     if path.name == TRAINING_STATE_FILE and is_checkpoint(path.parent):
         raise CheckpointError(
             f"{path}: the state of a training, no weights; those are in {MODEL_FILE} beside it"
         )
-    if path.is_dir() and not is_ours and path.name != CHECKPOINTS_DIR:
+    if path.is_file():
+        return _read_single_file(path, ema=ema)
+    is_ours = is_checkpoint(path) or (path / CHECKPOINTS_DIR).is_dir()
+    if is_ours or not path.is_dir() or path.name == CHECKPOINTS_DIR:
+        return _read_ours(path, EMA_FILE if ema else MODEL_FILE)
+    if not (path / _HF_CONFIG).is_file():
         raise CheckpointError(
             f"{path}: neither a checkpoint folder (with {MANIFEST_NAME}) nor the output folder of "
             f"a run (with {CHECKPOINTS_DIR}/) nor a folder of transformers (with {_HF_CONFIG})"
         )
-    if path.is_file():
-        content = _read_single_file(path, ema=ema)
-        return _with_names(content, _class_names_of_config(path.parent / _HF_CONFIG))
-    return _read_ours(path, EMA_FILE if ema else MODEL_FILE)
+    for name in _HF_WEIGHTS:
+        if (path / name).is_file():
+            return _read_single_file(path / name, ema=ema)
+    raise CheckpointError(
+        f"{path}: holds {_HF_CONFIG} but no weights ({', '.join(_HF_WEIGHTS)}); nor is it a "
+        f"checkpoint folder (with {MANIFEST_NAME}) or the output folder of a run"
+    )
 
 
 def _read_ours(path: Path, file: str) -> FileContent:
@@ -106,19 +107,20 @@ def _read_ours(path: Path, file: str) -> FileContent:
     )
 
 
-def _read_single_file(path: Path, *, ema: bool = False) -> FileContent:
+def _read_single_file(path: Path, *, ema: bool) -> FileContent:
     with path.open("rb") as file:
         start = file.read(512)
     if not start:
         raise CheckpointError(f"{path}: empty")
+    names = _class_names_of_config(path.parent / _HF_CONFIG)
     if path.suffix == _SAFETENSORS:
         if ema:
             raise _no_ema(path)
-        return FileContent(_read_safetensors(path))
+        return FileContent(_read_safetensors(path), names)
     if not start.startswith(_PICKLES):
         look = _known_other(start) or "neither a file of torch nor safetensors nor pickled arrays"
         raise CheckpointError(f"{path}: not a checkpoint: {look} ({path.stat().st_size} bytes)")
-    return _unwrap(path, read_pickle(path), ema)
+    return _unwrap(path, read_pickle(path), ema, names)
 
 
 def _no_ema(path: Path) -> CheckpointError:
@@ -143,32 +145,34 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _unwrap(path: Path, content: Any, ema: bool) -> FileContent:
+def _unwrap(
+    path: Path, content: Any, ema: bool, names_beside: tuple[str | None, ...]
+) -> FileContent:
     """Find the weights among what training scripts put beside them."""
-    if not isinstance(content, Mapping):
+    if not isinstance(content, dict):
         raise CheckpointError(
             f"{path}: holds no dictionary of weights but one object of type "
             f"{type(content).__name__}"
         )
     average = content.get(_EMA)
     if ema:
-        if not isinstance(average, Mapping):
+        if not isinstance(average, dict):
             raise _no_ema(path)
         tensors = _as_tensors(path, average)
         notes = [f"the EMA ({_EMA}) was taken"]
     else:
-        inner = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
-        tensors = _as_tensors(path, content[inner[0]] if inner else content)
+        inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)]
+        tensors = _as_tensors(path, inner[0] if inner else content)
         unused = f"the file also holds an EMA ({_EMA}), which was not taken"
-        notes = [unused] if average else []
-    names = content.get(CLASS_NAMES, ())
+        notes = [unused] if isinstance(average, dict) and average else []
+    names = content.get(CLASS_NAMES)
     if names and not _are_names_of(names, tensors):
         notes.append(f"the {CLASS_NAMES} of the file are not one string per row: unused")
-        names = ()
-    return FileContent(tensors, tuple(names), tuple(notes))
+        names = None
+    return FileContent(tensors, tuple(names or names_beside), tuple(notes))
 
 
-def _are_names_of(names: Any, tensors: Mapping[str, Tensor]) -> bool:
+def _are_names_of(names: Any, tensors: dict[str, Tensor]) -> bool:
     """Whether there is one name per row of the class head."""
     return (
         isinstance(names, list | tuple)
@@ -177,22 +181,18 @@ def _are_names_of(names: Any, tensors: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _with_names(content: FileContent, names: tuple[str | None, ...]) -> FileContent:
-    """Class names from beside a file, which says nothing of its own."""
-    return content if content.class_names else replace(content, class_names=names)
-
-
-def _as_tensors(path: Path, weights: Mapping[Any, Any]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    others = []
-    for name, value in weights.items():
-        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-            value = torch.from_numpy(value if value.flags.writeable else value.copy())
-        is_tensor = isinstance(value, Tensor) and not value.is_meta
-        if isinstance(name, str) and is_tensor and value.layout == torch.strided:
-            tensors[name] = value.detach()
-        else:
-            others.append(f"{name} ({type(value).__name__})")
+def _as_tensors(path: Path, weights: dict[Any, Any]) -> dict[str, Tensor]:
+    values = {n: v.tensor if isinstance(v, Array) else v for n, v in weights.items()}
+    tensors = {
+        name: value
+        for name, value in values.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+    others = [
+        f"{str(name)[:100]} ({type(value).__name__})"
+        for name, value in weights.items()
+        if name not in tensors
+    ]
     if not tensors:
         held = f"its entries are {', '.join(others[:10])}" if others else "it is empty"
         raise CheckpointError(f"{path}: holds no weights; {held}")
@@ -201,49 +201,19 @@ def _as_tensors(path: Path, weights: Mapping[Any, Any]) -> dict[str, Tensor]:
             f"{path}: {len(others)} entries beside the weights are no tensors: "
             f"{', '.join(others[:10])}"
         )
-    return tensors
-
-
-def _read_huggingface(folder: Path) -> FileContent:
-    names = _class_names_of_config(folder / _HF_CONFIG)
-    for file in _HF_WEIGHTS:
-        path = folder / file
-        if path.is_file() and path.suffix == ".json":
-            return FileContent(_read_shards(path), names)
-        if path.is_file():
-            return _with_names(_read_single_file(path), names)
-    raise CheckpointError(
-        f"{folder}: holds {_HF_CONFIG} but no weights ({', '.join(_HF_WEIGHTS)}); nor is it a "
-        f"checkpoint folder (with {MANIFEST_NAME}) or the output folder of a run"
-    )
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(shards.values()))
-        inside = all(Path(file).name == file for file in files)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: damaged, it cannot be read: {error!r}") from error
-    if not inside:
-        raise CheckpointError(f"{index}: names files outside of its folder")
-    if not files:
-        raise CheckpointError(f"{index}: names no files")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        if not (index.parent / file).is_file():
-            raise CheckpointError(f"{index.parent / file}: missing, though {index.name} lists it")
-        tensors |= _read_single_file(index.parent / file).tensors
+    total, size = sum(value.nbytes for value in tensors.values()), path.stat().st_size
+    if total > 4 * size + 2**20:
+        raise CheckpointError(f"{path}: its tensors show {total} bytes, though it has {size}")
     return tensors
 
 
 def _class_names_of_config(path: Path) -> tuple[str | None, ...]:
     """`id2label` of a config of transformers; empty if there is none."""
     try:
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            return ()
         labels = json.loads(path.read_text(encoding="utf-8"))["id2label"]
         by_row = {int(row): str(name) for row, name in labels.items()}
-    except FileNotFoundError:
-        return ()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ()  # names are a help, the weights decide
     if not all(0 <= row < _MOST_ROWS for row in by_row):

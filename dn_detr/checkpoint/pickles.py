@@ -1,75 +1,138 @@
-"""Reading pickles without executing anything that they hold."""
+"""Reading files of torch and pickles of arrays without executing anything that they hold.
+
+A pickle is a program. This module runs the part of its language that weights need, on objects that
+are plain data: no class or function that a file names is ever reached, a stand-in takes its place.
+"""
 
 from __future__ import annotations
 
-import argparse
-import collections
-import pathlib
-import pickle
+import io
+import math
+import pickletools
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor, UntypedStorage
 
 from .manifest import CheckpointError
 
 _LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # its magic number, pickled
 _ZIP = b"PK\x03\x04"
-_REFUSED = re.compile(r"(?:GLOBAL|class|instance) `?([\w.]+\.[\w.]+)")
+_NUMBERS = re.compile(r"[<>|=]?([fiu][248]|[iub]1)")  # dtypes of numpy whose bytes are numbers
+_MOST_STEPS = 1_000_000  # of one pickle; a tensor takes about 40
+_MOST_DIMENSIONS = 8
+_SHOWN = 200  # characters of what a file says, in a message
+
+
+class RefusedClass(Exception):
+    """A pickle asks for a class or function that is not on the list of harmless ones."""
+
+
+class Beside:
+    """Stands for what lies beside the weights: settings, paths, single numbers."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def build(self, state: Any) -> None:
+        """Take the state of the object that this stands for."""
+
+
+class ArrayType(Beside):
+    """Stands for a dtype of numpy."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.code = code if _NUMBERS.fullmatch(code) else ""
+
+    def build(self, state: Any) -> None:
+        """Take the byte order, which is the second entry."""
+        if self.code and state[1] in ("<", ">"):
+            self.code = state[1] + self.code.lstrip("<>|=")
+
+
+class Array(Beside):
+    """Stands for an array of numpy.
+
+    Attributes:
+        tensor: its numbers, in memory of their own; None if its entries are no numbers.
+    """
+
+    tensor: Tensor | None = None
+
+    def build(self, state: Any) -> None:
+        """Take the numbers: (version, shape, dtype, is Fortran's order, bytes)."""
+        _, shape, dtype, is_fortran, raw = state
+        if dtype.code:
+            # a pickle of Python 2 holds its bytes as a string
+            data = np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else raw, dtype.code)
+            array = data.reshape(shape, order="F" if is_fortran else "C")
+            native = array.dtype.newbyteorder("=")
+            self.tensor = torch.from_numpy(array.astype(native, order="C", copy=True))
+
+
+def _tensor(values: Tensor, offset: int, size: Any, stride: Any, *_: object) -> Tensor:
+    """A view of a storage, given as its values, that shows none of them several times."""
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride)):
+        raise ValueError("a tensor with a shape that is none")
+    if len(size) > _MOST_DIMENSIONS or math.prod(size) > values.numel():
+        raise ValueError("a tensor of more numbers than are stored")
+    return values.as_strided(size, stride, offset)
 
 
 def _encode(text: str, encoding: str) -> bytes:
     """Bytes in protocol 2, which Python 2 and 3 write in this way."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"encoding {encoding!r}")
+        raise ValueError("encoding '" + encoding + "'")
     return text.encode("latin1")
 
 
-_RECONSTRUCT: Any = np.zeros(0).__reduce__()[0]  # numpy hides the two under changing names
-_SCALAR: Any = np.float64(0).__reduce__()[0]
-_NUMPY_FUNCTIONS = [
-    (function, f"numpy.{core}.multiarray", name)
-    for core in ("core", "_core")
-    for function, name in ((_RECONSTRUCT, "_reconstruct"), (_SCALAR, "scalar"))
-]
-_ARRAY_CLASSES: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("_codecs", "encode"): _encode,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    **{(module, name): function for function, module, name in _NUMPY_FUNCTIONS},
+def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
+    made: dict[Any, Any] = {}
+    _fill(made, [item for pair in pairs for item in pair])
+    return made
+
+
+_CALLS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _ordered_dict,
+    "_codecs.encode": _encode,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "numpy.dtype": ArrayType,
+    "numpy.ndarray": Beside,  # an argument of the next
+    "numpy.core.multiarray._reconstruct": lambda *_: Array(),
+    "numpy._core.multiarray._reconstruct": lambda *_: Array(),
+    # What the training scripts of the published models put beside the weights
+    "numpy.core.multiarray.scalar": Beside,
+    "numpy._core.multiarray.scalar": Beside,
+    "argparse.Namespace": Beside,
+    "collections.Counter": Beside,
+    "pathlib.PosixPath": Beside,
+    "pathlib._local.PosixPath": Beside,
+    "torch.Size": Beside,
+    "torch.device": Beside,
 }
-# What the training scripts of the published models put beside the weights. Paths become pure
-# ones, which cannot touch the file system.
-_BESIDE_WEIGHTS: list[Any] = [
-    argparse.Namespace,
-    np.dtype,
-    np.ndarray,
-    *((function, f"{module}.{name}") for function, module, name in _NUMPY_FUNCTIONS),
-    *{type(np.dtype(code)) for code in ("?", *np.typecodes["AllInteger"], *"efd", "U", "S")},
-    (pathlib.PurePosixPath, "pathlib.PosixPath"),
-    (pathlib.PurePosixPath, "pathlib._local.PosixPath"),
-]
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Knows numpy arrays and containers, nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ARRAY_CLASSES[module, name]
-        except KeyError:
-            raise RefusedClass(f"{module}.{name}") from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to objects outside of itself")
-
-
-class RefusedClass(Exception):
-    """A pickle asks for a class or function that is not on the list of harmless ones."""
+_CALLABLE = frozenset(_CALLS.values())
+_STORAGES = {
+    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16,
+    "BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32, "Short": torch.int16,
+    "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
+}  # fmt: skip
+_NAMES = {
+    **_CALLS,
+    **{f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()},
+    **{str(dtype): dtype for dtype in _STORAGES.values()},
+}
+_LITERAL = "INT|LONG[14]?|FLOAT|UNICODE|STRING|BININT[12]?|BINFLOAT|.*BIN(STRING|BYTES|UNICODE)8?"
+_LITERALS = {each.name for each in pickletools.opcodes if re.fullmatch(_LITERAL, each.name)}
+_EMPTY: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list, "EMPTY_SET": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple,
+}  # fmt: skip
 
 
 def read_pickle(path: Path, *, mmap: bool = True) -> Any:
@@ -79,66 +142,194 @@ def read_pickle(path: Path, *, mmap: bool = True) -> Any:
         path: the file.
         mmap: tensors of a zip file stay on the disk until they are used.
 
+    Returns:
+        Dicts, lists, tuples, strings, numbers and tensors; sets are lists, arrays of numpy are
+        `Array`, and the other objects that may lie beside weights are `Beside`.
+
     Raises:
         CheckpointError: damaged, or asks for a class that may not be loaded; nothing was executed.
     """
-    with path.open("rb") as file:
-        start = file.read(len(_LEGACY_TORCH))
-        file.seek(0)
-        try:
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LEGACY_TORCH))
+            file.seek(0)
             if start.startswith(_ZIP):
-                _check_archive(path)
-                return _read_torch(path, mmap=mmap)
-            if start == _LEGACY_TORCH:
-                return _read_torch(path, mmap=False)
-            return _read_arrays(file)
-        except RefusedClass as refused:
-            raise CheckpointError(
-                f"{path}: asks for {refused}, which may not be loaded from a file because it could "
-                "run code; nothing was executed. Where you trust it, let its own program save the "
-                "weights alone: torch.save(model.state_dict(), FILE)"
-            ) from None
-        except CheckpointError:
-            raise
-        # A damaged pickle can raise anything; in any case the file is the cause.
-        except Exception as error:
-            raise CheckpointError(
-                f"{path}: damaged or truncated ({path.stat().st_size} bytes), it cannot be read: "
-                f"{_first_line(error)}; download or copy it again"
-            ) from error
-
-
-def _check_archive(path: Path) -> None:
-    """Raise CheckpointError if a zip archive is not one of `torch.save`."""
-    with zipfile.ZipFile(path) as archive:
-        names = {Path(name).name for name in archive.namelist()}
-    if "constants.pkl" in names:
+                return _read_zip(path, file, mmap=mmap)
+            return _read_legacy(file, size) if start == _LEGACY_TORCH else _run(file)
+    except RefusedClass as refused:
         raise CheckpointError(
-            f"{path}: a TorchScript archive, which is a program; save the weights alone with "
-            "torch.save(model.state_dict(), FILE)"
-        )
-    if "data.pkl" not in names:
-        some = ", ".join(sorted(names)[:5])
-        raise CheckpointError(f"{path}: a zip archive, but not one of torch: it holds {some}")
+            f"{path}: asks for {refused}, which may not be loaded from a file because it could "
+            "run code; nothing was executed. Where you trust it, let its own program save the "
+            "weights alone: torch.save(model.state_dict(), FILE)"
+        ) from None
+    except CheckpointError:
+        raise
+    # A damaged pickle can raise anything; in any case the file is the cause.
+    except Exception as error:
+        reason = ascii(str(error) or type(error).__name__)[1:-1]
+        raise CheckpointError(
+            f"{path}: damaged or truncated ({size} bytes), it cannot be read: {reason[:_SHOWN]}; "
+            "download or copy it again"
+        ) from error
 
 
-def _read_torch(path: Path, *, mmap: bool) -> Any:
-    with torch.serialization.safe_globals(_BESIDE_WEIGHTS):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except pickle.UnpicklingError as error:
-            if "nsupported" in str(error) or "llowed" in str(error):
-                match = _REFUSED.search(str(error))
-                raise RefusedClass(match[1] if match else _first_line(error)) from None
-            raise
+def _read_zip(path: Path, file: BinaryIO, *, mmap: bool) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        records = {info.filename: info for info in archive.infolist()}
+        names = {Path(name).name: name for name in records}
+        if "constants.pkl" in names:
+            raise CheckpointError(
+                f"{path}: a TorchScript archive, which is a program; save the weights alone with "
+                "torch.save(model.state_dict(), FILE)"
+            )
+        if "data.pkl" not in names:
+            some = ascii(", ".join(sorted(names)[:5]))[1:-1]
+            raise CheckpointError(
+                f"{path}: a zip archive, but not one of torch: it holds {some[:_SHOWN]}"
+            )
+        if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
+            raise CheckpointError(
+                f"{path}: a compressed archive, which torch.save does not write; unpack it and "
+                "save the weights again"
+            )
+        if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
+            raise CheckpointError(f"{path}: of a machine with another byte order")
+        root = names["data.pkl"].removesuffix("data.pkl")
+        whole = UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        whole = whole if mmap else whole.clone()
+
+        def stored(dtype: torch.dtype, key: str, count: int) -> Tensor:
+            info = records[f"{root}data/{key}"]
+            file.seek(info.header_offset + 26)  # the lengths of a name and of what follows it
+            lengths = file.read(4)
+            start = file.tell() + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+            data = whole[start : start + count * dtype.itemsize]
+            if len(data) != count * dtype.itemsize or len(data) > info.file_size:
+                raise ValueError(f"{key} holds less than {count} numbers")
+            if start % dtype.itemsize:
+                raise ValueError(f"{key} is not aligned, as torch.save does it")
+            return torch.empty(0, dtype=dtype).set_(data)
+
+        return _run(io.BytesIO(archive.read(names["data.pkl"])), stored)
 
 
-def _read_arrays(file: BinaryIO) -> Any:
-    return _ArrayUnpickler(file, encoding="latin1").load()
+def _read_legacy(file: BinaryIO, size: int) -> Any:
+    _, _, system = _run(file), _run(file), _run(file)  # magic number, protocol
+    if not system["little_endian"]:
+        raise ValueError("of a machine with another byte order")
+    storages: dict[str, Tensor] = {}
+    free = size
+
+    def announced(dtype: torch.dtype, key: str, count: int) -> Tensor:
+        nonlocal free
+        if key not in storages:
+            free -= count * dtype.itemsize
+            if free < 0:
+                raise ValueError("more numbers than the file has bytes")
+            storages[key] = torch.empty(count, dtype=dtype)
+        return storages[key]
+
+    content = _run(file, announced)
+    for key in _run(file):
+        values = storages[key if isinstance(key, str) else ""]
+        count, data = int.from_bytes(file.read(8), "little"), file.read(values.nbytes)
+        if count != values.numel() or len(data) != values.nbytes:
+            raise ValueError(f"{key} holds another count of numbers")
+        if count:
+            values.copy_(torch.frombuffer(bytearray(data), dtype=values.dtype))
+    return content
 
 
-def _first_line(error: BaseException) -> str:
-    # Torch's message begins with the advice to run the file's code; its reason comes after that.
-    text = str(error).split("WeightsUnpickler error:")[-1]
-    lines = text.strip().splitlines()
-    return lines[0] if lines else repr(error)
+def _run(file: BinaryIO, stored: Callable[[torch.dtype, str, int], Tensor] | None = None) -> Any:
+    """Run a pickle up to its end.
+
+    Args:
+        file: where it begins.
+        stored: (dtype, key, count) of a storage -> its values (count,).
+
+    Raises:
+        RefusedClass: it asks for a class or function that it must not have.
+        Exception: any other, if it is damaged.
+    """
+    stack: list[Any] = []
+    below: list[list[Any]] = []  # the stacks under the marks
+    memo: dict[int, Any] = {}
+    value: Any
+    for steps, (opcode, value, _) in enumerate(pickletools.genops(file)):
+        name = opcode.name
+        if steps > _MOST_STEPS:
+            raise ValueError("more objects than any model has")
+        match name:
+            case _ if name in _LITERALS:
+                stack.append(value)
+            case _ if name in _EMPTY:
+                stack.append(_EMPTY[name]())
+            case "PROTO" | "FRAME":
+                pass
+            case "MARK":
+                below.append(stack)
+                stack = []
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "TUPLE":
+                items, stack = stack, below.pop()
+                stack.append(tuple(items))
+            case "APPENDS" | "ADDITEMS" | "SETITEMS":
+                items, stack = stack, below.pop()
+                _fill(stack[-1], items)
+            case "APPEND" | "SETITEM":
+                count = 1 if name == "APPEND" else 2
+                items = stack[-count:]
+                del stack[-count:]
+                _fill(stack[-1], items)
+            case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[len(memo) if value is None else value] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(memo[value])
+            case "GLOBAL":
+                stack.append(_named(*value.split(" ", 1)))
+            case "STACK_GLOBAL":
+                stack[-2:] = [_named(*stack[-2:])]
+            case "REDUCE" | "NEWOBJ":
+                arguments, function = stack.pop(), stack.pop()
+                if function not in _CALLABLE or type(arguments) is not tuple:
+                    raise ValueError("it calls what is no function")
+                stack.append(function(*arguments))
+            case "BUILD":
+                state = stack.pop()
+                if isinstance(stack[-1], Beside):
+                    stack[-1].build(state)
+            case "BINPERSID" if stored is not None:
+                kind, dtype, key, _, count, *view = stack.pop()
+                if kind != "storage" or any(view) or type(key) is not str or type(count) is not int:
+                    raise ValueError("it refers to objects outside of itself")
+                stack.append(stored(dtype, key, count))
+            case "STOP":
+                return stack.pop()
+            case _:
+                raise ValueError(f"weights need no {name}")
+    raise ValueError("it does not end")
+
+
+def _named(module: str, name: str) -> Any:
+    """The stand-in for a class, function or dtype."""
+    full = f"{module}.{name}"
+    if full not in _NAMES:
+        raise RefusedClass(ascii(full)[1:-1][:_SHOWN])
+    return _NAMES[full]
+
+
+def _fill(target: Any, items: list[Any]) -> None:
+    """Append to a list, or set alternating keys and values of a dict, and of nothing else."""
+    if type(target) is list:
+        target.extend(items)
+    elif type(target) is dict:
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # The hash of nested tuples may take for ever.
+            if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
+                raise ValueError("a key is a nested tuple")
+            target[key] = value
+    else:
+        raise ValueError(f"it writes into an object of type {type(target).__name__}")

@@ -229,22 +229,6 @@ def test_folders_of_transformers_are_read(tmp_path):
     assert read_file(folder / "model.safetensors").class_names == ("N/A", None, "person")
 
 
-def test_shards_of_transformers_are_read(tmp_path):
-    folder = huggingface_folder(tmp_path / "hf", {})
-    files = {name: f"model-{i}.safetensors" for i, name in enumerate(WEIGHTS)}
-    for name, file in files.items():
-        save_file({name: WEIGHTS[name]}, folder / file)
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": files}))
-    assert_read(folder)
-    (folder / "model-1.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: missing"):
-        read_weights(folder)
-    index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
-    with pytest.raises(CheckpointError, match="outside of its folder"):
-        read_weights(folder)
-
-
 def test_a_folder_without_weights_says_what_was_expected(tmp_path):
     with pytest.raises(CheckpointError, match=r"no weights .*pytorch_model\.bin"):
         read_weights(huggingface_folder(tmp_path / "hf", {}))
