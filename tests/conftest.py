@@ -13,6 +13,11 @@ multiprocessing.set_forkserver_preload(
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with Slurm's jobs, which wait for minutes while other tests use the cores."""
+    items.sort(key=lambda item: "test_slurm" not in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The developers' folder of reference data beside the checkout; users do not have it."""

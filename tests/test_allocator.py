@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.engine.runs import run_python
+
 _FAULTS = """
 import resource, torch
 from dn_detr.allocator import keep_freed_memory
@@ -43,36 +45,30 @@ print(kept, resident() - before)
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
 
 
-def _run(program: str = _FAULTS, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
 @glibc
 def test_large_tensors_fault_once():
-    assert int(_run(DN_DETR_MALLOC="1").stdout) < 100
+    assert int(run_python(_FAULTS, DN_DETR_MALLOC="1").stdout) < 100
 
 
 @glibc
 def test_importing_the_library_changes_no_setting():
     program = _FAULTS.replace("keep_freed_memory()", "import dn_detr.engine, dn_detr.modeling")
-    assert int(_run(program, DN_DETR_MALLOC="1").stdout) > 10_000
+    environment = {**os.environ, "DN_DETR_MALLOC": "1"}
+    faults = subprocess.check_output([sys.executable, "-c", program], env=environment)
+    assert int(faults) > 10_000
 
 
 @glibc
 def test_the_setting_can_be_refused():
-    assert int(_run(DN_DETR_MALLOC="0").stdout) > 10_000  # pages of 4 KiB
+    assert int(run_python(_FAULTS, DN_DETR_MALLOC="0").stdout) > 10_000  # pages of 4 KiB
 
 
 @glibc
 def test_what_is_kept_can_be_released():
-    kept, left = map(int, _run(_KEPT, DN_DETR_MALLOC="1").stdout.split())
+    kept, left = map(int, run_python(_KEPT, DN_DETR_MALLOC="1").stdout.split())
     assert kept > 200 and left < 50  # MiB
 
 
 def test_another_choice_is_an_error():
-    assert "DN_DETR_MALLOC is 'yes'; choose 0 or 1" in _run(DN_DETR_MALLOC="yes").stderr
+    refused = run_python(_FAULTS, DN_DETR_MALLOC="yes").stderr
+    assert "DN_DETR_MALLOC is 'yes'; choose 0 or 1" in refused

@@ -78,7 +78,7 @@ def test_evaluating_and_fine_tuning_from_the_averages_use_them(run, tiny_config,
 def test_a_resumed_average_is_that_of_an_uninterrupted_run(first, tmp_path):
     """Also where no step had changed a weight before: float16 begins with overflows."""
     overflowing = ["train.amp.enabled=true", "train.amp.dtype=float16"]
-    common = ["train.ema.enabled=true", "train.checkpoint.period=1", "train.max_iter=4"]
+    common = ["train.ema.enabled=true", "train.checkpoint.period=1", "train.max_iter=2"]
     common += overflowing if first == "overflowing" else []
     train(small_run(tmp_path / "whole", *common))
     train(small_run(tmp_path / "parts", *common, "train.max_iter=1"))

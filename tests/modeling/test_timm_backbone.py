@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from dn_detr.modeling import TimmBackbone
 from dn_detr.structures import pad_images
+from tests.engine.runs import run_python
 
 timm = pytest.importorskip("timm")
 
@@ -354,4 +354,4 @@ def test_missing_timm_is_an_error_with_the_remedy(monkeypatch):
 
 def test_the_library_does_not_import_timm():
     code = "import sys, dn_detr.modeling; sys.exit('timm' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert run_python(code).returncode == 0

@@ -11,6 +11,8 @@ from dn_detr.checkpoint import read_weights, save_weights
 from dn_detr.config import LazyConfig, get_config, instantiate
 from tests.engine.runs import run_tool
 
+THIN = ("model.transformer.encoder.num_layers=2", "model.transformer.decoder.num_layers=2")
+
 
 def _run(tool: str, *arguments: object) -> None:
     done = run_tool(tool, *arguments)
@@ -20,7 +22,7 @@ def _run(tool: str, *arguments: object) -> None:
 def _evaluate(config: str, weights: Path, data: Path, output: Path) -> tuple[bytes, bytes]:
     _run(
         "train_net",
-        *("--config-file", config, "--eval-only", f"train.init_checkpoint={weights}"),
+        *("--config-file", config, *THIN, "--eval-only", f"train.init_checkpoint={weights}"),
         *(f"dataloader.root={data}", f"train.output_dir={output}", "train.device=cpu"),
         *("dataloader.image_scale=0.3", "dataloader.test.limit=2"),
     )
@@ -40,7 +42,7 @@ def _evaluate(config: str, weights: Path, data: Path, output: Path) -> tuple[byt
 )
 def test_weights_of_every_layout_evaluate_to_the_same_coco_numbers(config, shared, tmp_path):
     data = shared / "data/coco_mini"
-    cfg = get_config(config)
+    cfg = LazyConfig.apply_overrides(get_config(config), list(THIN))
     torch.manual_seed(0)
     model = instantiate(cfg.model)
     with torch.no_grad():  # at initialisation all queries say the same
@@ -55,10 +57,13 @@ def test_weights_of_every_layout_evaluate_to_the_same_coco_numbers(config, share
         file, back = tmp_path / f"{layout}.pth", tmp_path / f"back_from_{layout}"
         _run(
             "convert_checkpoint",
-            *("--config-file", config, "--input", ours, "--output", file, "--to", layout),
+            *("--config-file", config, *THIN, "--input", ours, "--output", file, "--to", layout),
         )
         assert _evaluate(config, file, data, tmp_path / f"run_{layout}") == expected
-        _run("convert_checkpoint", "--config-file", config, "--input", file, "--output", back)
+        _run(
+            "convert_checkpoint",
+            *("--config-file", config, *THIN, "--input", file, "--output", back),
+        )
         before, after = read_weights(ours), read_weights(back)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)

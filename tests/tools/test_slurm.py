@@ -20,6 +20,7 @@ from tests.tools.slurm_cluster import SlurmCluster, missing_requirement
 from tools.submit import main
 
 SLOW = "model.pause=1.0"  # a minute of training
+ALONE = ("--processes-per-node", "1")  # where the number of processes adds nothing
 
 pytestmark = pytest.mark.slow
 
@@ -147,7 +148,7 @@ def test_a_process_that_outlives_a_restart_does_not_queue_the_job_again(cluster)
 
 
 def test_a_cancelled_job_saves_and_does_not_start_again(cluster, tmp_path):
-    job = Job(cluster, tmp_path, SLOW)
+    job = Job(cluster, tmp_path, *ALONE, SLOW)
     job.wait_for_iteration(4)
     cluster.run("scancel", job.id)
     state = job.end()
@@ -156,7 +157,7 @@ def test_a_cancelled_job_saves_and_does_not_start_again(cluster, tmp_path):
 
 
 def test_a_job_starts_again_as_often_as_allowed(cluster, tmp_path):
-    job = Job(cluster, tmp_path, "--max-requeues", "0", SLOW)
+    job = Job(cluster, tmp_path, *ALONE, "--max-requeues", "0", SLOW)
     job.wait_for_iteration(4)
     cluster.run("scancel", "--signal=USR2", job.id)
     state = job.end()
@@ -165,7 +166,7 @@ def test_a_job_starts_again_as_often_as_allowed(cluster, tmp_path):
 
 
 def test_a_job_that_crashes_does_not_start_again(cluster, tmp_path):
-    job = Job(cluster, tmp_path, "model.nan_at=2")
+    job = Job(cluster, tmp_path, *ALONE, "model.nan_at=2")
     state = job.end()
     assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "0", "1:0")
     assert "loss terms loss_class not finite" in job.log()

@@ -18,11 +18,12 @@ from tests.tools.processes import (
     start,
     wait_for_log,
 )
+from tools import train_net
 from tools.submit import main
 
 COMMAND = ["--config-file", SLOW_CONFIG, "--time", "10"]
 ON_CPUS = ["--processes-per-node", "2"]
-ON_THIS_MACHINE = [*COMMAND, *ON_CPUS, "--cluster", "local"]
+ON_THIS_MACHINE = [*COMMAND, "--processes-per-node", "1", "--cluster", "local"]
 
 
 @pytest.mark.parametrize(
@@ -98,15 +99,18 @@ def submit_here(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_a_killed_local_job_saves_and_the_same_command_finishes_it(tmp_path, uninterrupted):
-    stopped = submit_here(tmp_path, "model.pause=0.5")
-    wait_for_log(tmp_path, "iteration 4/60")
-    [job_id] = {path.name.split("_")[0] for path in (tmp_path / "slurm").glob("*_log.out")}
+def test_a_killed_local_job_saves_and_the_same_command_finishes_it(tmp_path):
+    whole = tmp_path / "whole"
+    assert train_net.main([*COMMAND[:2], f"train.output_dir={whole}"]) == 0
+    folder = tmp_path / "run"
+    stopped = submit_here(folder, "model.pause=0.5")
+    wait_for_log(folder, "iteration 4/60")
+    [job_id] = {path.name.split("_")[0] for path in (folder / "slurm").glob("*_log.out")}
     os.kill(int(job_id), signal.SIGTERM)
     said, _ = stopped.communicate(timeout=600)
     assert stopped.returncode == 1 and "the same command continues it" in said
 
-    again = run_tool("submit", *ON_THIS_MACHINE, f"train.output_dir={tmp_path}")
+    again = run_tool("submit", *ON_THIS_MACHINE, f"train.output_dir={folder}")
     assert again.returncode == 0, again.stderr
-    assert "resuming from" in (tmp_path / "log.txt").read_text()
-    assert_equal_weights(uninterrupted, tmp_path)
+    assert "resuming from" in (folder / "log.txt").read_text()
+    assert_equal_weights(whole, folder)

@@ -78,8 +78,8 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_and_num_gpus_give_the_same_weights(tmp_path):
-    spawned = run("--num-gpus", "2", f"train.output_dir={tmp_path}/a")
-    assert spawned.returncode == 0, spawned.stderr
+    with Run(tmp_path / "a", "--num-gpus", "2") as started:
+        started.succeed()
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     torchrun = run(f"train.output_dir={tmp_path}/b", launcher=launcher)
     assert torchrun.returncode == 0, torchrun.stderr

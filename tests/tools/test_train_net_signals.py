@@ -37,7 +37,6 @@ class Command:
         arguments: of the command.
         launcher: arguments of Python before the command.
         terminal: an open pseudo terminal to be started in, if there is one.
-        environment: variables besides the test's.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class Command:
         *arguments: str,
         launcher: Sequence[str] = (),
         terminal: int | None = None,
-        **environment: str,
     ) -> None:
         self.folder = folder
         self._log = folder.with_suffix(".txt")
@@ -54,7 +52,7 @@ class Command:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, *COMMAND, f"train.output_dir={folder}",
                  "train.checkpoint.period=1", *arguments],
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL if terminal is None else terminal,
                 stdout=log,
@@ -108,6 +106,7 @@ def _session(leader: int) -> list[int]:
 
 def _commands(leader: int) -> dict[int, str]:
     """Process id -> command line of all that is in a session and has not ended."""
+    time.sleep(0.1)  # those who wait ask all the time
     ps = ["ps", "-ww", "-o", "pid=,state=,args=", "-s", str(leader)]
     lines = subprocess.run(ps, capture_output=True, text=True).stdout.splitlines()
     found = [line.split(maxsplit=2) for line in lines]
@@ -136,15 +135,16 @@ def assert_saved(folder: Path) -> None:
 
 @slow
 def test_a_signal_to_all_processes_of_a_job_counts_once(tmp_path):
-    with Command(tmp_path / "run", *TWO, LONG, "dataloader.train.num_workers=1") as command:
-        command.reach_training()
-        processes = _session(command.process.pid)
+    options = (*TWO, LONG, "train.checkpoint.period=1", "dataloader.train.num_workers=1")
+    with Run(tmp_path / "run", *options) as run:
+        wait_until(lambda: last_checkpoint(run.folder) is not None, lambda: run.log)
+        processes = _session(run.pid)
         assert len(processes) >= 5  # parent, two ranks, two workers
         for pid in processes:
             os.kill(pid, signal.SIGTERM)
-        assert command.wait() == STOPPED
-        assert "Traceback" not in command.log
-        assert command.log.count("finishing this step") == 1
+        assert run.wait() == STOPPED
+        assert "Traceback" not in run.log
+        assert run.log.count("finishing this step") == 1
     assert_saved(tmp_path / "run")
 
 
@@ -212,11 +212,12 @@ def test_processes_whose_parent_is_killed_while_they_import_do_not_train(tmp_pat
 
 @slow
 def test_a_second_signal_to_the_parent_ends_its_processes(tmp_path):
-    pause = {"PAUSE_AT": "step 3", "PAUSE_FOLDER": str(tmp_path)}
-    with Command(tmp_path / "run", *TWO, **pause) as command:
-        command.reach_training().process.send_signal(signal.SIGTERM)
+    with Run(tmp_path / "run", *TWO, "train.checkpoint.period=1", pause="step 3") as run:
+        run.reach_pause()
+        wait_until(lambda: last_checkpoint(run.folder) is not None)
+        run.signal(signal.SIGTERM)
         time.sleep(1.2)
-        command.process.send_signal(signal.SIGTERM)
-        assert command.wait() == 128 + signal.SIGTERM
-        assert "a second signal (SIGTERM)" in command.log
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 128 + signal.SIGTERM
+        assert "a second signal (SIGTERM)" in run.log
     assert_saved(tmp_path / "run")
