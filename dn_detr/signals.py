@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from dn_detr.streams import make_streams_lenient, tell
+from dn_detr.streams import open_closed_streams, tell
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not an error, to be tried again
 
@@ -101,10 +101,10 @@ class SignalThread:
 def exit_when_signalled() -> None:
     """Let a signal that asks this process to stop end it, with `EXIT_STOPPED`.
 
-    For a command that is starting or ending: importing torch alone takes seconds. Its standard
-    streams become lenient first, see `make_streams_lenient`.
+    For a command that is starting or ending: importing torch alone takes seconds. Standard streams
+    that are closed are opened first, see `open_closed_streams`.
     """
-    make_streams_lenient()
+    open_closed_streams()
     SignalThread(_exit)
 
 

@@ -30,17 +30,21 @@ class _Lenient:
         return getattr(self._stream, name)
 
 
-def make_streams_lenient() -> None:
-    """Let no write to stdout or stderr fail; what cannot be written there is dropped.
+def open_closed_streams() -> None:
+    """Open standard streams that are closed, to nowhere.
 
-    Standard streams that are closed are opened to nowhere: a file that the process opens would get
-    their number otherwise, and what is meant for a terminal would be written into it.
+    A file that the process opens would get their number otherwise, and what is meant for a terminal
+    would be written into it.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, this one
+
+
+def make_streams_lenient() -> None:
+    """Let no write to stdout or stderr fail; what cannot be written there is dropped."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, _Lenient):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from dn_detr.streams import make_streams_lenient
+from tools.train_net import main
 
 
 def a_full_disk() -> int:
@@ -34,9 +36,18 @@ def test_what_cannot_be_written_is_dropped(opened, monkeypatch):
     os.close(stream.fileno())
 
 
+def test_a_config_that_cannot_be_printed_is_no_success(monkeypatch):
+    with os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        with pytest.raises(OSError, match="No space"):
+            main(["--config-file", "digits_dn_deformable_detr", "--print-config"])
+        monkeypatch.undo()
+
+
 CLOSED = """
 import os, sys
-from dn_detr.streams import make_streams_lenient, tell
+from dn_detr.streams import make_streams_lenient, open_closed_streams, tell
+open_closed_streams()
 make_streams_lenient()
 file = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)
 print("for a terminal", flush=True)

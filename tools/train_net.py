@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     cfg = load_config(arguments)
     if arguments.print_config:
-        print(LazyConfig.to_yaml(cfg, resolve=True), end="")
+        print(LazyConfig.to_yaml(cfg, resolve=True), end="", flush=True)
         return
     command = evaluate if arguments.eval_only else partial(train, resume=arguments.resume)
     launch(command, arguments.num_gpus, cfg, device=TrainSettings.from_config(cfg).device)

@@ -24,6 +24,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from dn_detr.distributed import is_lost_connection
 from dn_detr.errors import UserError, user_message
 from dn_detr.signals import STOP_SIGNALS, SignalThread
+from dn_detr.streams import make_streams_lenient
 
 from .devices import parse_device, require_gpus, use_cores
 from .stopping import EXIT_SIGNAL, EXIT_STOPPED, KilledError, Stopped
@@ -52,7 +53,7 @@ def launch(
     """Run `function(*args)` in one process, in `num_gpus` processes, or as a part of torchrun's.
 
     Signals that ask this process to stop reach started processes through it, once each: they
-    leave the process group of the terminal.
+    leave the process group of the terminal. From here on no write to stdout or stderr fails.
 
     Args:
         function: importable by name; its return value is dropped.
@@ -69,6 +70,7 @@ def launch(
         Stopped: `function` stopped on request.
         KilledError: a second signal, or the end of the grace period, ended a started process.
     """
+    make_streams_lenient()
     if all(name in os.environ for name in _TORCHRUN_VARIABLES):
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         if num_gpus is not None and num_gpus != local_world_size:
