@@ -116,16 +116,12 @@ def build_model(
         )
         log_loading(settings.init_checkpoint, report)
     elif load_weights and is_main():  # the other ranks get the main process's weights
-        load_pretrained_parts(model)
+        for name, part in model.named_modules():
+            if isinstance(part, LoadsPretrained) and part.load_pretrained():
+                weights = getattr(part, "weights", "")
+                logger.info("%s starts from pretrained weights: %s", name, weights)
     built: nn.Module = model
     return built
-
-
-def load_pretrained_parts(model: nn.Module) -> None:
-    """Let every part that has pretrained weights load them, see `LoadsPretrained`."""
-    for name, part in model.named_modules():
-        if isinstance(part, LoadsPretrained) and part.load_pretrained():
-            logger.info("%s starts from pretrained weights: %s", name, getattr(part, "weights", ""))
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:

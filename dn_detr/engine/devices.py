@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 
 import torch
 
@@ -52,13 +53,11 @@ def parse_device(name: str) -> torch.device:
     """Return the device that `train.device` names; UserError if it names none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"train.device={name!r}: expected auto, cpu, cuda or cuda:0") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"train.device={name!r}: expected auto, cpu, cuda or cuda:0")
-    return device
+        if device.type in ("cpu", "cuda"):
+            return device
+    raise UserError(f"train.device={name!r}: expected auto, cpu, cuda or cuda:0")
 
 
 def use_cores(count: int) -> None:

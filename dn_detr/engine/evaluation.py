@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from torch import nn
 
-from dn_detr.allocator import keep_freed_memory
 from dn_detr.checkpoint import last_checkpoint, load_model_weights, log_loading
 from dn_detr.config import LazyConfig, instantiate
-from dn_detr.data import check_num_classes, raise_open_file_limit
-from dn_detr.distributed import barrier, broadcast_buffers, is_main, rank
+from dn_detr.data import check_num_classes
+from dn_detr.distributed import barrier, broadcast_buffers, is_main
 from dn_detr.errors import UserError
 from dn_detr.evaluation import inference_on_dataset
 from dn_detr.protocols import Evaluator, NamesResults, TestLoader
 
-from .devices import announce_device, choose_device
-from .random_state import preserved_random_state, seed_everything
+from .random_state import preserved_random_state
 from .settings import TrainSettings
-from .setup import lock_folder, logging_to, make_folder, record_run
+from .setup import make_folder, prepared, record_run
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +38,15 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             writing to that folder.
     """
     settings = TrainSettings.from_config(cfg)
-    keep_freed_memory()
-    raise_open_file_limit()
-    device = choose_device(settings.device)
-    seed_everything(settings.seed + rank())
-    checkpoint = _weights_to_evaluate(settings)
-    folder = make_folder(settings.output_dir)
-    with logging_to(folder), lock_folder(folder) if is_main() else nullcontext():
+    checkpoint = settings.init_checkpoint or last_checkpoint(settings.output_dir)
+    if not checkpoint:
+        raise UserError(
+            f"nothing to evaluate: train.init_checkpoint is empty and {settings.output_dir} holds "
+            "no checkpoints; set train.init_checkpoint=<checkpoint or output folder>"
+        )
+    with prepared(settings) as (folder, device):
         if is_main():
             record_run(LazyConfig.to_yaml(cfg), make_folder(folder / "eval"), device)
-        announce_device(device, settings.device)
         logger.info("evaluating %s", checkpoint)
         model = instantiate(cfg.model).to(device)
         loader = instantiate(cfg.dataloader.test)
@@ -120,13 +115,3 @@ def check_watched_result(
             f"{', '.join(names)}"
             + ("; ema/... needs train.ema.enabled=true" if watched.startswith("ema/") else "")
         )
-
-
-def _weights_to_evaluate(settings: TrainSettings) -> str | Path:
-    checkpoint = settings.init_checkpoint or last_checkpoint(settings.output_dir)
-    if not checkpoint:
-        raise UserError(
-            f"nothing to evaluate: train.init_checkpoint is empty and {settings.output_dir} holds "
-            "no checkpoints; set train.init_checkpoint=<checkpoint or output folder>"
-        )
-    return checkpoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -15,6 +16,17 @@ from dn_detr.errors import UserError
 from .schedule import parse_period
 
 SECTIONS = ("model", "dataloader", "optimizer", "lr_schedule", "train")
+
+_POSITIVE = ("log_period", "clip_grad.norm_type", "accumulate", "nonfinite_limit", "grace_seconds")
+_POSITIVE_OR_NONE = (
+    "max_iter", "clip_grad.max_norm", "checkpoint.keep", "max_hours", "early_stopping.patience",
+)  # fmt: skip
+_CHOICES = {
+    "amp.dtype": ("float16", "bfloat16"),
+    "nonfinite": ("raise", "skip", "rollback"),
+    "oom": ("raise", "skip"),
+    "wandb.mode": (None, "online", "offline", "disabled"),
+}
 
 # torch takes less than 2**64, and a process adds its rank.
 _SEEDS = 2**63
@@ -181,26 +193,18 @@ class TrainSettings:
         return settings
 
     def _check_ranges(self) -> None:
-        _check("output_dir", self.output_dir, bool, "a folder")
-        _check("seed", self.seed, lambda value: 0 <= value < _SEEDS, ">= 0 and < 2**63")
-        _check("epochs", self.epochs, lambda value: 0 < value < float("inf"), "> 0")
-        _check("max_iter", self.max_iter, _positive_or_none, "> 0 or null")
-        _check("log_period", self.log_period, _positive, "> 0")
-        _check_choice("amp.dtype", self.amp.dtype, "float16", "bfloat16")
-        _check("clip_grad.max_norm", self.clip_grad.max_norm, _positive_or_none, "> 0 or null")
-        _check("clip_grad.norm_type", self.clip_grad.norm_type, _positive, "> 0")
-        _check("checkpoint.keep", self.checkpoint.keep, _positive_or_none, ">= 1 or null for all")
-        _check("max_hours", self.max_hours, _positive_or_none, "> 0 or null")
-        _check("accumulate", self.accumulate, _positive, ">= 1")
-        _check("ema.decay", self.ema.decay, lambda value: 0 < value < 1, "between 0 and 1")
-        _check_choice("nonfinite", self.nonfinite, "raise", "skip", "rollback")
-        _check("nonfinite_limit", self.nonfinite_limit, _positive, ">= 1")
-        _check_choice("oom", self.oom, "raise", "skip")
-        _check("grace_seconds", self.grace_seconds, _positive, "> 0")
-        modes = (None, "online", "offline", "disabled")
-        _check("wandb.mode", self.wandb.mode, modes.__contains__, "null, online, offline, disabled")
+        self._check("output_dir", bool, "a folder")
+        self._check("seed", lambda value: 0 <= value < _SEEDS, ">= 0 and < 2**63")
+        self._check("epochs", lambda value: 0 < value < float("inf"), "> 0")
+        self._check("ema.decay", lambda value: 0 < value < 1, "between 0 and 1")
+        for key in _POSITIVE:
+            self._check(key, lambda value: value > 0, "> 0")
+        for key in _POSITIVE_OR_NONE:
+            self._check(key, lambda value: value is None or value > 0, "> 0 or null")
+        for key, choices in _CHOICES.items():
+            names = " or ".join(choice or "null" for choice in choices)
+            self._check(key, choices.__contains__, names)
         patience = self.early_stopping.patience
-        _check("early_stopping.patience", patience, _positive_or_none, ">= 1 or null")
         if patience is not None and self.checkpoint.best is None:
             raise UserError(
                 "train.early_stopping.patience needs the result to watch: set train.checkpoint.best"
@@ -208,19 +212,7 @@ class TrainSettings:
         for period in (self.eval_period, self.checkpoint.period):
             parse_period(period, 1)
 
-
-def _positive(value: float) -> bool:
-    return value > 0
-
-
-def _positive_or_none(value: float | None) -> bool:
-    return value is None or value > 0
-
-
-def _check(key: str, value: object, accepts: Callable[..., bool], expected: str) -> None:
-    if not accepts(value):
-        raise UserError(f"train.{key}={value}: expected {expected}")
-
-
-def _check_choice(key: str, value: str, *choices: str) -> None:
-    _check(key, value, choices.__contains__, f"{', '.join(choices[:-1])} or {choices[-1]}")
+    def _check(self, key: str, accepts: Callable[..., bool], expected: str) -> None:
+        value = attrgetter(key)(self)
+        if not accepts(value):
+            raise UserError(f"train.{key}={value}: expected {expected}")

@@ -9,23 +9,31 @@ import os
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from dn_detr.allocator import keep_freed_memory
 from dn_detr.collect_env import describe_environment
+from dn_detr.data import raise_open_file_limit
 from dn_detr.distributed import is_main, rank, world_size
-from dn_detr.errors import UserError, escape_control_characters
+from dn_detr.errors import UserError, escape_control_characters, user_message
 from dn_detr.streams import make_streams_lenient
+
+from .devices import announce_device, choose_device
+from .random_state import seed_everything
+from .settings import TrainSettings
+from .stopping import Stopped
 
 # Log records that a progress bar shows anyway go to the file only.
 FILE_ONLY = {"file_only": True}
 # What the command prints by itself goes to the file only.
-NEVER_IN_TERMINAL = {"never_in_terminal": True}
+_NEVER_IN_TERMINAL = {"never_in_terminal": True}
 
 _LOCK_FILE = ".lock"
 # Processes of a run that was killed may need a moment to notice and to save.
@@ -79,6 +87,33 @@ class _LogFile(WatchedFileHandler):
 
 
 @contextmanager
+def prepared(settings: TrainSettings) -> Iterator[tuple[Path, torch.device]]:
+    """Prepare this process and the output folder for a run, whose end the log then has.
+
+    Raises:
+        ValueError: there is no such device, or the folder cannot be used.
+    """
+    keep_freed_memory()
+    raise_open_file_limit()
+    device = choose_device(settings.device)
+    seed_everything(settings.seed + rank())
+    folder = make_folder(settings.output_dir)
+    with logging_to(folder):
+        try:
+            with lock_folder(folder) if is_main() else nullcontext():
+                announce_device(device, settings.device)
+                yield folder, device
+        except Stopped:
+            raise
+        except Exception as error:
+            if is_main():
+                text = traceback.format_exc()
+                text = user_message(error) if isinstance(error, UserError) else text
+                logger.error("%s", text, extra=_NEVER_IN_TERMINAL)
+            raise
+
+
+@contextmanager
 def logging_to(output_dir: Path) -> Iterator[None]:
     """Log to the terminal and to `output_dir/log.txt`; only warnings, to stderr, on other ranks.
 
@@ -89,7 +124,10 @@ def logging_to(output_dir: Path) -> Iterator[None]:
     package = logging.getLogger("dn_detr")
     handlers: list[logging.Handler] = []
     if is_main():
-        handlers = [_TerminalHandler(), _open_log(output_dir / "log.txt")]
+        try:
+            handlers = [_TerminalHandler(), _LogFile(output_dir / "log.txt")]
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be written to: {error.strerror}") from error
         layout = _Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
     else:
         handlers = [logging.StreamHandler()]
@@ -108,13 +146,6 @@ def logging_to(output_dir: Path) -> Iterator[None]:
             handler.close()
         package.setLevel(before[0])
         package.propagate = before[1]
-
-
-def _open_log(path: Path) -> logging.Handler:
-    try:
-        return _LogFile(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written to: {error.strerror}") from error
 
 
 def make_folder(path: str | Path) -> Path:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import Enum
 from typing import NamedTuple
 
@@ -15,13 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dn_detr.allocator import release_freed_memory
-from dn_detr.distributed import (
-    any_process,
-    average_gradients,
-    is_distributed,
-    is_lost_connection,
-)
-from dn_detr.errors import UserError, image_name
+from dn_detr.distributed import any_process, average_gradients, is_distributed
+from dn_detr.errors import UserError
 from dn_detr.modeling import ObjectCounts, mean_over_ranks
 from dn_detr.protocols import CountsObjects, Diagnostics, HasDiagnostics, Sample
 
@@ -29,8 +23,6 @@ from .memory import OutOfMemory, describe_batch, is_out_of_memory
 from .nonfinite import NonFiniteError, RunningStatistics, explain
 from .random_state import preserved_random_state
 from .settings import AmpSettings, ClipGradSettings
-
-logger = logging.getLogger(__name__)
 
 
 class Outcome(Enum):
@@ -297,19 +289,3 @@ def _set_random_state(device: torch.device, state: tuple[Tensor, ...]) -> None:
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
-
-
-@contextmanager
-def images_named_on_failure(batch: Sequence[Sample], iteration: int) -> Iterator[None]:
-    """Log which images a failing step worked on; the exception goes on as it is."""
-    try:
-        yield
-    except (NonFiniteError, OutOfMemory):
-        raise
-    except Exception as error:
-        if is_lost_connection(error):
-            logger.error("iteration %d: the connection to another rank is lost", iteration)
-            raise
-        names = ", ".join(map(image_name, batch))
-        logger.error("iteration %d failed on %s", iteration, names)
-        raise

@@ -14,9 +14,11 @@ from dn_detr.distributed import (
     any_process,
     barrier,
     broadcast_from_main,
+    is_lost_connection,
     is_main,
     world_size,
 )
+from dn_detr.errors import image_name
 from dn_detr.evaluation import EvaluationStopped
 from dn_detr.protocols import Evaluator, Sample, TestLoader, TrainLoader
 
@@ -28,7 +30,7 @@ from .optimizer import learning_rates
 from .run_state import RunState, load_last
 from .schedule import LearningRateRule, set_learning_rates
 from .settings import TrainSettings
-from .step import Outcome, StepResult, images_named_on_failure
+from .step import Outcome, StepResult
 from .stopping import Stopped, StopRequest, WaitInterrupted
 from .writers import MetricsFile, WriterError, finite_record
 
@@ -148,9 +150,17 @@ class Trainer:
             self._save_and_stop()
         state.batches_drawn += 1
         data_seconds = time.perf_counter() - started
-        with images_named_on_failure(samples, state.iteration + 1):
-            wants_stop = self._stop.reason is not None
+        wants_stop = self._stop.reason is not None
+        try:
             result = state.step(samples, state.iteration + 1, wants_stop=wants_stop)
+        except (NonFiniteError, OutOfMemory):
+            raise
+        except Exception as error:
+            images = ", ".join(map(image_name, samples))
+            is_lost = is_lost_connection(error)
+            why = "lost the connection to another rank" if is_lost else f"failed on {images}"
+            logger.error("iteration %d %s", state.iteration + 1, why)
+            raise
         state.iteration += 1
         state.results = None
         if result.outcome in (Outcome.APPLIED, Outcome.OVERFLOW):

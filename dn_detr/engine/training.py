@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,6 @@ import torch
 import yaml
 from omegaconf import DictConfig
 
-from dn_detr.allocator import keep_freed_memory
 from dn_detr.checkpoint import (
     LoadedCheckpoint,
     last_checkpoint,
@@ -22,9 +18,8 @@ from dn_detr.checkpoint import (
 )
 from dn_detr.config import LazyConfig
 from dn_detr.config.nodes import walk
-from dn_detr.data import raise_open_file_limit
-from dn_detr.distributed import broadcast_from_main, is_main, rank
-from dn_detr.errors import UserError, user_message
+from dn_detr.distributed import broadcast_from_main, is_main
+from dn_detr.errors import UserError
 
 from .best import BestResult
 from .build import (
@@ -37,20 +32,12 @@ from .build import (
     build_schedule,
     build_step,
 )
-from .devices import announce_device, choose_device
 from .evaluation import check_watched_result
-from .random_state import seed_everything
 from .run_state import RunState, load_last
 from .schedule import parse_period
 from .settings import CheckpointSettings, TrainSettings
-from .setup import (
-    NEVER_IN_TERMINAL,
-    lock_folder,
-    logging_to,
-    make_folder,
-    record_run,
-)
-from .stopping import Stopped, StopRequest
+from .setup import prepared, record_run
+from .stopping import StopRequest
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -75,18 +62,14 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
         Stopped: a signal or `train.max_hours` asked for it; a checkpoint is written.
     """
     settings = TrainSettings.from_config(cfg)
-    keep_freed_memory()
-    raise_open_file_limit()
     stop = StopRequest(settings.grace_seconds, settings.max_hours)
-    device = choose_device(settings.device)
-    seed_everything(settings.seed + rank())
-    folder = make_folder(settings.output_dir)
-    with logging_to(folder), _end_logged(), lock_folder(folder) if is_main() else nullcontext():
+    with prepared(settings) as (folder, device):
         checkpoint = _starting_point(settings, resume)
-        announce_device(device, settings.device)
         config = LazyConfig.to_yaml(cfg)
         if checkpoint is not None:  # first: what changed explains what then does not fit
-            _log_resumption(checkpoint, config)
+            logger.info("resuming from %s", checkpoint.folder)
+            for change in config_changes(checkpoint.manifest.config or config, config):
+                logger.warning("changed since that checkpoint: %s", change)
         elif resume:
             logger.warning("nothing to resume in %s: starting a new run", folder)
         trainer = build_trainer(cfg, device, stop, checkpoint)
@@ -95,20 +78,6 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
             if is_main():  # only now: a refused start leaves the record of the run before as it was
                 record_run(config, folder, device)
             return trainer.run()
-
-
-@contextmanager
-def _end_logged() -> Iterator[None]:
-    """Leave in the log why a run ends; the terminal gets that from the command."""
-    try:
-        yield
-    except Stopped:
-        raise
-    except Exception as error:
-        if is_main():
-            text = user_message(error) if isinstance(error, UserError) else traceback.format_exc()
-            logger.error("%s", text, extra=NEVER_IN_TERMINAL)
-        raise
 
 
 def _starting_point(settings: TrainSettings, resume: bool) -> LoadedCheckpoint | None:
@@ -179,9 +148,8 @@ def build_trainer(
 
 def warn_of_small_disk(state: RunState, settings: CheckpointSettings) -> None:
     """Compare what the checkpoints of a run take with what is free; Adam's state is assumed."""
-    tensors = state.model.state_dict().values()
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    trained = sum(4 * p.numel() for p in state.model.parameters() if p.requires_grad)
+    weights = sum(tensor.nbytes for tensor in state.model.state_dict().values())
+    trained = sum(p.nbytes for p in state.model.parameters() if p.requires_grad)
     each = weights * (1 + len(state.callbacks.models())) + 2 * trained
     timetable, folder = state.timetable, state.output_dir / "checkpoints"
     every = parse_period(settings.period, timetable.iterations_per_epoch) or timetable.max_iter
@@ -194,13 +162,6 @@ def warn_of_small_disk(state: RunState, settings: CheckpointSettings) -> None:
             "%s: %.0f MiB are free, and %d checkpoints of this run take about %.0f MiB: make room,"
             " or lower train.checkpoint.keep", folder, free / 2**20, count, count * each / 2**20,
         )  # fmt: skip
-
-
-def _log_resumption(checkpoint: LoadedCheckpoint, config: str) -> None:
-    logger.info("resuming from %s", checkpoint.folder)
-    saved = checkpoint.manifest.config
-    for change in config_changes(saved, config) if saved and config else []:
-        logger.warning("changed since that checkpoint: %s", change)
 
 
 def config_changes(before: str, after: str) -> list[str]:

@@ -97,11 +97,11 @@ def test_nan_in_one_process_of_torchrun_ends_both(tmp_path):
 def test_eval_only_gives_the_numbers_of_the_evaluation_inside_training(tmp_path, capsys):
     folder = tmp_path / "a"
     assert main([*COMMAND[1:], f"train.output_dir={folder}"]) == 0
-    inside = capsys.readouterr().out.split("evaluation: ")[-1].split()
+    inside = capsys.readouterr().out.split("evaluation: ")[-1].splitlines()[0]
     checkpoint = f"train.init_checkpoint={folder}/checkpoints/last"
     arguments = [*COMMAND[1:], "--eval-only", checkpoint, f"train.output_dir={tmp_path}/b"]
     assert main(arguments) == 0
-    assert capsys.readouterr().out.split("evaluation: ")[-1].split() == inside
+    assert capsys.readouterr().out.split("evaluation: ")[-1].splitlines()[0] == inside
 
 
 def test_print_config_prints_only_a_config_that_can_be_read_back(tmp_path, capsys):
