@@ -2,7 +2,7 @@
 # make test    the fast tests          make test-slow   the others      make test-all   both
 # make lint    ruff and mypy
 # make env     .venv with everything   make cuda        compile the CUDA kernels, or fail
-# make fuzz    random calls of the compiled operators under sanitizers; needs GCC
+# make fuzz    random calls of the compiled operators under sanitizers (needs GCC), and hostile files
 # make clean   remove what the commands wrote
 # make gpu-check   build, test and measure the CUDA operators; needs an NVIDIA GPU and PyTorch
 #
@@ -36,7 +36,7 @@ FUZZ_LIBRARY := C
 FUZZ_SECONDS := 20
 FUZZ_SEED :=
 
-.PHONY: env cuda demo test test-slow test-all lint fuzz fuzz-library gpu-check clean
+.PHONY: env cuda demo test test-slow test-all lint fuzz fuzz-files fuzz-library gpu-check clean
 
 env: $(INSTALLED)
 
@@ -85,6 +85,11 @@ lint: $(INSTALLED)
 fuzz: fuzz-library
 	@$(BIN)/python tests/fuzz/fuzz.py --library build/sanitized/$(FUZZ_LIBRARY).so \
 		--seconds $(FUZZ_SECONDS) $(FUZZ_SEED:%=--seed=%)
+	@$(MAKE) --silent fuzz-files
+
+# Weights files; one case again: python -m tests.fuzz.weights --seed 7
+fuzz-files: $(INSTALLED)
+	@$(BIN)/python -m tests.fuzz.weights --seconds $(FUZZ_SECONDS)
 
 fuzz-library: $(INSTALLED)
 	@$(MAKE) --silent -j 4 -f tests/fuzz/library.mk PYTHON=$(BIN)/python \

@@ -167,10 +167,9 @@ def read_pickle(path: Path, *, mmap: bool = True) -> Any:
         raise
     # A damaged pickle can raise anything; in any case the file is the cause.
     except Exception as error:
-        reason = ascii(str(error) or type(error).__name__)[1:-1]
         raise CheckpointError(
-            f"{path}: damaged or truncated ({size} bytes), it cannot be read: {reason[:_SHOWN]}; "
-            "download or copy it again"
+            f"{path}: damaged or truncated ({size} bytes), it cannot be read: "
+            f"{repr(error)[:_SHOWN]}; download or copy it again"
         ) from error
 
 
