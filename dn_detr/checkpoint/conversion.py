@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import io
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from .coco_classes import COCO_NAMES
 from .files import CLASS_NAMES, read_file
 from .folders import without_links
 from .layouts import OwnLayout
-from .manifest import MANIFEST_NAME, CheckpointError
+from .manifest import MANIFEST_NAME, CheckpointError, replace_file
 from .storage import save_weights
 from .weights import LoadReport, load_tensors
 
@@ -68,7 +67,10 @@ def convert_checkpoint(
     num_classes: int = getattr(model, "num_classes", len(names))
     if not may_be_coco(names, num_classes):
         written[CLASS_NAMES] = [*names, *[""] * (num_classes - len(names))]
-    _save_torch(written, output)
+    buffer = io.BytesIO()
+    torch.save(written, buffer)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(output, buffer.getbuffer())
     return report
 
 
@@ -101,15 +103,3 @@ def _class_names(
     if report.layout != OURS and num_classes == len(COCO_NAMES):
         return COCO_NAMES
     return ()
-
-
-def _save_torch(content: dict[str, object], output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        torch.save(content, partial)
-        os.replace(partial, output)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)

@@ -103,25 +103,6 @@ def point_link(folder: Path, name: str) -> None:
     _remove(copy)
 
 
-def require_writable(checkpoints: Path) -> None:
-    """Create the folder of a run's checkpoints, and make sure that they and links can lie there.
-
-    Raises:
-        CheckpointError: they cannot.
-    """
-    trial = checkpoints / f".trial{_PARTIAL}"
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        trial.unlink(missing_ok=True)
-        trial.symlink_to(LAST_LINK)
-        trial.unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f"{checkpoints}: checkpoints cannot be written there: {error.strerror}; it has to be a "
-            "folder with permission to write, on a file system that has symbolic links"
-        ) from error
-
-
 def prune(newest: Path, keep: int | None) -> None:
     """Remove all but `best` and the `keep` newest; later ones are of an abandoned future.
 

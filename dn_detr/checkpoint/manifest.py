@@ -171,7 +171,7 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes | memoryview) -> None:
     """Write a file in one atomic replacement, with content that survives a power cut."""
     partial = path.with_name(f".{path.name}.partial")
     try:

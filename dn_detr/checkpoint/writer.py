@@ -24,7 +24,6 @@ from .folders import (
     point_link,
     prune,
     remove_leftovers,
-    require_writable,
 )
 from .manifest import CheckpointError, Manifest, flush_to_disk
 from .snapshot import HostMemory, Snapshot
@@ -55,6 +54,7 @@ class CheckpointWriter:
 
     Attributes:
         folder: of the checkpoints, `output_dir/checkpoints`.
+        latest: the newest checkpoint that this writer has completed; None on ranks > 0.
     """
 
     def __init__(
@@ -77,21 +77,27 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None
         self._failures: deque[CheckpointError] = deque()
-        self._latest: Path | None = None
-
-    @property
-    def latest(self) -> Path | None:
-        """The newest checkpoint that this writer has completed; None on ranks > 0."""
-        return self._latest
+        self.latest: Path | None = None
 
     def require_writable(self) -> None:
-        """Create the folder, and make sure that checkpoints can be written to it.
+        """Create the folder, and make sure that checkpoints and links can lie there.
 
         Raises:
             CheckpointError: they cannot.
         """
-        if self._rank == 0:
-            require_writable(self.folder)
+        if self._rank != 0:
+            return
+        trial = partial_of(self.folder / "trial")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            trial.unlink(missing_ok=True)
+            trial.symlink_to(LAST_LINK)
+            trial.unlink()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder}: checkpoints cannot be written there: {error.strerror}; it has to "
+                "be a folder with permission to write, on a file system that has symbolic links"
+            ) from error
 
     def save(self, snapshot: Snapshot) -> None:
         """Copy the state of a training and write it; wait first for what is still being written.
@@ -196,7 +202,7 @@ class CheckpointWriter:
             ).write(partial)
             move_into_place(partial, folder)
             point_link(folder, LAST_LINK)
-            self._latest = folder
+            self.latest = folder
             prune(folder, self._keep)
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
