@@ -87,9 +87,11 @@ fuzz: fuzz-library
 		--seconds $(FUZZ_SECONDS) $(FUZZ_SEED:%=--seed=%)
 	@$(MAKE) --silent fuzz-files
 
-# Weights files; one case again: python -m tests.fuzz.weights --seed 7
+# Weights files and configs; one case again: python -m tests.fuzz.weights --seed 7
 fuzz-files: $(INSTALLED)
-	@$(BIN)/python -m tests.fuzz.weights --seconds $(FUZZ_SECONDS)
+	@$(BIN)/python -m tests.fuzz.configs --seconds $(FUZZ_SECONDS) & configs=$$!; \
+		$(BIN)/python -m tests.fuzz.weights --seconds $(FUZZ_SECONDS); weights=$$?; \
+		wait $$configs && exit $$weights
 
 fuzz-library: $(INSTALLED)
 	@$(MAKE) --silent -j 4 -f tests/fuzz/library.mk PYTHON=$(BIN)/python \
