@@ -85,17 +85,12 @@ class TimmBackbone(nn.Module):
         self.weights = weights
         self.activation_checkpointing = False
         self._arguments = dict(arguments or {})
-        reserved = [k for k in self._arguments if k in _RESERVED or k.startswith("pretrained")]
-        if reserved:
-            raise ValueError(f"arguments {reserved}: these are set by the backbone's own settings")
         if drop_path is not None:
             self._arguments["drop_path_rate"] = drop_path
         try:
             if timm.get_pretrained_cfg(name).fixed_input_size:
                 self._arguments.setdefault("dynamic_img_size", True)
-            body = timm.create_model(
-                name, features_only=True, out_indices=list(out_indices), **self._arguments
-            )
+            body = self._create(features_only=True, out_indices=list(out_indices))
         except TypeError as error:
             raise ValueError(
                 f"timm's {name} does not take the arguments {self._arguments}: {error}"
@@ -195,9 +190,7 @@ class TimmBackbone(nn.Module):
             source = dict(state_dict=state, num_classes=classes, label_offset=0)
         try:
             # timm is strict with whole networks only, and the backbone takes its part from one.
-            network = timm.create_model(
-                self.name, pretrained=True, pretrained_cfg_overlay=source, **self._arguments
-            )
+            network = self._create(pretrained=True, pretrained_cfg_overlay=source)
         except OSError as error:  # no network, or a cache that cannot be written
             logger.warning(
                 "THE BACKBONE STARTS FROM RANDOM WEIGHTS: timm's weights of %s could not be "
@@ -222,6 +215,13 @@ class TimmBackbone(nn.Module):
         if self.weights == "pretrained":
             self._check_normalisation(network.pretrained_cfg)
         return True
+
+    def _create(self, **options: Any) -> Any:
+        """A network with the config's arguments, which do not say what to fetch or write."""
+        reserved = [k for k in self._arguments if k in _RESERVED or k.startswith("pretrained")]
+        if reserved:
+            raise ValueError(f"arguments {reserved}: these are set by the backbone's own settings")
+        return _import_timm().create_model(self.name, **options, **self._arguments)
 
     def _check_normalisation(self, pretrained: Mapping[str, Any]) -> None:
         """Warn if the weights want other pixels than the configs give by default."""
