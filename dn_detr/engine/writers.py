@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from dn_detr.checkpoint.manifest import flush_to_disk
 from dn_detr.distributed import is_main
 from dn_detr.errors import UserError
 
@@ -70,7 +71,8 @@ class MetricsFile:
         self._has_failed = False
         try:
             found = _truncate(self.path, iteration, is_evaluated)
-            self._open()
+            with self.path.open("ab") as file:
+                self._size = file.tell()  # bytes of complete lines
         except OSError as error:
             raise WriterError(
                 f"{self.path}: {error.strerror}; free disk space, or choose another "
@@ -93,31 +95,31 @@ class MetricsFile:
     def flush_to_disk(self) -> None:
         """Let the records survive a power failure, as far as they could be written."""
         with suppress(OSError):
-            os.fsync(self._file.fileno())
+            flush_to_disk(self.path)
 
     def close(self) -> None:
-        """Try once more to write what could not be written, and close the file."""
+        """Try once more to write what could not be written."""
         if self._waiting:
             self._write_waiting()
         if self._waiting:
             lost = self._waiting.count(b"\n")
             logger.error("%s lacks the last %d log records", self.path, lost)
-        with suppress(OSError):  # a network's file system may tell only now that it is full
-            self._file.close()
-
-    def _open(self) -> None:
-        # unbuffered: a buffer would write what failed a second time
-        self._file = self.path.open("ab", buffering=0)
-        self._size = self.path.stat().st_size  # bytes of complete lines
 
     def _write_waiting(self) -> None:
         try:
-            self._replace_if_removed()
-            if self._has_failed:
-                self._file.truncate(self._size)  # half a line, if that could not be removed before
-            view = memoryview(self._waiting)
-            while view:  # at the end of the disk a short write comes first, then an error
-                view = view[self._file.write(view) :]
+            if not self.path.exists():
+                if not self.was_removed:
+                    logger.error("%s was removed or renamed; a new one is begun", self.path)
+                self.was_removed, self._size = True, 0
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            # unbuffered: a buffer would write what failed a second time
+            with self.path.open("ab", buffering=0) as file:
+                if self._has_failed:
+                    file.truncate(self._size)  # half a line, if it could not be removed before
+                view = memoryview(self._waiting)
+                while view:  # at the end of the disk a short write comes first, then an error
+                    view = view[file.write(view) :]
+                size = file.tell()
         except OSError as error:
             if not self._has_failed:
                 logger.error(
@@ -126,25 +128,11 @@ class MetricsFile:
                 )  # fmt: skip
             self._has_failed = True
             with suppress(OSError):
-                self._file.truncate(self._size)
+                os.truncate(self.path, self._size)
             return
         if self._has_failed:
             logger.warning("%s is complete again", self.path)
-        self._has_failed = False
-        self._size += len(self._waiting)
-        self._waiting = b""
-
-    def _replace_if_removed(self) -> None:
-        with suppress(FileNotFoundError):
-            if os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
-                return
-        if not self.was_removed:
-            logger.error("%s was removed or renamed; later log records are in a new one", self.path)
-        self.was_removed = True
-        removed = self._file
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._open()
-        removed.close()
+        self._has_failed, self._size, self._waiting = False, size, b""
 
 
 def finite_record(record: Record) -> Record:

@@ -132,7 +132,7 @@ def test_a_run_whose_files_are_removed_goes_on_and_ends_with_an_error(
     assert [row["iteration"] for row in rows(tmp_path / "run") if "loss" in row] == [4, 6, 8, 9]
     assert read_manifest(tmp_path / "run/checkpoints/last").iteration == 9
     log = (tmp_path / "run/log.txt").read_text()
-    assert "metrics.jsonl was removed or renamed; later log records are in a new one" in log
+    assert "metrics.jsonl was removed or renamed; a new one is begun" in log
     assert folder or "log.txt was removed or renamed, this is a new one" in log
 
 
