@@ -83,22 +83,6 @@ def evaluate_model(
     return results or {}
 
 
-def evaluate_all(
-    models: Mapping[str, nn.Module],
-    loader: TestLoader,
-    evaluators: Mapping[str, Evaluator],
-    should_stop: Callable[[], bool],
-) -> dict[str, Any]:
-    """Evaluate the model, and others under their name in the results."""
-    results: dict[str, Any] = {}
-    for name, model in models.items():
-        found = evaluate_model(model, loader, evaluators[name], should_stop)
-        if name and found:
-            logger.info("these were the results of %s", name)
-        results |= {name: found} if name and found else found
-    return results
-
-
 def check_watched_result(
     watched: str | None, evaluators: Mapping[str, Evaluator], class_names: Sequence[str]
 ) -> None:

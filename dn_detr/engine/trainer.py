@@ -22,7 +22,7 @@ from dn_detr.errors import image_name
 from dn_detr.evaluation import EvaluationStopped
 from dn_detr.protocols import Evaluator, Sample, TestLoader, TrainLoader
 
-from .evaluation import evaluate_all
+from .evaluation import evaluate_model
 from .memory import OutOfMemory
 from .metrics import Record, RunningSums, evaluation_record, merge_records
 from .nonfinite import NonFiniteError
@@ -324,25 +324,28 @@ class Trainer:
         It comes after saving: an evaluation that fails or is interrupted costs no training.
         """
         state = self.state
-        models = {"": state.model, **state.callbacks.models()}
+        results: dict[str, Any] = {}
+
+        def should_stop() -> bool:
+            return any_process(self._stop.reason is not None, device=state.step.device)[0]
+
         try:
-            results = evaluate_all(
-                models,
-                self._test_loader,
-                self._evaluators,
-                lambda: any_process(self._stop.reason is not None, device=state.step.device)[0],
-            )
+            for name, model in {"": state.model, **state.callbacks.models()}.items():
+                evaluator = self._evaluators[name]
+                found = evaluate_model(model, self._test_loader, evaluator, should_stop)
+                if name and found:
+                    logger.info("these were the results of %s", name)
+                results |= {name: found} if name and found else found
         except EvaluationStopped:
             self._save_and_stop()
-        state.results = broadcast_from_main(results)
+        state.results = results = broadcast_from_main(results)
         self._write(evaluation_record(state.results))
         if is_main():
             state.best.update(state.results)
         if broadcast_from_main(state.best.is_best):
             self._save()
         self._record_evaluation()
-        found = state.results
-        state.callbacks.each(lambda callback: callback.after_evaluation(state, found))
+        state.callbacks.each(lambda callback: callback.after_evaluation(state, results))
         self._agree_on_stagnation()
 
     def _resume_evaluation(self) -> None:
