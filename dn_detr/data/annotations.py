@@ -85,16 +85,13 @@ def read_annotation_file(path: Path) -> dict[str, list[Entry]]:
         _check_entries(path, section, content[section], keys)
     refuse = partial(_refuse, path)
     images, categories = content["images"], content["categories"]
-    unnamed = "without a {}, or with control characters in it"
-    nameless = [c["id"] for c in categories if not _is_name(c["name"])]
-    refuse(f"categories {unnamed.format('name')}", nameless, "class names are read from the file")
+    for section, key in (("images", "file_name"), ("categories", "name")):
+        nameless = [entry["id"] for entry in content[section] if not _is_name(entry[key])]
+        problem = f"{section} without a {key}, or with control characters in it"
+        refuse(problem, nameless, "give each one that can be printed")
     times = Counter(category["name"] for category in categories)
     shared = [f"{c['id']} ({c['name']!r})" for c in categories if times[c["name"]] > 1]
     refuse("categories that share a name", shared, "rename or merge them")
-
-    nameless = [i["id"] for i in images if not _is_name(i["file_name"])]
-    remedy = "give the path below the image folder"
-    refuse(f"images {unnamed.format('file_name')}", nameless, remedy)
     sizeless = [
         image["id"]
         for image in images

@@ -64,7 +64,6 @@ class SampleLoader:
         **sampling: Any,
     ) -> None:
         self.dataset = dataset
-        self._is_packed = num_workers > 0
         self._loader: DataLoader[Sample] = DataLoader(
             dataset if skip_seed is None else SkipBrokenImages(dataset, skip_seed),
             num_workers=min(num_workers, available_cores()),
@@ -92,7 +91,7 @@ class SampleLoader:
         # workers, which could take for ever.
         kill_workers = Finalize(None, _kill, args=(workers,), exitpriority=0)
         try:
-            yield from map(unpack, batches) if self._is_packed else batches
+            yield from map(unpack, batches) if self._loader.num_workers else batches
         except (RuntimeError, OSError, EOFError) as error:
             # A death shows itself as many errors, some of them before the process has exited.
             ended = wait([worker.sentinel for worker in workers], _EXIT_TIMEOUT)
