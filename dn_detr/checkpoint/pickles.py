@@ -25,7 +25,9 @@ _LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # its magic numbe
 _ZIP = b"PK\x03\x04"
 _NUMBERS = re.compile(r"[<>|=]?([fiu][248]|[iub]1)")  # dtypes of numpy whose bytes are numbers
 _MOST_STEPS = 1_000_000  # of one pickle; a tensor takes about 40
+_CALL_MEMORY = 1 << 27  # bytes that the calls of one pickle may take beside twice its size
 _MOST_DIMENSIONS = 8
+_MOST_KEPT = 1 << 16  # bytes of a text that a pickle refers to again
 _SHOWN = 200  # characters of what a file says, in a message
 
 
@@ -92,7 +94,8 @@ def _encode(text: str, encoding: str) -> bytes:
 
 def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
     made: dict[Any, Any] = {}
-    _fill(made, [item for pair in pairs for item in pair])
+    for key, value in pairs:
+        _fill(made, [key, value])
     return made
 
 
@@ -255,10 +258,13 @@ def _run(file: BinaryIO, stored: Callable[[torch.dtype, str, int], Tensor] | Non
     below: list[list[Any]] = []  # the stacks under the marks
     memo: dict[int, Any] = {}
     value: Any
+    start = file.tell()
+    left = 2 * file.seek(0, io.SEEK_END) + _CALL_MEMORY
+    file.seek(start)
     for steps, (opcode, value, _) in enumerate(pickletools.genops(file)):
         name = opcode.name
-        if steps > _MOST_STEPS:
-            raise ValueError("more objects than any model has")
+        if steps > _MOST_STEPS or left < 0:
+            raise ValueError("more objects than any model has, or one too often")
         match name:
             case _ if name in _LITERALS:
                 stack.append(value)
@@ -284,7 +290,10 @@ def _run(file: BinaryIO, stored: Callable[[torch.dtype, str, int], Tensor] | Non
                 del stack[-count:]
                 _fill(stack[-1], items)
             case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                memo[len(memo) if value is None else value] = stack[-1]
+                # Not the bytes of an array, nor their tuple: they would fill the memory twice.
+                parts = stack[-1][:8] if isinstance(stack[-1], tuple) else stack[-1:]
+                is_large = any(isinstance(x, bytes | str) and len(x) > _MOST_KEPT for x in parts)
+                memo[len(memo) if value is None else value] = None if is_large else stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
                 stack.append(memo[value])
             case "GLOBAL":
@@ -293,17 +302,20 @@ def _run(file: BinaryIO, stored: Callable[[torch.dtype, str, int], Tensor] | Non
                 stack[-2:] = [_named(*stack[-2:])]
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()
+                left -= _cost(arguments)
                 if function not in _CALLABLE or type(arguments) is not tuple:
                     raise ValueError("it calls what is no function")
                 stack.append(function(*arguments))
             case "BUILD":
                 state = stack.pop()
+                left -= _cost(state)
                 if isinstance(stack[-1], Beside):
                     stack[-1].build(state)
             case "BINPERSID" if stored is not None:
                 kind, dtype, key, _, count, *view = stack.pop()
                 if kind != "storage" or any(view) or type(key) is not str or type(count) is not int:
                     raise ValueError("it refers to objects outside of itself")
+                left -= _cost()
                 stack.append(stored(dtype, key, count))
             case "STOP":
                 return stack.pop()
@@ -318,6 +330,12 @@ def _named(module: str, name: str) -> Any:
     if full not in _NAMES:
         raise RefusedClass(ascii(full)[1:-1][:_SHOWN])
     return _NAMES[full]
+
+
+def _cost(arguments: Any = ()) -> int:
+    """About how many bytes a call takes: an object, and copies of what it is given."""
+    parts = arguments if isinstance(arguments, tuple) else ()
+    return 1000 + sum(len(part) for part in parts if isinstance(part, str | bytes | list))
 
 
 def _fill(target: Any, items: list[Any]) -> None:

@@ -28,6 +28,7 @@ _BACKBONE = "backbone."
 _BODY = "backbone.body."
 _DENOISING = "denoising."
 _COUNTER = "num_batches_tracked"  # of trainable normalisation; frozen ones have none
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LISTED = 10
 
 logger = logging.getLogger(__name__)
@@ -358,7 +359,8 @@ def _report_mismatch(
         "of another dtype": [
             f"{file.file_name(name)} ({found[name].dtype})"
             for name in common
-            if found[name].is_floating_point() != wanted[name].is_floating_point()
+            if (found[name].dtype in _FLOATS) != wanted[name].is_floating_point()
+            or found[name].is_complex()
         ],
     }
     if not missing and not any(others.values()):

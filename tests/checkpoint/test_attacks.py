@@ -161,6 +161,26 @@ PROGRAMS = {
 }
 
 
+OFTEN = {
+    "text that is encoded": pickled(
+        b"c_codecs\nencode\nq\x00", "x" * 60_000, b"q\x01", "latin1", b"q\x02",
+        b"h\x00h\x01h\x02\x86R" * 9000,
+    ),
+    "array of 40 kilobytes": pickled(
+        b"cnumpy\ndtype\n", "f4", b"\x85Rq\x00(K\x01J\x10\x27\0\0\x85h\x00\x89T",
+        struct.pack("<I", 40_000) + bytes(40_000) + b"tq\x01",
+        b"cnumpy.core.multiarray\n_reconstruct\n)Rh\x01b" * 9000,
+    ),
+    "settings": pickled(b"cargparse\nNamespace\nq\x00", b"h\x00)R" * 150_000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OFTEN)
+def test_what_a_few_bytes_make_again_and_again_is_refused(tmp_path, case):
+    (tmp_path / "f.pkl").write_bytes(OFTEN[case])
+    assert_refused(tmp_path / "f.pkl", "one too often")
+
+
 @pytest.fixture
 def limited_memory():
     """Let an allocation of more than 3 GiB beyond what is used fail."""

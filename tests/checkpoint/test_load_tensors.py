@@ -276,10 +276,13 @@ def test_weights_whose_sum_overflows_are_numbers():
     load_tensors(model, state)
 
 
-def test_integers_are_no_weights():
+@pytest.mark.parametrize("dtype", ["int8", "float8_e5m2", "float4_e2m1fn_x2", "complex64"])
+def test_what_has_no_number_of_the_model_is_no_weight(dtype):
     model = tiny_model("dab_detr_r50")
-    state = {**model.state_dict(), "queries.anchors.weight": torch.zeros(7, 4, dtype=torch.int8)}
-    with pytest.raises(CheckpointError, match=r"1 of another dtype:\n  queries.*int8"):
+    kind = getattr(torch, dtype)
+    bytes_ = torch.zeros(7, 4 * kind.itemsize, dtype=torch.uint8)
+    state = {**model.state_dict(), "queries.anchors.weight": bytes_.view(kind)}
+    with pytest.raises(CheckpointError, match=rf"1 of another dtype:\n  queries.*{dtype}"):
         load_tensors(model, state)
 
 
