@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import resource
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -14,6 +15,7 @@ from dn_detr.data import (
     DatasetError,
     build_test_loader,
     build_train_loader,
+    raise_open_file_limit,
 )
 
 
@@ -94,3 +96,13 @@ def test_unreadable_image_in_a_worker_names_its_file(folder: Any) -> None:
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(DatasetError, match=r"wide\.png: cannot be read"):
         list(build_test_loader(dataset, num_workers=1))
+
+
+def test_as_many_files_may_be_open_as_the_system_allows() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        raise_open_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
