@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +64,23 @@ def _slow_but_for_families(names: list[str]) -> list[Any]:
     return [n if n in FAMILIES else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
+def _stem(name: str) -> str:
+    """Of the configs that differ in their schedule only."""
+    return re.sub(r"_\d+ep\.py$", "", name)
+
+
 def _one_of_each_model() -> list[str]:
-    """Configs without those that differ from an earlier one in the schedule only."""
     models: dict[str, str] = {}
     for name in sorted(list_configs(), key=lambda name: (name not in FAMILIES, name)):
-        models.setdefault(_model_text(name), name)
+        models.setdefault(_stem(name), name)
     return sorted(models.values())
+
+
+def test_configs_whose_names_differ_in_the_epochs_have_one_model():
+    models = defaultdict(set)
+    for name in list_configs():
+        models[_stem(name)].add(_model_text(name))
+    assert all(len(texts) == 1 for texts in models.values())
 
 
 @pytest.fixture(scope="module")
