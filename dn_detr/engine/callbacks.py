@@ -220,20 +220,20 @@ class DenoisingMetrics(Callback):
     """
 
     def __init__(self) -> None:
-        self._masks: dict[tuple[str, ...], Tensor] = {}  # names of terms -> (2, terms)
+        self._masks: dict[tuple[str, ...], Tensor | None] = {}  # names of terms -> (2, terms)
 
     def after_step(self, state: RunState, samples: Sequence[Sample], result: StepResult) -> None:
         """Add the numbers of a step."""
         for found in result.diagnostics:
             state.metrics.add("denoising_accuracy", found.denoising_correct, found.denoising_total)
-        is_denoising = [_DENOISING_TERM.search(name) is not None for name in result.names]
-        if result.outcome is Outcome.NONFINITE or len(set(is_denoising)) < 2:
-            return
         if result.names not in self._masks:
-            rows = [is_denoising, [not this for this in is_denoising]]
-            self._masks[result.names] = torch.tensor(rows, device=result.losses.device).float()
-        both = self._masks[result.names] @ result.losses
-        state.metrics.add(("loss_denoising", "loss_matching"), both)
+            is_denoising = [_DENOISING_TERM.search(name) is not None for name in result.names]
+            rows = torch.tensor([is_denoising, [not this for this in is_denoising]])
+            has_both = bool(rows.any(dim=1).all())
+            self._masks[result.names] = rows.to(result.losses) if has_both else None
+        mask = self._masks[result.names]
+        if mask is not None and result.outcome is not Outcome.NONFINITE:
+            state.metrics.add(("loss_denoising", "loss_matching"), mask @ result.losses)
 
 
 class SkippedFiles(Callback):

@@ -9,6 +9,7 @@ That is no instability of the matching, so an image is judged by the objects of 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -93,17 +94,18 @@ class MatchingStability(Callback):
             Queries that changed, queries that were matched in either epoch, and images.
         """
         changed = matched = images = 0
-        for indices, now in zip(objects, queries, strict=True):
-            pairs = zip(self._previous[indices].tolist(), now.tolist(), strict=True)
-            if known := [pair for pair in pairs if pair[0] != _NOT_SEEN]:
+        indices, now = torch.cat(list(objects)), torch.cat(list(queries))
+        pairs = zip(self._previous[indices].tolist(), now.tolist(), strict=True)
+        for of_image in objects:
+            of_both = itertools.islice(pairs, len(of_image))
+            if known := [pair for pair in of_both if pair[0] != _NOT_SEEN]:
                 # of the image: queries that changed their object, queries that had one
                 moved = {query for pair in known if pair[0] != pair[1] for query in pair}
                 changed += len(moved - {_UNMATCHED})
                 matched += len({query for pair in known for query in pair} - {_UNMATCHED})
                 images += 1
-            # the maximum, because an image that fills up a batch may come twice in an epoch
-            seen = torch.maximum(self._current[indices], now.to(self._current.dtype))
-            self._current[indices] = seen
+        # the maximum, because an image that fills up a batch may come twice in an epoch
+        self._current.scatter_reduce_(0, indices, now.to(self._current.dtype), "amax")
         return changed, matched, images
 
     def state_dict(self) -> dict[str, Any]:
