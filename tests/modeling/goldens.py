@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from dn_detr.modeling import NOTHING, Detector, FocalClassification
 from dn_detr.modeling.denoising import Noise
 from dn_detr.modeling.queries import ProposalQueries
 from dn_detr.ops import missing_kernels, use_kernels
-from tests.checkpoint.layouts import to_layout
 
 # The published treatment of padding and of empty denoising slots. Every model masks in backbone
 # and neck; the other options belong to a part that only these models have.
@@ -40,6 +39,7 @@ _PUBLISHED: dict[str, dict[str, bool]] = {
     "dab_deformable_detr_r50_two_stage": _EVERYWHERE | _DEFORMABLE_DECODER | _PROPOSALS,
     "dn_deformable_detr_r50": _EVERYWHERE | _DEFORMABLE_DECODER | _DENOISING,
     "dn_deformable_encoder_only_r50": _EVERYWHERE | _DENOISING,
+    "dino_r50_detrex": _EVERYWHERE | _DEFORMABLE_DECODER | _PROPOSALS | _DENOISING,
 }
 
 ATTENTION_KERNELS = ("compiled", "pytorch")
@@ -73,7 +73,7 @@ def load_arrays(path: Path) -> dict[str, Any]:
 def build_published(
     config: str, tensors: Mapping[str, Tensor], *, num_classes: int, **options: Any
 ) -> Detector:
-    """Build a model of `configs/models` as published, and load tensors of any known layout.
+    """Build a model of a folder `configs/models` as published; load tensors of a layout it knows.
 
     An option that a part does not take is an error: nothing is left at our default unnoticed.
 
@@ -264,7 +264,7 @@ def train(
     return Step(
         losses={name: value.item() for name, value in losses.items()},
         total=total.item(),
-        gradients=to_layout(gradients, layout),
+        gradients=to_layout(model, gradients, layout),
         gradient_norm=sum(g.norm().item() ** 2 for g in gradients.values()) ** 0.5,
         without_gradient=[
             name for name, p in model.named_parameters() if p.requires_grad and p.grad is None
@@ -276,6 +276,12 @@ def train(
         queries=calls["queries"][-1],
         calls=calls,
     )
+
+
+def to_layout(model: Detector, state: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """A state of the model under the names of one of its layouts."""
+    (key_map,) = (key_map for key_map in model.key_maps if key_map.name == layout)
+    return key_map.to_theirs(state)
 
 
 def _gradients(model: Detector) -> dict[str, Tensor]:
@@ -293,7 +299,7 @@ def foreign_names(model: Detector, parameters: Iterable[nn.Parameter], layout: s
     flags = {name: torch.zeros(()).expand(t.shape) for name, t in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         flags[name] = flags[name] + float(id(parameter) in chosen)
-    return {name for name, flag in to_layout(flags, layout).items() if flag.any()}
+    return {name for name, flag in to_layout(model, flags, layout).items() if flag.any()}
 
 
 def entry_tolerance(name: str, gradient: Tensor, first: list[float], norm: float) -> float:
@@ -355,6 +361,35 @@ def official_noise(
         x.unflatten(0, (groups, sum(counts))).split(counts, dim=1) for x in (flip, label, box)
     ]
     return [Noise(*fields) for fields in zip(*grouped, strict=True)]
+
+
+def contrastive_noise(
+    counts: list[int], flip: Tensor, chosen_labels: Tensor, sign: Tensor, magnitude: Tensor
+) -> list[Noise]:
+    """The draws of detrex's DINO, by image.
+
+    They have one entry per noised box, first the positives of all images, then their negatives,
+    group after group. Ours draws sign and magnitude as one number.
+    """
+    label = torch.zeros(len(flip), dtype=torch.long)
+    label[flip < 0.25] = chosen_labels
+    box = ((2 * sign - 1) * magnitude + 1) / 2
+    grouped = [x.unflatten(0, (-1, 2, sum(counts))).split(counts, 2) for x in (flip, label, box)]
+    return [Noise(*(x.flatten(1, 2) for x in fields)) for fields in zip(*grouped, strict=True)]
+
+
+@contextmanager
+def chosen_cells(model: Detector, cells: Tensor) -> Iterator[None]:
+    """Let a two-stage model choose these cells (B, Q), where scores tie but for rounding."""
+    topk = Tensor.topk
+
+    def choose(scores: Tensor, k: int, dim: int = -1) -> Any:
+        forced = scores.dim() == 2 and k == model.num_queries
+        return SimpleNamespace(indices=cells) if forced else topk(scores, k, dim)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "topk", choose)
+        yield
 
 
 def assert_near(ours: Tensor, golden: Any, tolerance: float) -> None:

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dn_detr.config import instantiate
 from dn_detr.modeling import (
     BoxQueryEmbedding,
     DetectionCriterion,
@@ -19,9 +18,6 @@ from dn_detr.modeling import (
     NoisedQueries,
     QueryDenoising,
 )
-from dn_detr.structures import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
-
-from .conftest import make_sample
 
 QUERIES, DIM, CLASSES = 4, 8, 5
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "minimal_dn_detector.py"
@@ -195,52 +191,6 @@ def test_without_objects_losses_are_zero_and_the_label_table_gets_a_gradient():
     assert total == 0
     assert denoising.embed.label_embed.weight.grad is not None
     assert not denoising.embed.label_embed.weight.grad.any()
-
-
-class ContrastiveDenoising(QueryDenoising):
-    """DINO's: each object has a near box that is to become it and a far one that is nothing."""
-
-    num_negatives = 1
-
-    def add_noise(self, labels, boxes, noise, negative):
-        """Move corners by less (near) or more (far) than half box sizes times the box noise."""
-        labels, _ = super().add_noise(labels, boxes, noise, negative)
-        draw = noise.box.to(boxes) * 2 - 1
-        move = draw + draw.sign() * negative[:, None]
-        reach = boxes[:, 2:].repeat(1, 2) / 2 * self.box_noise
-        boxes_xyxy = (box_cxcywh_to_xyxy(boxes) + move * reach).clamp(0, 1)
-        return labels, box_xyxy_to_cxcywh(boxes_xyxy)
-
-
-def test_contrastive_denoising_has_a_near_positive_and_a_far_negative_of_each_object():
-    counts = [3, 1]
-    denoising = ContrastiveDenoising(CLASSES, num_groups=4, max_queries=18, box_noise=0.1)
-    noised = denoising.noise(_targets(counts))
-    groups = {0: 3, 1: 4}  # 18 queries hold 3 groups of 2 * 3
-    for image, count in enumerate(counts):
-        assert (noised.image == image).sum() == groups[image] * 2 * count
-        assert (noised.pairs.image == image).sum() == groups[image] * count
-    assert denoising.num_noised(counts) == len(noised.pairs) == 3 * 3 + 4
-    positives = set(zip(noised.pairs.image.tolist(), noised.pairs.query[0].tolist(), strict=True))
-    places = list(zip(noised.image.tolist(), noised.slot.tolist(), strict=True))
-    assert len(set(places)) == len(places) and positives < set(places)
-
-
-def test_contrastive_denoising_trains(small_config):
-    denoising = small_config.denoising
-    denoising._target_ = ContrastiveDenoising
-    detector = instantiate(small_config)
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-3)
-    samples = [make_sample(64, 80, count, seed) for seed, count in enumerate((2, 3))]
-    history = []
-    for _ in range(12):
-        losses = detector(samples)
-        optimizer.zero_grad()
-        torch.stack(list(losses.values())).sum().backward()
-        optimizer.step()
-        history.append(sum(v.item() for k, v in losses.items() if "_dn" in k))
-    assert detector.diagnostics.denoising_total == 5 * 5
-    assert history[-1] < 0.8 * history[0]
 
 
 @pytest.mark.parametrize(

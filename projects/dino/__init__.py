@@ -1,0 +1,1 @@
+"""DINO: contrastive denoising, mixed query selection and look-forward-twice on DN-DETR."""

@@ -1,0 +1,14 @@
+"""DINO-Swin-L, 5 scales, 36 epochs: 58.5 AP on COCO val2017.
+
+The authors' weights have other names of the backbone's tensors than timm's and do not load.
+
+Row: DINO-5scale Swin-L, 36 epochs
+Source: README of the authors' code, https://github.com/IDEA-Research/DINO
+Weights: none published
+"""
+
+from dn_detr.configs.common.coco import dataloader
+from dn_detr.configs.common.optimizer import optimizer
+
+from .common.schedule_36ep import lr_schedule, train
+from .models.dino_swin_l_5scale import model

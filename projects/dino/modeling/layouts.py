@@ -1,0 +1,66 @@
+"""Names of tensors in DINO's own repository, in DN-DETR's DINO and in detrex.
+
+Sources: https://github.com/IDEA-Research/DINO, https://github.com/IDEA-Research/DN-DETR,
+https://github.com/IDEA-Research/detrex, projects/dino
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dn_detr.checkpoint import DetrexLayout, OfficialLayout
+from dn_detr.checkpoint.layouts.family import LABEL_EMBED, Traits
+from dn_detr.checkpoint.layouts.layout import Pairs
+
+_CONTENT = ("queries.content.*", "transformer.tgt_embed.*")
+_NORM = ("transformer.decoder.norm.*", "transformer.decoder.norm.*")
+_LAYER_HEAD = re.compile(r"(class|bbox)_embed\.[0-9]+\.")
+
+
+class DinoLayout(OfficialLayout):
+    """The names of the DINO repository: one class head and one box head for all layers."""
+
+    def pairs_of(self, traits: Traits) -> Pairs:
+        """See `FamilyLayout.pairs_of`."""
+        of_cells = [
+            (f"queries.{part}_embed.*", f"transformer.enc_out_{part}_embed.*")
+            for part in ("class", "bbox")
+        ]
+        return [_CONTENT, _NORM, *of_cells, *super().pairs_of(traits)]
+
+    def first_name(self, name: str) -> str:
+        """See `Layout.first_name`: every layer has a name for the one head."""
+        return _LAYER_HEAD.sub(r"\1_embed.0.", super().first_name(name))
+
+    def second_names(self, names: Collection[str]) -> Pairs:
+        """See `Layout.second_names`; those of the heads are more than one."""
+        return ()
+
+    def missing_model(self, traits: Traits, state: Mapping[str, Tensor]) -> str:
+        """See `FamilyLayout.missing_model`."""
+        return "" if traits.two_stage else "it chooses its queries among the cells"
+
+    def to_theirs(self, state: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
+        """See `Layout.to_theirs`."""
+        theirs = super().to_theirs(state, **options)
+        for name in [name for name in theirs if _LAYER_HEAD.match(name)]:
+            for layer in range(Traits.of(state).num_layers):
+                of_layer = name.replace(".0.", f".{layer}.", 1)
+                theirs[of_layer] = theirs[f"transformer.decoder.{of_layer}"] = theirs[name]
+        return theirs
+
+
+class DinoDetrexLayout(DetrexLayout):
+    """The names of detrex: heads of every layer, those of the cells after them."""
+
+    def pairs_of(self, traits: Traits) -> Pairs:
+        """See `FamilyLayout.pairs_of`."""
+        return [_CONTENT, _NORM, (f"{LABEL_EMBED}.*", "label_enc.*"), *super().pairs_of(traits)]
+
+    def first_name(self, name: str) -> str:
+        """See `Layout.first_name`."""
+        return name if name.startswith("label_enc.") else super().first_name(name)

@@ -1,0 +1,172 @@
+"""DINO: contrastive denoising, mixed query selection and the layouts of its checkpoints.
+
+Its numbers are compared with detrex's in `tests/modeling/test_detrex_numbers.py`, and its configs
+take part in all tests of the zoo.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dn_detr.checkpoint import CheckpointError, load_tensors
+from dn_detr.config import get_config, instantiate
+from dn_detr.modeling import Detector, mean_over_ranks
+from dn_detr.projects.dino.modeling import ContrastiveDenoising, MixedQueries
+from dn_detr.structures import box_cxcywh_to_xyxy
+from tests.modeling.conftest import away_from_initialisation, make_sample
+
+CLASSES = 5
+
+
+def _targets(counts: list[int]) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "labels": torch.randint(CLASSES, (n,), generator=generator),
+            "boxes": 0.3 + 0.2 * torch.rand(n, 4, generator=generator),  # far from the border
+        }
+        for n in counts
+    ]
+
+
+def _shifts(noise: float, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """How far corners moved, in half sides times the box noise, and who is a positive."""
+    targets = _targets(counts)
+    noised = ContrastiveDenoising(CLASSES, box_noise=noise, num_groups=4).noise(targets)
+    boxes = torch.cat([target["boxes"] for target in targets])
+    first = torch.tensor([0, *counts]).cumsum(0)
+    in_group = noised.slot % (2 * torch.tensor(counts))[noised.image]
+    truth = boxes[first[noised.image] + in_group % torch.tensor(counts)[noised.image]]
+    moved = box_cxcywh_to_xyxy(noised.boxes) - box_cxcywh_to_xyxy(truth)
+    positive = torch.zeros(len(boxes := noised.boxes), dtype=torch.bool)
+    paired = set(zip(noised.pairs.image.tolist(), noised.pairs.query[0].tolist(), strict=True))
+    for index, place in enumerate(zip(noised.image.tolist(), noised.slot.tolist(), strict=True)):
+        positive[index] = place in paired
+    return moved.abs() / (truth[:, 2:].repeat(1, 2) / 2 * noise), positive
+
+
+def test_positives_stay_near_and_negatives_are_farther_for_any_number_of_images():
+    shifts, positive = _shifts(0.2, [3, 1, 2])
+    assert positive.sum() == (~positive).sum() == 4 * 6
+    assert (shifts[positive] <= 1 + 1e-4).all()
+    assert ((shifts[~positive] >= 1 - 1e-4) & (shifts[~positive] <= 2 + 1e-4)).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.floats(0, 3))
+def test_noised_boxes_lie_in_the_unit_square_with_sides_that_are_not_negative(counts, box_noise):
+    targets = [{**t, "boxes": t["boxes"] * 2 - 0.5} for t in _targets(counts)]
+    targets = [{**t, "boxes": t["boxes"].clamp(0, 1)} for t in targets]
+    boxes = ContrastiveDenoising(CLASSES, box_noise=box_noise).noise(targets).boxes
+    assert ((boxes >= 0) & (boxes <= 1)).all()
+
+
+@pytest.mark.parametrize(("objects", "groups"), [(1, 100), (3, 33), (100, 1), (2000, 1)])
+def test_budget_decides_how_many_groups_an_image_has(objects, groups):
+    denoising = ContrastiveDenoising(CLASSES)
+    noised = denoising.noise(_targets([objects]))
+    noised_objects = min(objects, 100)
+    assert len(noised.pairs) == denoising.num_noised([objects]) == groups * noised_objects
+    assert len(noised.slot) == 2 * len(noised.pairs) <= 200
+
+
+@pytest.mark.parametrize(("most", "groups"), [(1, 1), (2, 5)])
+def test_a_budget_below_one_pair_still_noises_one_object(most, groups):
+    noised = ContrastiveDenoising(CLASSES, max_queries=most, num_groups=groups).noise(_targets([3]))
+    assert len(noised.pairs) == 1 and len(noised.slot) == 2
+
+
+def test_negatives_may_be_labelled_nothing():
+    noised = ContrastiveDenoising(CLASSES, unlabelled_negatives=True, label_noise=0.0).noise(
+        _targets([3, 2])
+    )
+    assert (noised.labels == CLASSES).sum() == len(noised.pairs)
+
+
+@pytest.mark.parametrize("option", ["num_groups", "max_queries"])
+def test_no_group_or_query_is_refused_with_the_remedy(option):
+    with pytest.raises(ValueError, match=r"model\.denoising=null"):
+        ContrastiveDenoising(CLASSES, **{option: 0})
+
+
+@pytest.fixture(scope="module")
+def small() -> Detector:
+    cfg = get_config("digits_dino").model
+    cfg.backbone.batch_norm = "frozen"
+    return away_from_initialisation(cfg)
+
+
+def test_contents_are_learned_and_boxes_proposed(small):
+    assert isinstance(small.queries, MixedQueries)
+    images, mask = small.preprocess([make_sample(64, 80, 1, 0), make_sample(48, 64, 1, 1)])
+    queries = small.queries(small.encode(images, mask))
+    assert torch.equal(queries.content[0], queries.content[1])
+    assert torch.equal(queries.content[0], small.queries.content.weight)
+    assert not torch.equal(queries.position[0], queries.position[1])
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (0, 3), (0, 0), (1, 40)])
+def test_losses_of_a_batch_are_those_of_its_images_one_by_one(small, counts):
+    samples = [make_sample(64, 80, count, seed) for seed, count in enumerate(counts)]
+    small.train()
+    total = mean_over_ranks(small.count_objects(samples), torch.device("cpu"))
+    together = small(samples, total)
+    alone = [small([sample], total) for sample in samples]
+    for name, value in together.items():
+        assert sum(a[name] for a in alone).item() == pytest.approx(value.item(), rel=1e-4), name
+
+
+def test_more_queries_than_cells_detect_and_train():
+    cfg = get_config("digits_dino").model
+    cfg.num_queries = 900  # an image of 32 x 32 has 21 cells
+    model = away_from_initialisation(cfg).train()
+    losses = model([make_sample(32, 32, 1, 0)])
+    assert all(torch.isfinite(value) for value in losses.values())
+
+
+@pytest.mark.parametrize("layout", ["official", "detrex"])
+def test_weights_come_back_from_every_layout(layout):
+    cfg = get_config("digits_dino").model
+    cfg.heads.shared = layout == "official"
+    cfg.denoising.embed.no_object_label = layout == "official"
+    model, other = away_from_initialisation(cfg), instantiate(cfg)
+    (key_map,) = (key_map for key_map in model.key_maps if key_map.name == layout)
+    written = key_map.to_theirs(model.state_dict())
+    assert {"transformer.tgt_embed.weight", "label_enc.weight"} <= written.keys()
+    assert "transformer.decoder.class_embed.2.bias" in written
+    report = load_tensors(other, written)
+    assert report.layout == layout and report.fresh == ()
+    state = other.state_dict()
+    for name, value in model.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(state[name], value), name
+
+
+def test_heads_that_differ_between_layers_do_not_fit_shared_ones():
+    cfg = get_config("digits_dino").model
+    cfg.heads.shared = False
+    model = away_from_initialisation(cfg)
+    (key_map,) = (key_map for key_map in model.key_maps if key_map.name == "detrex")
+    shared = instantiate(get_config("digits_dino").model)
+    with pytest.raises(CheckpointError):
+        load_tensors(shared, key_map.to_theirs(model.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("source", "into", "named"),
+    [
+        ("dino_r50_4scale_12ep", "dino_r50_5scale_12ep", "neck"),
+        ("dino_r50_4scale_12ep", "dn_deformable_detr_r50_50ep", "queries"),
+        ("dn_deformable_detr_r50_50ep", "dino_r50_4scale_12ep", "queries.output"),
+    ],
+)
+def test_weights_of_a_sibling_are_refused_with_the_names_that_differ(source, into, named):
+    with torch.device("meta"):
+        state = instantiate(get_config(source).model).state_dict()
+        model = instantiate(get_config(into).model)
+    with pytest.raises(CheckpointError, match=named):
+        load_tensors(model, state)
