@@ -135,7 +135,10 @@ SWEPT = [*FAMILIES, "dn_detr_swin_t"]
 
 @pytest.mark.parametrize(
     "name",
-    [n if "two_stage" in n else pytest.param(n, marks=pytest.mark.slow) for n in SWEPT],
+    [
+        n if "two_stage" in n or n.startswith("dino") else pytest.param(n, marks=pytest.mark.slow)
+        for n in SWEPT
+    ],
 )
 def test_no_module_of_a_healthy_step_is_blamed(name):
     """Padding, masks and proposals have infinities inside; none leaves a module."""

@@ -63,21 +63,14 @@ FAMILIES = [
     "dab_deformable_detr_r50",
     "dab_deformable_detr_r50_two_stage",
     "dn_deformable_detr_r50",
-    "dn_deformable_detr_r50_two_stage",
+    "dino_r50",
     "dn_deformable_encoder_only_r50",
 ]
 
 
 def small_model_config(name: str) -> Any:
-    """A model of `configs/models` with a small backbone, fewer layers and narrower ones.
-
-    No published model has denoising and two stages; the parts fit together all the same.
-    """
-    is_new = name == "dn_deformable_detr_r50_two_stage"
-    cfg = get_config(f"models/{'dab_deformable_detr_r50_two_stage' if is_new else name}.py").model
-    if is_new:
-        cfg.denoising = get_config("models/parts.py").denoising
-        cfg.denoising.embed.indicator = False
+    """A model of a folder `configs/models` with a small backbone, and fewer and narrower layers."""
+    cfg = get_config(f"models/{name}.py").model
     several_levels = cfg.neck.num_levels > 1
     cfg.num_classes, cfg.num_queries = 10, 30
     cfg.backbone.update(name="resnet18", weights=None)

@@ -44,7 +44,7 @@ def _samples() -> list[dict]:
 
 
 def _two_stage():
-    return small_model_config("dn_deformable_detr_r50_two_stage")
+    return small_model_config("dino_r50")
 
 
 def test_a_term_of_a_project_trains_matching_denoising_proposals_and_every_layer():

@@ -19,7 +19,7 @@ from .conftest import away_from_initialisation, make_sample, small_model_config
 
 pytestmark = pytest.mark.slow  # the fast tests have one model of these, see test_distributed.py
 
-MODELS = ["dn_detr_r50", "dn_deformable_detr_r50", "dn_deformable_detr_r50_two_stage"]
+MODELS = ["dn_detr_r50", "dn_deformable_detr_r50", "dino_r50"]
 # Steps: one process without objects, both, and again some, which a process left behind would miss.
 COUNTS = {"one rank without": (3, 0), "both without": (0, 0), "the other without": (0, 2)}
 OBJECTS = ((2, 0), (0, 0), (1, 4), (0, 3))  # of one accumulated step: objects on each rank
