@@ -26,7 +26,8 @@ _TOP = """\
 <!-- Written by tools/make_model_zoo.py; change the docstrings of the configs instead. -->
 # Model zoo
 
-Every model is one file of [`configs/`](../configs). With COCO and the weights of a row at hand:
+Every model is one file of [`configs/`](../configs) or of a [project](../projects). With COCO and
+the weights of a row at hand:
 
     python tools/train_net.py --config-file dn_deformable_detr_r50_50ep.py --eval-only \\
         dataloader.root=/data/coco train.init_checkpoint=checkpoint0049.pth
@@ -48,8 +49,9 @@ result of this model and schedule. Where another project trained a model again, 
 weights again, their AP stands beside their file.
 
 **Weights** are file names, as far as they are public, or ids on Hugging Face. "Authors": the
-folders that the README files of [DN-DETR](https://github.com/IDEA-Research/DN-DETR) and
-[DAB-DETR](https://github.com/IDEA-Research/DAB-DETR) link. "detrex": the releases that its
+folders that the README files of [DN-DETR](https://github.com/IDEA-Research/DN-DETR),
+[DAB-DETR](https://github.com/IDEA-Research/DAB-DETR) and
+[DINO](https://github.com/IDEA-Research/DINO) link. "detrex": the releases that its
 [model zoo][detrex] and the README files of its projects link. **Licence** is that of the repository
 that publishes the weights.
 
@@ -197,7 +199,7 @@ def backbone_name(name: str) -> str:
 def table_row(card: ModelCard, size: ModelSize) -> list[str]:
     """Cells of a model's row in the table, as Markdown."""
     return [
-        f"[`{card.name}`](../configs/{card.name}.py)",
+        f"[`{card.name}`]({Path('..') / zoo_path(card.name).relative_to(PAGE.parents[1])})",
         card.model,
         backbone_name(card.name),
         str(card.epochs),

@@ -322,6 +322,8 @@ class Detector(nn.Module):
             correct = (predicted == noised.pairs.objects(targets, "labels")).sum()
             total = len(noised.pairs)
         if (proposals := queries.proposals) is not None:
+            if proposals.class_agnostic:
+                targets = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
             found = self.criterion.matcher(proposals.outputs, targets, proposals.padding)
             losses |= self.criterion(
                 proposals.outputs, targets, found, count=counts.matching, suffix="_enc"

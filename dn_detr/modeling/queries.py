@@ -32,15 +32,18 @@ _SATURATED = 100.0  # its sigmoid is 1
 
 @dataclass(frozen=True)
 class Proposals:
-    """What the encoder itself detects where it chose a query; the only cells that it trains.
+    """What the encoder itself detects, in the cells that are trained to: those that became queries.
 
     Attributes:
-        outputs: `pred_logits` (1, B, Q, L) and `pred_boxes` (1, B, Q, 4), float32 or wider.
+        outputs: `pred_logits` (1, B, Q, L) and `pred_boxes` (1, B, Q, 4), float32 or wider; of
+            all cells where `class_agnostic`.
         padding: (B, Q) bool, True = no cell of the image, or None where padding takes part.
+        class_agnostic: they are trained to predict class 0 for every object.
     """
 
     outputs: Outputs
     padding: Tensor | None
+    class_agnostic: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,8 @@ class ProposalQueries(nn.Module):
             image; it doubles with every level.
         mask_padding: cells of the padding are neither chosen nor trained. False is the published
             behaviour, where they compete.
+        class_agnostic: class 0 says how much a cell looks like any object, and all cells are
+            trained so, not the chosen ones alone, as two-stage Deformable DETR was published.
         classification: what the logits of a cell mean.
 
     Attributes:
@@ -204,6 +209,7 @@ class ProposalQueries(nn.Module):
         *,
         base_size: float = 0.05,
         mask_padding: bool = True,
+        class_agnostic: bool = False,
         classification: Classification | None = None,
     ) -> None:
         super().__init__()
@@ -213,6 +219,7 @@ class ProposalQueries(nn.Module):
         self.num_classes = num_classes
         self.base_size = base_size
         self.mask_padding = mask_padding
+        self.class_agnostic = class_agnostic
         self.output = nn.Linear(embed_dim, embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
         self.classification = classification or FocalClassification()
@@ -229,22 +236,20 @@ class ProposalQueries(nn.Module):
         features = self.norm(self.output(cells))
         logits = at_least_float32(self.class_embed(features))
         moved = at_least_float32(self.bbox_embed(features)) + boxes
-        score = logits.detach()[..., : self.num_classes].amax(-1)
+        score = logits.detach()[..., : 1 if self.class_agnostic else self.num_classes].amax(-1)
         if self.mask_padding:
             score = score.masked_fill(padding, -torch.inf)
         chosen = score.topk(self.num_queries, dim=1).indices
-        content, logits, moved = (
+        content, chosen_logits, position = (
             x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))
             for x in (features, logits, moved)
         )
-        unused = padding.gather(1, chosen) if self.mask_padding else None
-        return Queries(
-            content=content.detach(),
-            position=moved.detach(),
-            proposals=Proposals(
-                {"pred_logits": logits[None], "pred_boxes": moved.sigmoid()[None]}, unused
-            ),
-        )
+        if not self.class_agnostic:
+            logits, moved, padding = chosen_logits, position, padding.gather(1, chosen)
+        outputs = {"pred_logits": logits[None], "pred_boxes": moved.sigmoid()[None]}
+        unused = padding if self.mask_padding else None
+        proposals = Proposals(outputs, unused, self.class_agnostic)
+        return Queries(content.detach(), position.detach(), proposals)
 
     def class_tensors(self) -> list[str]:
         """Names of the tensors that have a row per class."""

@@ -6,6 +6,8 @@ take part in all tests of the zoo.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +19,11 @@ from dn_detr.config import get_config, instantiate
 from dn_detr.modeling import Detector, mean_over_ranks
 from dn_detr.projects.dino.modeling import ContrastiveDenoising, MixedQueries
 from dn_detr.structures import box_cxcywh_to_xyxy
-from tests.modeling.conftest import away_from_initialisation, make_sample
+from tests.modeling.conftest import (
+    away_from_initialisation,
+    make_sample,
+    small_model_config,
+)
 
 CLASSES = 5
 
@@ -144,6 +150,43 @@ def test_weights_come_back_from_every_layout(layout):
     for name, value in model.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(state[name], value), name
+
+
+def test_weights_of_the_two_stage_version_of_dn_detr_come_back():
+    with torch.device("meta"):
+        model = instantiate(get_config("dn_dino_r50_two_stage_36ep").model)
+    written = model.key_maps[0].to_theirs(model.state_dict())
+    assert {"transformer.tgt_embed.weight", "class_embed.6.bias"} <= written.keys()
+    assert written["label_enc.weight"].shape == (92, 255)
+    ours = {name for name in model.state_dict() if not name.endswith("num_batches_tracked")}
+    assert model.key_maps[0].to_ours(written).tensors.keys() == ours
+
+
+@pytest.mark.parametrize("name", ["dn_dino_r50", "dn_dino_r50_two_stage"])
+def test_the_version_of_dn_detr_trains(name):
+    model = away_from_initialisation(small_model_config(name)).train()
+    losses = model([make_sample(64, 80, count, seed) for seed, count in enumerate((2, 0))])
+    assert all(torch.isfinite(value) for value in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_class_agnostic_proposals_are_ranked_and_trained_by_class_0(small):
+    cfg = get_config("digits_dino").model
+    cfg.queries.class_agnostic = True
+    model = away_from_initialisation(cfg)
+    images, mask = model.preprocess([make_sample(64, 80, 2, 0)])
+    queries = model.queries(model.encode(images, mask))
+    logits = queries.proposals.outputs["pred_logits"][0, 0]  # of all cells
+    boxes = queries.proposals.outputs["pred_boxes"][0, 0]
+    best = logits[:, 0].topk(model.num_queries).indices
+    torch.testing.assert_close(queries.position[0].sigmoid(), boxes[best])
+    sample = make_sample(64, 80, 2, 0)
+    renamed = {**sample, "instances": copy.deepcopy(sample["instances"])}
+    renamed["instances"].gt_classes = (sample["instances"].gt_classes + 1) % 10
+    first, second = model([sample]), model([renamed])
+    assert torch.equal(first["loss_ce_enc"], second["loss_ce_enc"])
+    assert not torch.equal(first["loss_ce"], second["loss_ce"])
 
 
 def test_heads_that_differ_between_layers_do_not_fit_shared_ones():

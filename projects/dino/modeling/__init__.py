@@ -1,7 +1,13 @@
 """What DINO adds to the library."""
 
 from .denoising import ContrastiveDenoising
-from .layouts import DinoDetrexLayout, DinoLayout
+from .layouts import DinoDetrexLayout, DinoLayout, DnDetrDinoLayout
 from .queries import MixedQueries
 
-__all__ = ["ContrastiveDenoising", "DinoDetrexLayout", "DinoLayout", "MixedQueries"]
+__all__ = [
+    "ContrastiveDenoising",
+    "DinoDetrexLayout",
+    "DinoLayout",
+    "DnDetrDinoLayout",
+    "MixedQueries",
+]

@@ -54,6 +54,18 @@ class DinoLayout(OfficialLayout):
         return theirs
 
 
+class DnDetrDinoLayout(OfficialLayout):
+    """The names of DN-DETR's DINO, two-stage; one-stage it has those of DN-Deformable-DETR."""
+
+    def pairs_of(self, traits: Traits) -> Pairs:
+        """See `FamilyLayout.pairs_of`."""
+        return [_CONTENT, *super().pairs_of(traits)]
+
+    def missing_model(self, traits: Traits, state: Mapping[str, Tensor]) -> str:
+        """See `FamilyLayout.missing_model`."""
+        return ""
+
+
 class DinoDetrexLayout(DetrexLayout):
     """The names of detrex: heads of every layer, those of the cells after them."""
 
