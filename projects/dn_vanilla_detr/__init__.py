@@ -1,0 +1,1 @@
+"""DETR with learned queries, and with query denoising."""

@@ -1,0 +1,10 @@
+"""What makes DN-DETR of DETR."""
+
+from dn_detr.config import LazyCall as L
+from dn_detr.configs.models.parts import denoising
+
+from ...modeling import VectorQueryEmbedding
+
+denoising.embed = L(VectorQueryEmbedding)(
+    num_classes="${model.num_classes}", embed_dim="${model.transformer.embed_dim}"
+)

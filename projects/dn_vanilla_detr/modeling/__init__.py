@@ -1,0 +1,15 @@
+"""What DETR has and the library has not: positions that are vectors, boxes without a reference."""
+
+from .decoder import VectorDecoder, VectorDecoderLayer
+from .heads import AbsoluteHeads
+from .layouts import DetrLayout
+from .queries import VectorQueries, VectorQueryEmbedding
+
+__all__ = [
+    "AbsoluteHeads",
+    "DetrLayout",
+    "VectorDecoder",
+    "VectorDecoderLayer",
+    "VectorQueries",
+    "VectorQueryEmbedding",
+]
