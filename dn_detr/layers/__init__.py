@@ -8,7 +8,7 @@ from .deformable_attention import MSDeformAttn
 from .linear import Linear
 from .mlp import MLP, FeedForward
 from .norm import MaskedGroupNorm
-from .position_embedding import PositionEmbeddingSine, sine_embed_boxes
+from .position_embedding import PositionEmbeddingSine, sine_embed, sine_embed_boxes
 
 __all__ = [
     "MLP",
@@ -20,5 +20,6 @@ __all__ = [
     "PositionEmbeddingSine",
     "attend",
     "run_checkpointed",
+    "sine_embed",
     "sine_embed_boxes",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def _sine(position: Tensor, num_feats: int, temperature: float) -> Tensor:
+def sine_embed(position: Tensor, num_feats: int, temperature: float = 10000.0) -> Tensor:
     """Interleaved sin and cos of (...) radians at `num_feats` frequencies; (..., num_feats)."""
     pair = torch.arange(num_feats, dtype=torch.float32, device=position.device) // 2
     angle = position[..., None] / temperature ** (2 * pair / num_feats)
@@ -64,7 +64,7 @@ class PositionEmbeddingSine(nn.Module):
         position = (~mask).float().cumsum(1)
         position = (position + self.offset) / (position[:, -1:] + self.eps) * self.scale
         # An axis of nothing but padding divides by eps; zero there is as good and keeps float16.
-        return _sine(position.masked_fill(mask, 0.0), self.num_pos_feats, self.temperature)
+        return sine_embed(position.masked_fill(mask, 0.0), self.num_pos_feats, self.temperature)
 
 
 def sine_embed_boxes(
@@ -82,4 +82,4 @@ def sine_embed_boxes(
     Source: Liu et al., "DAB-DETR", 2022, section 4.
     """
     x, y, w, h = (boxes_cxcywh_norm * (2 * math.pi)).unbind(-1)
-    return torch.cat([_sine(c, num_feats, temperature) for c in (y, x, w, h)], dim=-1)
+    return torch.cat([sine_embed(c, num_feats, temperature) for c in (y, x, w, h)], dim=-1)

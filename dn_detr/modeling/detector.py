@@ -56,6 +56,7 @@ class Detector(nn.Module):
         criterion: losses of pairs of a query and an object, and the matcher that finds pairs.
         postprocess: outputs -> instances.
         denoising: ground truth -> noised queries before the matching ones; None: no denoising.
+            Without an `embed` of its own it uses that of the queries.
         num_classes: K; classes of the data are contiguous in [0, K).
         num_queries: learned anchors or chosen proposals, as the queries have it.
         num_patterns: learned patterns, as the queries have it; with P of them the decoder has
@@ -108,6 +109,8 @@ class Detector(nn.Module):
                 "(two-stage) have no patterns; set model.num_patterns=0"
             )
         classification = classification or FocalClassification()
+        if denoising is not None and denoising.embed is None:
+            denoising.embed = getattr(queries, "embed", None)
         embed = getattr(denoising, "embed", None)
         _check_agreement("num_queries", num_queries, queries)
         _check_agreement("num_patterns", num_patterns, queries)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from dn_detr.checkpoint import load_tensors
 from dn_detr.config import get_config, instantiate
-from dn_detr.layers import PositionEmbeddingSine
-from dn_detr.layers.position_embedding import _sine
+from dn_detr.layers import PositionEmbeddingSine, sine_embed
 from dn_detr.modeling import NOTHING, Detector, FocalClassification
 from dn_detr.modeling.denoising import Noise
 from dn_detr.modeling.queries import ProposalQueries
@@ -331,7 +330,7 @@ def embed_padding(
     y, x = valid.cumsum(1), valid.cumsum(2)
     y = (y + module.offset) / (y[:, -1:] + module.eps)
     x = (x + module.offset) / (x[..., -1:] + module.eps)
-    axes = [_sine(a * module.scale, module.num_pos_feats, module.temperature) for a in (y, x)]
+    axes = [sine_embed(a * module.scale, module.num_pos_feats, module.temperature) for a in (y, x)]
     return torch.cat(axes, dim=-1).permute(0, 3, 1, 2)
 
 

@@ -20,7 +20,11 @@ class DetrLayout(FamilyLayout):
             ("queries.position.*", "query_embed.*"),
             (DECODER + "cross_attn.*", DECODER + "multihead_attn.*"),
             *((f"{layer}self_attn.*", f"{layer}self_attn.*") for layer in norms),
-            *((f"{layer}ffn.linear{i}.*", f"{layer}linear{i}.*") for layer in norms for i in (1, 2)),
+            *(
+                (f"{layer}ffn.linear{i}.*", f"{layer}linear{i}.*")
+                for layer in norms
+                for i in (1, 2)
+            ),
             *(
                 (f"{layer}{our}.*", f"{layer}norm{i}.*")
                 for layer, ours in norms.items()

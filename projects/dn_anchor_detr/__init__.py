@@ -1,0 +1,1 @@
+"""Anchor DETR, and with query denoising."""

@@ -1,0 +1,17 @@
+"""Anchor-DETR-R101-DC5, 50 epochs: 45.1 AP on COCO val2017.
+
+Row: AnchorDETR R101-DC5
+Source: README of the authors' code, https://github.com/megvii-research/AnchorDETR
+Weights: AnchorDETR_r101_dc5.pth (authors)
+Licence: Apache-2.0
+"""
+
+from dn_detr.configs.common.coco import dataloader
+from dn_detr.configs.common.optimizer import optimizer
+from dn_detr.configs.common.schedule_50ep import lr_schedule, train
+
+from .models.anchor_detr_r50 import model
+
+model.backbone.name = "resnet101"
+model.backbone.dilation = True
+model.neck.in_strides = [16]

@@ -1,0 +1,11 @@
+"""A small Anchor DETR that learns handwritten digits, 5 epochs; no published AP.
+
+Weights: none published
+"""
+
+from dn_detr.configs.common.digits import dataloader, lr_schedule, make_small, optimizer, train
+
+from .models.anchor_detr_r50 import model
+
+make_small(model)
+model.num_queries = 10  # points, each with three patterns

@@ -1,0 +1,20 @@
+"""What Anchor DETR has and the library has not: points as queries, row-column attention."""
+
+from .attention import RowColumnAttention, RowColumnEncoderLayer
+from .decoder import PointDecoder, PointDecoderLayer, PointTransformer
+from .heads import PointHeads
+from .layouts import AnchorDetrLayout
+from .queries import CellCentres, PointQueries, PointQueryEmbedding
+
+__all__ = [
+    "AnchorDetrLayout",
+    "CellCentres",
+    "PointDecoder",
+    "PointDecoderLayer",
+    "PointHeads",
+    "PointQueries",
+    "PointQueryEmbedding",
+    "PointTransformer",
+    "RowColumnAttention",
+    "RowColumnEncoderLayer",
+]

@@ -1,0 +1,15 @@
+"""DETR-R101, 500 epochs: 43.5 AP on COCO val2017.
+
+Row: DETR R101
+Source: README of the authors' code, https://github.com/facebookresearch/detr
+Weights: detr-r101-2c7b67e5.pth (authors)
+Licence: Apache-2.0
+"""
+
+from dn_detr.configs.common.coco import dataloader
+from dn_detr.configs.common.optimizer import optimizer
+
+from .common.schedule_500ep import lr_schedule, train
+from .models.vanilla_detr_r50 import model
+
+model.backbone.name = "resnet101"
