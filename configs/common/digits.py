@@ -1,6 +1,4 @@
-"""Handwritten digits (`tools/make_digits.py`), and what makes a model small enough to learn them on a
-laptop CPU.
-"""
+"""Handwritten digits (`tools/make_digits.py`), and what lets a model learn them on a laptop CPU."""
 
 from typing import Any
 
