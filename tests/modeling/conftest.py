@@ -65,11 +65,23 @@ FAMILIES = [
     "dn_deformable_detr_r50",
     "dino_r50",
     "dn_deformable_encoder_only_r50",
+    "digits_dn_vanilla_detr",
+    "digits_dn_anchor_detr",
 ]
 
 
 def small_model_config(name: str) -> Any:
-    """A model of a folder `configs/models` with a small backbone, and fewer and narrower layers."""
+    """A model of a folder `configs/models` with a small backbone, and fewer and narrower layers.
+
+    Args:
+        name: of a file of the folder; or a config of the digits, which is small already.
+    """
+    if name.startswith("digits_"):
+        cfg = get_config(name).model
+        cfg.backbone.batch_norm = "frozen"
+        for half in (cfg.transformer.encoder, cfg.transformer.decoder):
+            half.layer.update({"dropout": 0.0} if "dropout" in half.layer else {})
+        return cfg
     cfg = get_config(f"models/{name}.py").model
     several_levels = cfg.neck.num_levels > 1
     cfg.num_classes, cfg.num_queries = 10, 30

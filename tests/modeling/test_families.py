@@ -13,7 +13,7 @@ from dn_detr.ops import missing_kernels
 
 from .conftest import FAMILIES, make_sample
 
-DENOISED = [name for name in FAMILIES if name.startswith(("dn_", "dino_"))]
+DENOISED = [name for name in FAMILIES if name.startswith(("dn_", "dino_", "digits_dn_"))]
 DEFORMABLE = [name for name in FAMILIES if "deformable" in name or name.startswith("dino_")]
 SIZES = [(75, 110), (128, 64), (33, 47)]
 

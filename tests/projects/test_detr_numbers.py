@@ -69,7 +69,8 @@ def golden(request, shared) -> Golden:
     cfg.num_classes = 91
     cfg.backbone.mask_padding = cfg.neck.mask_padding = False  # as published
     for half in (cfg.transformer.encoder, cfg.transformer.decoder):
-        half.layer.update({"dropout": 0.0} if "dropout" in half.layer else {})
+        published = {"dropout": 0.0, "mask_padding": False}
+        half.layer.update({key: value for key, value in published.items() if key in half.layer})
     golden = Golden(arrays, rules, instantiate(cfg), boxes)
     state = {key: torch.from_numpy(rules.fill(key, s)) for key, s, _ in golden.meta["state_dict"]}
     assert load_tensors(golden.model, state).fresh == ()

@@ -17,17 +17,20 @@ from dn_detr.modeling.transformers import Levels
 class RowColumnAttention(nn.Module):
     """Attention whose weight of a cell is that of its column times that of its row.
 
-    As published the keys are averaged over whole columns and rows, padding included, so the
-    result for an image depends a little on how much padding its batch adds.
-
     Args:
         embed_dim: C.
         num_heads: a divisor of C.
+        mask_padding: average the keys of a column or row over the cells of the image alone. False
+            is the published behaviour: the result for an image then depends on how much padding
+            its batch adds.
     """
 
-    def __init__(self, embed_dim: int = 256, num_heads: int = 8) -> None:
+    def __init__(
+        self, embed_dim: int = 256, num_heads: int = 8, *, mask_padding: bool = True
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.mask_padding = mask_padding
         self.in_proj_weight = nn.Parameter(torch.empty(5 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(5 * embed_dim))
         self.out_proj = nn.Linear(embed_dim, embed_dim)
@@ -60,7 +63,9 @@ class RowColumnAttention(nn.Module):
         key_x, key_y = (
             (cells + pos).unflatten(1, (height, width)) for pos in cell_pos.chunk(2, -1)
         )
-        inputs = (query_x, query_y, key_x.mean(1), key_y.mean(2), cells)
+        counted = torch.ones_like(padding) if not self.mask_padding else ~padding
+        key_x, key_y = (_mean(key, counted, dim) for dim, key in ((1, key_x), (2, key_y)))
+        inputs = (query_x, query_y, key_x, key_y, cells)
         projections = zip(self.in_proj_weight.chunk(5), self.in_proj_bias.chunk(5), strict=True)
         q_x, q_y, k_x, k_y, value = (
             F.linear(x, *projection).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -78,6 +83,12 @@ class RowColumnAttention(nn.Module):
         return self.out_proj(found.transpose(1, 2).flatten(2))
 
 
+def _mean(cells: Tensor, counted: Tensor, dim: int) -> Tensor:
+    """Mean over one axis of (B, H, W, C) of the cells that (B, H, W) counts."""
+    total = (cells * counted[..., None]).sum(dim)
+    return total / counted.sum(dim).clamp(min=1)[..., None]
+
+
 def _weights(query: Tensor, key: Tensor, padding: Tensor) -> Tensor:
     """Queries (B, heads, Q, D), keys (B, heads, K, D), padding (B, K) -> (B, heads, Q, K)."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
@@ -91,13 +102,19 @@ class RowColumnEncoderLayer(nn.Module):
         embed_dim: C.
         num_heads: attention heads.
         feedforward_dim: hidden channels of the feed-forward half.
+        mask_padding: see `RowColumnAttention`.
     """
 
     def __init__(
-        self, embed_dim: int = 256, num_heads: int = 8, *, feedforward_dim: int = 1024
+        self,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        *,
+        feedforward_dim: int = 1024,
+        mask_padding: bool = True,
     ) -> None:
         super().__init__()
-        self.self_attn = RowColumnAttention(embed_dim, num_heads)
+        self.self_attn = RowColumnAttention(embed_dim, num_heads, mask_padding=mask_padding)
         self.norm = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, feedforward_dim)
 

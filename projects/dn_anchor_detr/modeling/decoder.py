@@ -23,16 +23,21 @@ class PointDecoderLayer(nn.Module):
     """Self-attention of the queries, attention to the memory, feed-forward; post-norm.
 
     Args:
-        embed_dim, num_heads, feedforward_dim: see `RowColumnEncoderLayer`.
+        embed_dim, num_heads, feedforward_dim, mask_padding: see `RowColumnEncoderLayer`.
     """
 
     def __init__(
-        self, embed_dim: int = 256, num_heads: int = 8, *, feedforward_dim: int = 1024
+        self,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        *,
+        feedforward_dim: int = 1024,
+        mask_padding: bool = True,
     ) -> None:
         super().__init__()
         self.self_attn = MultiheadAttention(embed_dim, num_heads)
         self.self_norm = nn.LayerNorm(embed_dim)
-        self.cross_attn = RowColumnAttention(embed_dim, num_heads)
+        self.cross_attn = RowColumnAttention(embed_dim, num_heads, mask_padding=mask_padding)
         self.cross_norm = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, feedforward_dim)
 

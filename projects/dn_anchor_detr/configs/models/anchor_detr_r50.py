@@ -24,6 +24,7 @@ _layer = dict(
     embed_dim="${model.transformer.embed_dim}",
     num_heads=8,
     feedforward_dim=1024,
+    mask_padding=True,
     _partial_=True,  # makes each of the layers
 )
 model.num_patterns = 3
