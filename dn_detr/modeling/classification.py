@@ -44,17 +44,36 @@ class Classification(ABC):
         """
 
     @abstractmethod
-    def loss(self, logits: Tensor, labels: Tensor, count: Tensor | float) -> Tensor:
+    def loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        count: Tensor | float,
+        total_weight: Tensor | float | None = None,
+    ) -> Tensor:
         """Loss of each layer.
 
         Args:
             logits: (N, ..., L).
             labels: (N, ...) int64 in [0, K), or `NOTHING`.
             count: number of pairs, see `mean_over_ranks`.
+            total_weight: see below, over the whole step and the mean over ranks; None: that of
+                these queries.
 
         Returns:
             (N,).
         """
+
+    def total_weight(
+        self, num_pairs: Tensor | float, num_queries: Tensor | float
+    ) -> Tensor | float:
+        """What a weighted mean over queries is divided by, where the loss is one; else 0.
+
+        Args:
+            num_pairs: queries that are to predict an object.
+            num_queries: all queries that are classified.
+        """
+        return 0.0
 
     @abstractmethod
     def select(self, logits: Tensor, num_select: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +138,13 @@ class FocalClassification(Classification):
         positive = self.alpha * (1 - p) ** self.gamma * -(p + 1e-8).log()
         return positive - negative
 
-    def loss(self, logits: Tensor, labels: Tensor, count: Tensor | float) -> Tensor:
+    def loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        count: Tensor | float,
+        total_weight: Tensor | float | None = None,
+    ) -> Tensor:
         """See `Classification.loss`: the sum over queries and classes, divided by `count`."""
         classes = torch.arange(logits.shape[-1], device=logits.device)
         one_hot = (labels[..., None] == classes).to(logits.dtype)
@@ -161,10 +186,22 @@ class SoftmaxClassification(Classification):
         """See `Classification.cost`: minus the probability of the class."""
         return -logits.softmax(-1).gather(-1, _broadcast_labels(labels, logits))
 
-    def loss(self, logits: Tensor, labels: Tensor, count: Tensor | float) -> Tensor:
-        """See `Classification.loss`: the weighted mean over the queries of this batch and rank.
+    def total_weight(
+        self, num_pairs: Tensor | float, num_queries: Tensor | float
+    ) -> Tensor | float:
+        """See `Classification.total_weight`."""
+        return num_pairs + self.no_object_weight * (num_queries - num_pairs)
 
-        It brings its own normaliser, so `count` is not used, as published. 0 without any query.
+    def loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        count: Tensor | float,
+        total_weight: Tensor | float | None = None,
+    ) -> Tensor:
+        """See `Classification.loss`: the weighted mean over the queries; 0 without any.
+
+        DETR's code takes the mean of each rank, and the mean of these.
         """
         labels = torch.where(labels == NOTHING, logits.shape[-1] - 1, labels)
         weights = logits.new_ones(logits.shape[-1])
@@ -172,8 +209,9 @@ class SoftmaxClassification(Classification):
         losses = F.cross_entropy(
             logits.flatten(0, -2), labels.flatten(), weight=weights, reduction="none"
         )
-        total = weights[labels].flatten(1).sum(1)
-        return losses.view_as(labels).flatten(1).sum(1) / total.clamp(min=1e-8)
+        if total_weight is None:
+            total_weight = weights[labels].flatten(1).sum(1).clamp(min=1e-8)
+        return losses.view_as(labels).flatten(1).sum(1) / total_weight
 
     def select(self, logits: Tensor, num_select: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `Classification.select`; a query is selected with its likeliest class alone."""

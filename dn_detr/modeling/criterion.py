@@ -97,17 +97,23 @@ class ObjectCounts:
     Attributes:
         matching: number of objects.
         denoising: number of noised boxes.
+        weights: sum of the matching queries' weights, see `Classification.total_weight`.
     """
 
     matching: float | Tensor = 0
     denoising: float | Tensor = 0
+    weights: float | Tensor = 0
 
     def __add__(self, other: ObjectCounts) -> ObjectCounts:
-        return ObjectCounts(self.matching + other.matching, self.denoising + other.denoising)
+        return ObjectCounts(
+            self.matching + other.matching,
+            self.denoising + other.denoising,
+            self.weights + other.weights,
+        )
 
 
 def mean_over_ranks(counts: ObjectCounts, device: torch.device) -> ObjectCounts:
-    """The counts of all ranks, each at least 1, divided by the number of ranks.
+    """The numbers of all ranks, counts at least 1, divided by the number of ranks.
 
     Gradients are averaged over ranks, so losses that every rank divides by these numbers are sums
     over all ranks divided by the whole count: a step does not depend on how images are spread.
@@ -120,9 +126,10 @@ def mean_over_ranks(counts: ObjectCounts, device: torch.device) -> ObjectCounts:
     Returns:
         Divisors: floats in a single process, else () float32 tensors on `device`.
     """
-    numbers = [float(counts.matching), float(counts.denoising)]
+    numbers = [float(counts.matching), float(counts.denoising), float(counts.weights)]
     if not is_distributed():
-        return ObjectCounts(*(max(number, 1.0) for number in numbers))
+        return ObjectCounts(max(numbers[0], 1.0), max(numbers[1], 1.0), numbers[2])
     totals = torch.tensor(numbers, device=device)
     dist.all_reduce(totals)
-    return ObjectCounts(*(totals.clamp(min=1) / world_size()).unbind())
+    totals[:2].clamp_(min=1)
+    return ObjectCounts(*(totals / world_size()).unbind())

@@ -8,6 +8,7 @@ images -> backbone -> neck -> encoder -> memory -> decoder -> heads -> criterion
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -197,7 +198,10 @@ class Detector(nn.Module):
 
     def _count(self, num_objects: Sequence[int]) -> ObjectCounts:
         noised = 0 if self.denoising is None else self.denoising.num_noised(num_objects)
-        return ObjectCounts(sum(num_objects), noised)
+        num_queries = self.num_queries * max(self.num_patterns, 1)
+        pairs = sum(min(number, num_queries) for number in num_objects)
+        weights = self.classification.total_weight(pairs, num_queries * len(num_objects))
+        return ObjectCounts(sum(num_objects), noised, weights)
 
     def preprocess(self, samples: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
         """Normalise and pad the images.
@@ -314,11 +318,15 @@ class Detector(nn.Module):
             joint = self.decode(memory, noised.content, noised.position, noised.attention_mask)
             denoised, outputs = noised.split(joint)
         pairs: Pairs = self.criterion.matcher(outputs, targets)
+        pairs = replace(pairs, total_weight=counts.weights)
         losses: dict[str, Tensor] = self.criterion(outputs, targets, pairs, count=counts.matching)
         correct, total = torch.zeros((), dtype=torch.long, device=images.device), 0
-        if noised is not None:
+        if self.denoising is not None and noised is not None:
+            classified = counts.denoising * (1 + self.denoising.num_negatives)
+            weight = self.classification.total_weight(counts.denoising, classified)
+            of_noise = replace(noised.pairs, total_weight=weight)
             losses |= self.criterion(
-                denoised, targets, noised.pairs, count=counts.denoising, suffix="_dn"
+                denoised, targets, of_noise, count=counts.denoising, suffix="_dn"
             )
             logits = noised.pairs.predictions(denoised["pred_logits"][-1:].detach())
             predicted = logits[..., : self.num_classes].argmax(-1)

@@ -62,7 +62,8 @@ class ClassificationLoss(LossTerm):
         if pairs.classified is not None:
             image, query = pairs.classified
             logits, labels = logits[:, image, query], labels[:, image, query]
-        return self.weight * self.classification.loss(logits, labels, count)
+        loss = self.classification.loss(logits, labels, count, pairs.total_weight)
+        return self.weight * loss
 
 
 class BoxL1Loss(LossTerm):

@@ -38,6 +38,7 @@ class Pairs:
             classification; without a pair they are to predict nothing. None: all queries.
         query_of_object: for each image (n,) int64 on the CPU, the query matched to each of its n
             objects in the last layer; -1 for an object without one. Empty if nothing was matched.
+        total_weight: of the classified queries of the whole step, see `Classification.loss`.
     """
 
     image: Tensor
@@ -45,6 +46,7 @@ class Pairs:
     target: Tensor
     classified: tuple[Tensor, Tensor] | None = None
     query_of_object: tuple[Tensor, ...] = ()
+    total_weight: Tensor | float | None = None
 
     def __len__(self) -> int:
         """M."""

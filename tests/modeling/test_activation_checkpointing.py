@@ -26,7 +26,8 @@ def _with_dropout(name: str) -> Any:
     """A family that trains from its stem on, with dropout and batch statistics."""
     cfg = small_model_config(name)
     cfg.backbone.update(frozen_stages=0, batch_norm="trainable")
-    cfg.transformer.encoder.layer.dropout = cfg.transformer.decoder.layer.dropout = 0.1
+    for half in (cfg.transformer.encoder, cfg.transformer.decoder):
+        half.layer.update({"dropout": 0.1} if "dropout" in half.layer else {})
     return cfg
 
 

@@ -74,12 +74,8 @@ class RowColumnAttention(nn.Module):
         of_columns = _weights(q_x, k_x, padding[:, 0])  # (B, heads, Q, W)
         of_rows = _weights(q_y, k_y, padding[:, :, 0])  # (B, heads, Q, H)
         value = value.unflatten(2, (height, width))
-        if width <= height:
-            columns = torch.einsum("bnqx,bnyxd->bnqyd", of_columns, value)
-            found = torch.einsum("bnqy,bnqyd->bnqd", of_rows, columns)
-        else:
-            rows = torch.einsum("bnqy,bnyxd->bnqxd", of_rows, value)
-            found = torch.einsum("bnqx,bnqxd->bnqd", of_columns, rows)
+        columns = torch.einsum("bnqx,bnyxd->bnqyd", of_columns, value)
+        found = torch.einsum("bnqy,bnqyd->bnqd", of_rows, columns)
         return self.out_proj(found.transpose(1, 2).flatten(2))
 
 
