@@ -8,6 +8,6 @@ from dn_detr.configs.common.optimizer import optimizer
 from dn_detr.configs.common.schedule_50ep import lr_schedule, train
 
 from .models.anchor_detr_r50 import model
-from .models.denoising import denoising
+from .models.denoising import denoising as _denoising
 
-model.denoising = denoising
+model.denoising = _denoising

@@ -10,8 +10,8 @@ from dn_detr.configs.common.optimizer import optimizer
 from dn_detr.configs.common.schedule_12ep import lr_schedule, train
 
 from .models.anchor_detr_r50 import model
-from .models.denoising import denoising
+from .models.denoising import denoising as _denoising
 
 model.backbone.dilation = True
 model.neck.in_strides = [16]
-model.denoising = denoising
+model.denoising = _denoising

@@ -5,8 +5,8 @@ Weights: none published
 
 from dn_detr.configs.common.digits import dataloader, lr_schedule, make_small, optimizer, train
 
-from .models.denoising import denoising
+from .models.denoising import denoising as _denoising
 from .models.vanilla_detr_r50 import model
 
 make_small(model)
-model.denoising = denoising
+model.denoising = _denoising

@@ -11,7 +11,7 @@ from dn_detr.configs.common.coco import dataloader
 from dn_detr.configs.common.optimizer import optimizer
 
 from .common.schedule_300ep import lr_schedule, train
-from .models.denoising import denoising
+from .models.denoising import denoising as _denoising
 from .models.vanilla_detr_r50 import model
 
-model.denoising = denoising
+model.denoising = _denoising

@@ -1,0 +1,31 @@
+"""What holds for every project: denoising is one line, and the core is not edited."""
+
+from __future__ import annotations
+
+import pytest
+
+from dn_detr.config import LazyConfig, get_config, list_configs
+
+PAIRS = {
+    "dn_vanilla_detr_r50_300ep": "vanilla_detr_r50_300ep",
+    "dn_anchor_detr_r50_dc5_12ep": "anchor_detr_r50_dc5_12ep",
+    "dn_anchor_detr_r50_50ep": "anchor_detr_r50_50ep",
+    "digits_dn_vanilla_detr": "digits_vanilla_detr",
+    "digits_dn_anchor_detr": "digits_anchor_detr",
+}
+
+
+@pytest.mark.parametrize(("with_denoising", "without"), PAIRS.items())
+def test_a_config_with_denoising_differs_from_its_baseline_in_denoising_alone(
+    with_denoising, without
+):
+    ours, baseline = get_config(with_denoising), get_config(without)
+    assert ours.model.denoising is not None and baseline.model.denoising is None
+    ours.model.denoising = None
+    ours.train.output_dir = baseline.train.output_dir
+    assert LazyConfig.to_yaml(ours) == LazyConfig.to_yaml(baseline)
+
+
+def test_every_pair_is_compared():
+    names = {name.removesuffix(".py") for name in list_configs()}
+    assert all(name in names for pair in PAIRS.items() for name in pair)
