@@ -43,14 +43,14 @@ _NORMALISED = [
         (r"\.cross_attn\.cross_attn\.output_proj\.", ".cross_attn.out_proj."),
         (r"\.(self|cross)_attn\.(self|cross)_attn_", r".\1_attn."),
         (r"\.(self|cross)_attn\.layer_norm\.", r".\1_attn_layer_norm."),
-        (r"\.self_attn\.o_proj\.", ".self_attn.out_proj."),
+        (r"\.(self|encoder)_attn\.o_proj\.", r".\1_attn.out_proj."),
     ]
 ]
 _SECOND_NAMES = [
     (re.compile(r"^decoder\.bbox_embed\.(?=layers\.)"), "bbox_predictor."),
     (re.compile(r"^decoder\.(bbox|class)_embed\.(?=\d)"), r"\1_embed."),
 ]
-_QUERY = re.compile(r"(.*layers\.\d+\.self_attn)\.q_proj\.(weight|bias)")
+_QUERY = re.compile(r"(.*layers\.\d+\.(?:self|encoder)_attn)\.q_proj\.(weight|bias)")
 _MLPS = ("encoder.query_scale", "decoder.query_scale", "decoder.ref_point_head",
          "decoder.ref_anchor_head")  # fmt: skip
 

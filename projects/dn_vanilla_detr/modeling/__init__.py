@@ -2,12 +2,13 @@
 
 from .decoder import VectorDecoder, VectorDecoderLayer
 from .heads import AbsoluteHeads
-from .layouts import DetrLayout
+from .layouts import DetrLayout, HuggingFaceDetrLayout
 from .queries import VectorQueries, VectorQueryEmbedding
 
 __all__ = [
     "AbsoluteHeads",
     "DetrLayout",
+    "HuggingFaceDetrLayout",
     "VectorDecoder",
     "VectorDecoderLayer",
     "VectorQueries",

@@ -12,6 +12,7 @@ from dn_detr.modeling import SoftmaxClassification
 from ...modeling import (
     AbsoluteHeads,
     DetrLayout,
+    HuggingFaceDetrLayout,
     VectorDecoder,
     VectorDecoderLayer,
     VectorQueries,
@@ -45,4 +46,9 @@ model.heads = L(AbsoluteHeads)(
 )
 model.criterion.matcher.costs.cost_class.weight = 1.0
 model.postprocess.num_select = "${model.num_queries}"
-model.key_maps = [L(DetrLayout)(), L(TorchvisionLayout)(), L(Detectron2Layout)()]
+model.key_maps = [
+    L(DetrLayout)(),
+    L(HuggingFaceDetrLayout)(),
+    L(TorchvisionLayout)(),
+    L(Detectron2Layout)(),
+]
