@@ -56,11 +56,20 @@ class ClassRows:
         return [i for i, _ in pairs], [row for _, row in pairs]
 
 
-def number_of_classes(tensors: Mapping[str, Tensor], class_tensors: Collection[str]) -> int | None:
-    """Classes of a state: the fewest rows among its class tensors; None without any."""
-    return min(
-        (len(tensors[n]) for n in class_tensors if n in tensors and tensors[n].dim()), default=None
-    )
+def number_of_classes(
+    tensors: Mapping[str, Tensor],
+    class_tensors: Collection[str],
+    more: Mapping[str, int] | None = None,
+) -> int | None:
+    """Classes of a state: the fewest rows among its class tensors; None without any.
+
+    Args:
+        tensors: the state.
+        class_tensors: names of its tensors with a row per class.
+        more: rows that each of them has beside those, such as that of "no object".
+    """
+    rows = {n: len(tensors[n]) for n in class_tensors if n in tensors and tensors[n].dim()}
+    return min((count - (more or {}).get(n, 0) for n, count in rows.items()), default=None)
 
 
 def choose_rows(

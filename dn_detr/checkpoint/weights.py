@@ -144,7 +144,15 @@ def load_tensors(
     class_tensors = [name for name in getattr(model, "class_tensors", list)() if name in wanted]
     rows, other_classes = ClassRows((), 0), ""
     try:
-        rows = _class_rows(file, wanted, class_tensors, class_names, content.class_names, fine_tune)
+        rows = _class_rows(
+            file,
+            wanted,
+            class_tensors,
+            getattr(model, "num_classes", None),
+            class_names,
+            content.class_names,
+            fine_tune,
+        )
     except CheckpointError as error:
         other_classes = str(error)
     by_row: dict[str, tuple[list[int], list[int]]] = {}
@@ -300,13 +308,15 @@ def _class_rows(
     file: Translation,
     wanted: Mapping[str, Tensor],
     class_tensors: Sequence[str],
+    model_classes: int | None,
     class_names: Sequence[str],
     file_names: Sequence[str | None],
     fine_tune: bool,
 ) -> ClassRows:
     """Choose the rows of the classes; those of nothing if there is nothing to choose."""
-    model_classes = number_of_classes(wanted, class_tensors)
-    file_classes = number_of_classes(file.tensors, class_tensors)
+    model_classes = model_classes or number_of_classes(wanted, class_tensors)
+    more = {name: len(wanted[name]) - (model_classes or 0) for name in class_tensors}
+    file_classes = number_of_classes(file.tensors, class_tensors, more)
     if model_classes is None or file_classes is None:
         if fine_tune or not (class_names and file_names) or file.layout.is_backbone:
             return ClassRows((), 0)

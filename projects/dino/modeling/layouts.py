@@ -7,10 +7,9 @@ https://github.com/IDEA-Research/detrex, projects/dino
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dn_detr.checkpoint import DetrexLayout, OfficialLayout
 from dn_detr.checkpoint.layouts.family import LABEL_EMBED, Traits
@@ -44,11 +43,13 @@ class DinoLayout(OfficialLayout):
         """See `FamilyLayout.missing_model`."""
         return "" if traits.two_stage else "it chooses its queries among the cells"
 
-    def to_theirs(self, state: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
-        """See `Layout.to_theirs`."""
-        theirs = super().to_theirs(state, **options)
+    def finish(
+        self, theirs: dict[str, Tensor], class_names: Sequence[str | None], model: nn.Module | None
+    ) -> dict[str, Tensor]:
+        """See `Layout.finish`: every layer gets its names for the heads."""
+        theirs = super().finish(theirs, class_names, model)
         for name in [name for name in theirs if _LAYER_HEAD.match(name)]:
-            for layer in range(Traits.of(state).num_layers):
+            for layer in range(Traits.of(theirs).num_layers):
                 of_layer = name.replace(".0.", f".{layer}.", 1)
                 theirs[of_layer] = theirs[f"transformer.decoder.{of_layer}"] = theirs[name]
         return theirs
