@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from dn_detr.checkpoint import read_weights
 from dn_detr.config import LazyConfig, get_config, instantiate, list_configs
+from dn_detr.config.zoo import zoo_root
 from dn_detr.engine import train
 from tests.checkpoint.layouts import to_layout
 from tools import train_net
@@ -37,6 +38,7 @@ NUM_PARAMETERS = {
     "dn_deformable_detr_r50_12ep.py": 47_409_387,
     "dn_deformable_detr_r50_24ep.py": 47_409_387,
     "dn_deformable_detr_r50_50ep.py": 47_409_387,
+    "dino_r50_4scale_detrex_12ep.py": 47_650_316,
 }
 
 
@@ -50,7 +52,10 @@ def _model_text(name: str) -> str:
 FAMILIES = {
     "dab_detr_r50_3pat_50ep.py",
     "dab_deformable_detr_r50_two_stage_50ep.py",
+    "digits_dino.py",
+    "digits_dn_anchor_detr.py",
     "digits_dn_deformable_detr.py",
+    "digits_dn_vanilla_detr.py",
     "dn_deformable_detr_r50_50ep.py",
     "dn_deformable_encoder_only_r50_12ep.py",
     "dn_detr_r50_dc5_50ep.py",
@@ -119,8 +124,8 @@ def test_config_is_the_same_after_saving(name, tmp_path):
     assert LazyConfig.to_yaml(saved, resolve=True) == LazyConfig.to_yaml(cfg, resolve=True)
 
 
-# A ResNet-101 is a deeper ResNet-50: it trains in one of them.
-_OF_50_LAYERS = [n for n in _one_of_each_model() if "r101" not in n]
+# A ResNet-101 is a deeper ResNet-50, a Swin-L a deeper Swin-T: it trains in one of them.
+_OF_50_LAYERS = [n for n in _one_of_each_model() if "r101" not in n and "swin_l" not in n]
 
 
 @pytest.mark.parametrize(
@@ -234,21 +239,36 @@ def test_the_published_recipe_is_in_the_config():
     assert (denoising.num_groups, denoising.label_noise, denoising.box_noise) == (5, 0.2, 0.4)
 
 
-DROP_EPOCHS = {12: [11], 24: [20], 50: [40]}
+DROP_EPOCHS = {12: [11], 24: [20], 36: [30], 50: [40], 300: [200], 500: [400]}
+
+
+def _batch_size(name: str) -> int:
+    """As published: the authors of DETR and Anchor DETR, and those of DN-DETR."""
+    if "vanilla" in name and "500ep" in name:
+        return 64
+    return 8 if "anchor" in name and "50ep" in name else 16
 
 
 @pytest.mark.parametrize("name", [name for name in list_configs() if "digits" not in name])
-def test_every_config_has_the_recipe_of_its_name(name):
-    """Schedule, batch, backbone and the settings in which the families differ, as published."""
+def test_every_config_has_the_schedule_of_its_name(name):
     cfg = get_config(name)
-    model, parts = cfg.model, name.removesuffix(".py").split("_")
-    epochs = int(parts[-1].removesuffix("ep"))
-    deformable = "deformable" in parts
-    encoder_only = "encoder" in parts
+    epochs = int(name.removesuffix("ep.py").rpartition("_")[2])
     assert cfg.train.epochs == epochs
     assert list(cfg.lr_schedule.milestones) == DROP_EPOCHS[epochs] and cfg.lr_schedule.gamma == 0.1
-    assert cfg.dataloader.train.total_batch_size == 16 and cfg.optimizer.lr == 1e-4
+    assert cfg.dataloader.train.total_batch_size == _batch_size(name)
+    assert cfg.optimizer.lr == 1e-4
     assert cfg.train.output_dir == f"output/{name.removesuffix('.py')}"
+
+
+_FAMILY = sorted(path.name for path in zoo_root().glob("d[an]*.py"))
+
+
+@pytest.mark.parametrize("name", _FAMILY)
+def test_every_config_of_the_family_has_the_settings_of_its_name(name):
+    """Backbone and the settings in which DAB- and DN-DETR and their variants differ."""
+    model, parts = get_config(name).model, name.removesuffix(".py").split("_")
+    deformable = "deformable" in parts
+    encoder_only = "encoder" in parts
     if "swin" not in parts:
         assert model.backbone.name == ("resnet101" if "r101" in parts else "resnet50")
         assert model.backbone.dilation == ("dc5" in parts) and model.backbone.frozen_stages == 2
@@ -274,7 +294,8 @@ def test_config_prints_without_interpolations_left(name):
     assert "_target_: dn_detr.modeling.detector.Detector" in text and "${" not in text
 
 
-_KEEP_PADDING_OUT = [n for n in _OF_50_LAYERS if "swin" not in n]  # timm's see padding
+# timm's networks see the padding.
+_KEEP_PADDING_OUT = [n for n in _OF_50_LAYERS if "swin" not in n and "convnext" not in n]
 
 
 @pytest.mark.parametrize("name", _slow_but_for_families(_KEEP_PADDING_OUT))

@@ -13,3 +13,4 @@ from dn_detr.configs.common.schedule_50ep import lr_schedule, train
 from .models.anchor_detr_r50 import model
 
 model.backbone.name = "resnet101"
+dataloader.train.total_batch_size = 8

@@ -15,3 +15,4 @@ from .models.anchor_detr_r50 import model
 model.backbone.name = "resnet101"
 model.backbone.dilation = True
 model.neck.in_strides = [16]
+dataloader.train.total_batch_size = 8

@@ -11,3 +11,5 @@ from dn_detr.configs.common.optimizer import optimizer
 from dn_detr.configs.common.schedule_50ep import lr_schedule, train
 
 from .models.anchor_detr_r50 import model
+
+dataloader.train.total_batch_size = 8

@@ -11,3 +11,4 @@ from .models.anchor_detr_r50 import model
 from .models.denoising import denoising as _denoising
 
 model.denoising = _denoising
+dataloader.train.total_batch_size = 8

@@ -13,3 +13,4 @@ from .common.schedule_500ep import lr_schedule, train
 from .models.vanilla_detr_r50 import model
 
 model.backbone.name = "resnet101"
+dataloader.train.total_batch_size = 64

@@ -11,3 +11,5 @@ from dn_detr.configs.common.optimizer import optimizer
 
 from .common.schedule_500ep import lr_schedule, train
 from .models.vanilla_detr_r50 import model
+
+dataloader.train.total_batch_size = 64

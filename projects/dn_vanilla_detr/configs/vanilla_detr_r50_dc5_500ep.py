@@ -14,3 +14,4 @@ from .models.vanilla_detr_r50 import model
 
 model.backbone.dilation = True
 model.neck.in_strides = [16]
+dataloader.train.total_batch_size = 64
