@@ -140,9 +140,11 @@ def test_the_card_agrees_with_the_config(name):
     card, cfg = model_card(name), get_config(name)
     assert card.name == name and card.epochs == cfg.train.epochs
     assert cfg.train.output_dir == f"output/{name}"
-    assert card.ap is None or 38 < card.ap < 51  # 41.7 and 49.7 are the least and the greatest
+    assert card.ap is None or 38 < card.ap < 59  # 38.2 and 58.5 are the least and the greatest
+    if name not in PUBLISHED_MODELS:
+        return
     backbone = str(cfg.model.backbone.name)
-    if backbone.startswith("resnet") and name in PUBLISHED_MODELS:
+    if backbone.startswith("resnet"):
         assert f"R{backbone[6:]}" in card.model and f"_r{backbone[6:]}_" in name
         assert ("DC5" in card.model) == ("_dc5_" in name) == cfg.model.backbone.dilation
         strides = list(cfg.model.neck.in_strides)

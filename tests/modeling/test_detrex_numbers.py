@@ -173,9 +173,10 @@ def _draws(golden: Golden, name: str) -> list[Noise] | None:
 
 
 def _cells_of_detrex(golden: Golden, run: str) -> AbstractContextManager[None]:
-    if f"{run}_enc_topk_idx" not in golden.arrays:
+    name = "train" if run.startswith("train") else run  # objects have no effect on the cells
+    if f"{name}_enc_topk_idx" not in golden.arrays:
         return nullcontext()
-    cells = torch.from_numpy(golden.arrays[f"{run}_enc_topk_idx"]).long()
+    cells = torch.from_numpy(golden.arrays[f"{name}_enc_topk_idx"]).long()
     return chosen_cells(golden.model, cells)
 
 
