@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ _RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 _MAX_KEY = 1000  # characters of a dotted key
 _MAX_NAME = 200  # characters of a target
 _MAX_BITS = 1024  # as those of a float
-_MAX_SIZE = 2**20  # characters and values, each reference counted as what it refers to
+_MAX_SIZE = 2**17  # characters and values, each reference counted as what it refers to
 
 
 def check_values(root: DictConfig, path: str | Path) -> None:
@@ -117,7 +118,7 @@ def _check_target(name: str, packages: tuple[str, ...]) -> None:
     if len(name) > _MAX_NAME or not all(part.isidentifier() for part in name.split(".")):
         raise ConfigError(f"{reprlib.repr(name)} is no dotted name; YAML may not name it")
     if not _is_inside(name, (*_IMPORTED, *packages)) or "._" in name:
-        raise _forbidden(name, name)
+        raise _forbidden(name, name, packages)
     found: Any = locate(name)
     if isinstance(found, types.FunctionType) and found.__qualname__ != found.__name__:
         # Called with a `self` of the file's choice it could do what no constructor does.
@@ -134,7 +135,7 @@ def _check_target(name: str, packages: tuple[str, ...]) -> None:
         else f"{home}.{found.__qualname__}" in FUNCTIONS
     )
     if not (is_listed or _is_inside(home, packages)):
-        raise _forbidden(name, home)
+        raise _forbidden(name, home, packages)
 
 
 def _without_references(text: str) -> str:
@@ -193,13 +194,18 @@ def _is_inside(name: str, packages: Iterable[str]) -> bool:
     return any(f"{name}.".startswith(f"{package}.") for package in packages)
 
 
-def _forbidden(name: str, home: str) -> ConfigError:
-    package = home.partition(".")[0]
-    if package in ("dn_detr", "torch", "torchvision"):  # what is not listed is so on purpose
+def _forbidden(name: str, home: str, packages: Iterable[str]) -> ConfigError:
+    library = name.partition(".")[0]
+    if library in sys.stdlib_module_names or _is_inside(
+        library, ("dn_detr", "torch", "torchvision")
+    ):
+        # What is not listed is so on purpose.
         remedy = "it may name what docs/security.md lists; a Python config may name anything"
+    elif _is_inside(name, packages):
+        remedy = f"only what is defined in {library} itself is trusted with it"
     else:
         remedy = (
-            f"if you trust {package}, add --trust {package} to the command, or in Python "
-            f"trust=[{package!r}] to dn_detr.load(...), allow=[{package!r}] to LazyConfig.load(...)"
+            f"if you trust {library}, add --trust {library} to the command, or in Python "
+            f"trust=[{library!r}] to dn_detr.load(...), allow=[{library!r}] to LazyConfig.load(...)"
         )
     return ConfigError(f"a YAML config may not name {name} (defined in {home}); {remedy}")

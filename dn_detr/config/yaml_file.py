@@ -23,6 +23,8 @@ from .targets import dotted_name
 
 _MAX_BYTES = 2**17  # a saved config of the zoo has 2**13
 _MAX_DEPTH = 50
+_MAX_TEXT = 4096  # characters of a key or value, as of a path
+_MAX_REFERENCES, _MAX_COUNT = 1000, 5000  # OmegaConf takes milliseconds for each
 
 
 def read_yaml(source: Path | str, name: str | Path) -> DictConfig:
@@ -66,7 +68,7 @@ def _count_scalars(text: str) -> int:
     """
     if len(text) > _MAX_BYTES:
         raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
-    count = depth = 0
+    count = depth = references = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(
@@ -78,7 +80,15 @@ def _count_scalars(text: str) -> int:
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
             raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
-        count += isinstance(event, yaml.ScalarEvent)
+        if isinstance(event, yaml.ScalarEvent):
+            count += 1
+            references += event.value.count("${")
+            if len(event.value) > _MAX_TEXT:
+                raise ValueError(f"it has a value of {len(event.value)} characters")
+        if references > _MAX_REFERENCES or count > _MAX_COUNT:
+            raise ValueError(
+                f"it has more than {_MAX_COUNT} keys and values, or {_MAX_REFERENCES} ${{...}}"
+            )
     return count
 
 

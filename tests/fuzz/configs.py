@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import timm  # noqa: F401 - which makes folders where it is imported
 import torchvision.transforms.v2  # noqa: F401 - whose names are drawn, too
 from omegaconf import OmegaConf
 
