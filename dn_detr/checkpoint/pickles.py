@@ -344,9 +344,10 @@ def _fill(target: Any, items: list[Any]) -> None:
         target.extend(items)
     elif type(target) is dict:
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # The hash of nested tuples may take for ever.
-            if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
-                raise ValueError("a key is a nested tuple")
+            # Tuples and large integers can be made to have the same hash, which takes for ever.
+            is_small = isinstance(key, int) and -(2**63) <= key < 2**63
+            if not (is_small or key is None or isinstance(key, str | float)):
+                raise ValueError("a key that is neither a text nor a number")
             target[key] = value
     else:
         raise ValueError(f"it writes into an object of type {type(target).__name__}")

@@ -30,7 +30,7 @@ class Snapshot:
         model: name -> tensor, any device; aliases of one tensor are stored separately.
         optimizer: `state_dict()` of a torch optimizer; empty if there is none.
         training_state: what else a resumed run needs: tensors, numbers, strings, None, and lists,
-            tuples and dicts of them; no entry "optimizer".
+            tuples and dicts of them, with strings or numbers as keys; no entry "optimizer".
         ema: EMA of the weights, under the names of `model`.
     """
 
@@ -74,6 +74,8 @@ class HostMemory:
                 if isinstance(value, plain):
                     return plain(value)
             if isinstance(value, Mapping):
+                if any(isinstance(key, tuple) for key in value):
+                    raise CheckpointError(f"{_dotted(path)} has a tuple for a key; take a string")
                 return {rebuild(k, path): rebuild(v, (*path, k)) for k, v in value.items()}
             if isinstance(value, list | tuple):
                 items = [rebuild(item, (*path, index)) for index, item in enumerate(value)]

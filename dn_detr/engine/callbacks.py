@@ -115,8 +115,9 @@ class Callback:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, of types that a checkpoint can hold.
 
-        These are tensors, numbers, strings, None, and lists, tuples and dicts of them. Others, such
-        as sets, NumPy arrays and objects, are an error when the checkpoint is written.
+        These are tensors, numbers, strings, None, and lists, tuples and dicts of them, with strings
+        or numbers as keys. Others, such as sets, NumPy arrays and objects, are an error when the
+        checkpoint is written.
 
         It is called on every rank and may communicate; what the main process returns is saved.
         """

@@ -147,6 +147,12 @@ PROGRAMS = {
     "state of a function": pickled(b"ctorch._utils\n_rebuild_tensor_v2\n}", "__code__", 1, b"sb"),
     "state of a class": pickled(b"cargparse\nNamespace\n}", "__init__", 1, b"sb"),
     "key that is never hashed": pickled(b"}", NESTED, 1, b"s"),
+    "integers of one hash": pickled(
+        b"}(",
+        b"".join(pickle.dumps(n * (2**61 - 1), protocol=2)[2:-1] + b"N" for n in range(1, 9000)),
+        b"u",
+    ),
+    "key of 20000 digits": pickled(b"}\x8b", struct.pack("<i", 9000) + b"\x7f" * 9000, b"Ns"),
     "name that is never printed": pickled(b"c_codecs\nencode\n", "a", NESTED, b"\x86R"),
     "memo of 2**31 entries": pickled(b"}r\xff\xff\xff\x7f"),
     "string of 2**60 bytes": b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"a.",

@@ -176,6 +176,12 @@ def test_a_training_state_that_could_not_be_loaded_is_not_saved(tmp_path):
     assert last_checkpoint(tmp_path) is None
 
 
+def test_a_training_state_with_tuples_for_keys_is_not_saved(tmp_path):
+    state = {"counts": {("a", 1): 2}}
+    with pytest.raises(CheckpointError, match=r"training_state\.counts has a tuple for a key"):
+        writing.save(tmp_path, Snapshot(1, 0.0, {}, training_state=state))
+
+
 def test_of_an_older_format_the_weights_are_read_but_the_training_is_not_continued(tmp_path):
     checkpoint = save(tmp_path)
     replace(read_manifest(checkpoint), format_version=2).write(checkpoint)
