@@ -107,8 +107,8 @@ class Manifest:
             UnreadableError: permission to read it is missing.
         """
         path = folder / name
-        if name not in self.files:
-            raise CheckpointError(f"{folder / MANIFEST_NAME}: lists no file {name}")
+        if name not in self.files or Path(name).name != name:
+            raise CheckpointError(f"{folder / MANIFEST_NAME}: lists no file {name} in the folder")
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, though the manifest lists it")
         try:

@@ -147,6 +147,8 @@ def _load(folder: Path) -> LoadedCheckpoint:
         )
     # not mapped: training writes into these tensors
     state = read_pickle(manifest.verify(folder, TRAINING_STATE_FILE), mmap=False)
+    if not isinstance(state, dict) or not isinstance(state.get("optimizer"), dict):
+        raise CheckpointError(f"{folder / TRAINING_STATE_FILE}: not the state of a training")
     model = read_tensors(folder, manifest, MODEL_FILE)
     ema = read_tensors(folder, manifest, EMA_FILE) if EMA_FILE in manifest.files else None
     optimizer = state.pop("optimizer")

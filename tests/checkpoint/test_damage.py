@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -209,6 +210,26 @@ def test_a_manifest_with_its_own_digest_but_other_content_is_refused(run, case):
     for read in (read_manifest, load_checkpoint, read_weights):
         with pytest.raises(CheckpointError, match=r"manifest\.json: (damaged|written by a newer)"):
             read(folder)
+
+
+@pytest.mark.parametrize("state", [[1], {"a": 1}, {"optimizer": 3}])
+def test_a_training_state_of_other_content_is_refused(run, state):
+    folder = run / "checkpoints" / "0000030"
+    torch.save(state, folder / "training_state.pt")
+    manifest = read_manifest(folder)
+    digest = manifest_module.file_digest(folder / "training_state.pt")
+    replace(manifest, files={**manifest.files, "training_state.pt": digest}).write(folder)
+    with pytest.raises(CheckpointError, match=r"training_state\.pt: not the state of a training"):
+        load_checkpoint(folder)
+
+
+def test_a_manifest_does_not_lead_out_of_its_folder(run):
+    folder = run / "checkpoints" / "0000030"
+    digest = manifest_module.file_digest(run / "checkpoints/0000020/model.safetensors")
+    outside = {"../0000020/model.safetensors": digest}
+    manifest = read_manifest(folder)
+    replace(manifest, files={**manifest.files, **outside}).write(folder)
+    assert last_checkpoint(run).name == "0000020"
 
 
 def test_a_last_without_any_checkpoint_is_an_error(run):
