@@ -135,15 +135,13 @@ def test_config_trains_and_evaluates_from_its_yaml(name, data, tmp_path):
     LazyConfig.save(get_config(name), tmp_path / "config.yaml")
     saved = LazyConfig.load(tmp_path / "config.yaml")
     thin = () if name in FAMILIES else THIN
-    metrics = train(_two_steps(saved, data, tmp_path / "run", *thin))
+    metrics = train(_two_steps(saved, data, tmp_path / "run", *thin, "train.max_iter=1"))
     assert metrics["AP"] >= 0
     rows = [json.loads(row) for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["iteration"] == 2
+    assert rows[-1]["iteration"] == 1
 
 
-@pytest.mark.parametrize(
-    "name", ["digits_dn_deformable_detr.py", "dn_detr_r50_50ep.py", "dab_detr_r50_3pat_50ep.py"]
-)
+@pytest.mark.parametrize("name", ["digits_dn_deformable_detr.py", "dn_detr_r50_50ep.py"])
 def test_a_run_repeats_from_its_saved_config_to_the_bit(name, data, tmp_path):
     thin = THIN if "r50" in name else ()
     first = train(_two_steps(get_config(name), data, tmp_path / "first", *thin))
@@ -169,10 +167,12 @@ def _keep_three_categories(root: Path, names: list[str]) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["dn_detr_r50_12ep", pytest.param("dn_deformable_detr_r50_12ep", marks=pytest.mark.slow)],
+    ("layout", "name"),
+    [
+        ("official", "dn_detr_r50_12ep"),
+        pytest.param("detrex", "dn_deformable_detr_r50_12ep", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("layout", ["official", "detrex"])
 def test_fine_tuning_from_a_published_file_is_one_command(layout, name, tmp_path):
     """COCO's rows go to classes of their name; everything else comes from the file."""
     source = instantiate(get_config(name).model)
