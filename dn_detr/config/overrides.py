@@ -42,7 +42,7 @@ def _parse(parser: OverridesParser, token: str) -> Override:
         raise ConfigError("looks like an option, but there is none so named")
     try:
         override = parser.parse_override(token)
-    except HydraException as error:
+    except (HydraException, ValueError) as error:  # the latter of a number of 5000 digits
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{_syntax_remedy(token)} ({reason})") from error
     key = override.key_or_group
