@@ -21,6 +21,7 @@ import pytest
 from torch.utils.data import Dataset
 
 from dn_detr.data import CocoDetection, DatasetError, build_test_loader, build_train_loader
+from dn_detr.data.packing import pack
 
 ROOT = Path(__file__).resolve().parents[2]
 HAZARD = 4
@@ -98,18 +99,24 @@ def test_a_worker_that_dies_is_reported_with_its_exit_code_and_remedies(
     assert not workers()
 
 
-def open_no_more_files() -> None:
-    """All files are open that may be, from now on."""
-    used = len(os.listdir("/proc/self/fd")) - 1  # without the one of the listing
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used, used))
+def pack_without_files(samples: list[Any]) -> Any:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+    return pack(samples)
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts files as Linux shows them")
+def send_without_files(samples: list[Any]) -> Any:
+    packed = pack(samples)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+    return packed
+
+
+@pytest.mark.parametrize("function", [pack_without_files, send_without_files])
 def test_a_worker_that_may_open_no_file_is_reported_with_the_remedy(
-    dataset: CocoDetection,
+    dataset: CocoDetection, monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]
 ) -> None:
-    with pytest.raises(DatasetError, match=r"exit code 1\).*ulimit -n"):
-        list(test_loader(Hazardous(dataset, open_no_more_files)))
+    monkeypatch.setattr("dn_detr.data.loaders.pack", function)
+    with pytest.raises(DatasetError, match="ulimit -n"):
+        list(test_loader(dataset))
     assert not workers()
 
 
