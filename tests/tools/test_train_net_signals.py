@@ -149,17 +149,19 @@ def test_a_signal_to_all_processes_of_a_job_counts_once(tmp_path):
 
 
 @slow
-def test_ctrl_c_typed_into_a_terminal_stops_and_saves(tmp_path):
+@pytest.mark.parametrize("what", ["typed", "closed"])
+def test_ctrl_c_in_a_terminal_and_its_end_stop_and_save(tmp_path, what):
     keyboard, terminal = pty.openpty()
-    try:
-        with Command(tmp_path / "run", *TWO, LONG, terminal=terminal) as command:
-            command.reach_training()
+    with Command(tmp_path / "run", *TWO, LONG, terminal=terminal) as command:
+        os.close(terminal)
+        command.reach_training()
+        if what == "typed":
             os.write(keyboard, b"\x03")
             assert command.wait() == STOPPED
-            assert "Traceback" not in command.log
-    finally:
         os.close(keyboard)
-        os.close(terminal)
+        assert command.wait() == STOPPED
+        assert "Traceback" not in command.log
+        assert ("SIGINT" if what == "typed" else "SIGHUP") in command.log
     assert_saved(tmp_path / "run")
 
 
