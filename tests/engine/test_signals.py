@@ -182,8 +182,8 @@ def begin_and_wait_for_a_request(is_ready) -> None:
 def test_one_process_stops_though_its_loader_hangs(tmp_path, whole, workers):
     overrides = f"dataloader.train.num_workers={workers}"
     with Run(tmp_path / "run", overrides, pause="image of epoch 1") as run:
-        run.reach_pause()
-        time.sleep(0.5)  # until the first epoch is over
+        run.reach_pause().wait_for_checkpoint(3)  # workers are an epoch ahead
+        time.sleep(0.2)
         os.killpg(run.pid, TERM)
         assert run.wait(20) == STOPPED  # torch alone would wait 5 seconds for each of the workers
         assert "Traceback" not in run.log
@@ -207,8 +207,8 @@ def test_two_processes_stop_when_the_batch_of_a_slow_loader_arrives(tmp_path, wh
 def test_two_processes_end_after_the_grace_period_where_a_loader_hangs(tmp_path, whole):
     overrides = ("train.grace_seconds=1", "dataloader.train.num_workers=2")
     with Group(tmp_path / "run", *overrides, pauses=("image of epoch 1", "")) as group:
-        group.runs[0].reach_pause()
-        time.sleep(0.5)
+        group.runs[0].reach_pause().wait_for_checkpoint(3)  # workers are an epoch ahead
+        time.sleep(0.2)
         started = time.monotonic()
         for run in group.runs:
             os.killpg(run.pid, TERM)
