@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .backbones import ResNet, TimmBackbone
+from . import inputs
+from .backbones import ResNet, TimmBackbone, TorchvisionBackbone
 from .classification import (
     NOTHING,
     Classification,
@@ -78,7 +79,9 @@ __all__ = [
     "SoftmaxClassification",
     "Targets",
     "TimmBackbone",
+    "TorchvisionBackbone",
     "Transformer",
+    "inputs",
     "mean_over_ranks",
     "pad_targets",
 ]

@@ -7,7 +7,7 @@ images -> backbone -> neck -> encoder -> memory -> decoder -> heads -> criterion
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from dn_detr.checkpoint import Layout, as_layouts
-from dn_detr.errors import UserError, image_name
-from dn_detr.structures import Instances, box_xyxy_to_cxcywh, pad_images
+from dn_detr.structures import Instances, pad_images
 
 from .classification import Classification, FocalClassification
 from .criterion import DetectionCriterion, ObjectCounts, mean_over_ranks
 from .denoising import NoisedQueries, QueryDenoising
 from .heads import DetectionHeads
+from .inputs import ground_truth_of, images_of, original_size, targets_of
 from .pairs import Outputs, Pairs, Targets
 from .postprocess import PostProcess
 from .queries import ProposalQueries, Queries
@@ -175,11 +175,8 @@ class Detector(nn.Module):
             seeds = [s["seed"] for s in samples] if all("seed" in s for s in samples) else None
             return self.losses(images, mask, targets, seeds, counts)
         outputs = self.forward_tensors(images, mask)
-        sizes = [
-            (int(s.get("height", s["image"].shape[-2])), int(s.get("width", s["image"].shape[-1])))
-            for s in samples
-        ]
-        return [{"instances": found} for found in self.postprocess(outputs, sizes)]
+        found = self.postprocess(outputs, [original_size(sample) for sample in samples])
+        return [{"instances": instances} for instances in found]
 
     def count_objects(self, samples: Sequence[dict[str, Any]]) -> ObjectCounts:
         """Number of objects and of noised boxes that a training batch gives in this process.
@@ -194,7 +191,7 @@ class Detector(nn.Module):
         Raises:
             ValueError: a sample without ground truth.
         """
-        return self._count([len(_ground_truth(sample).gt_classes) for sample in samples])
+        return self._count([len(ground_truth_of(sample).gt_classes) for sample in samples])
 
     def _count(self, num_objects: Sequence[int]) -> ObjectCounts:
         noised = 0 if self.denoising is None else self.denoising.num_noised(num_objects)
@@ -214,79 +211,15 @@ class Detector(nn.Module):
             True = padding.
 
         Raises:
-            ValueError: no list of samples, an image that is not a (3, H, W) tensor or has no
-                pixel, or one with values in [0, 1].
+            ValueError: see `images_of`.
         """
-        if isinstance(samples, (Tensor, Mapping)) or not all(
-            isinstance(sample, Mapping) for sample in samples
-        ):
-            raise UserError(
-                'a detector takes a list of samples: [{"image": (3, H, W) tensor, ...}]'
-            )
-        if not samples:
-            raise UserError("the batch holds no sample")
-        images = []
-        for sample in samples:
-            image, name = sample["image"], _name(sample)
-            if not isinstance(image, Tensor):
-                raise UserError(f"{name}: image must be a tensor, is {type(image).__name__}")
-            if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
-                raise UserError(f"{name}: image must be (3, H, W), is {tuple(image.shape)}")
-            on_host = image.is_floating_point() and not image.is_cuda  # elsewhere it would wait
-            if on_host and image.numel() and 0 < image.max() <= 1:
-                raise UserError(f"{name}: image must hold [0, 255], not [0, 1]")
-            image = image.to(self.pixel_mean.device, self.pixel_mean.dtype)
-            images.append((image - self.pixel_mean) / self.pixel_std)
-        return pad_images(images)
+        mean, std = self.pixel_mean, self.pixel_std
+        images = [image.to(mean.device, mean.dtype) for image in images_of(samples)]
+        return pad_images([(image - mean) / std for image in images])
 
     def prepare_targets(self, samples: Sequence[dict[str, Any]]) -> Targets:
-        """Labels and normalised boxes of each sample, on the model's device.
-
-        Args:
-            samples: see `forward`.
-
-        Returns:
-            Per image `labels` (n,) int64, `boxes` (n, 4) as (cx, cy, w, h) in [0, 1], and the
-            `target_fields`, as they are.
-
-        Raises:
-            ValueError: no `instances` or field, a class outside [0, num_classes), a box that is not
-                finite or has its corners swapped, or not one class per box.
-        """
-        device = self.pixel_mean.device
-        targets = []
-        for sample in samples:
-            truth, name = _ground_truth(sample), _name(sample)
-            boxes = truth.gt_boxes
-            boxes_xyxy = torch.as_tensor(getattr(boxes, "tensor", boxes)).reshape(-1, 4)
-            labels = truth.gt_classes.long()
-            # What would silently give a wrong loss.
-            if len(boxes_xyxy) != len(labels):
-                raise UserError(f"{name}: {len(boxes_xyxy)} boxes, {len(labels)} classes")
-            sound = boxes_xyxy.isfinite().all(1) & (boxes_xyxy[:, 2:] >= boxes_xyxy[:, :2]).all(1)
-            if not sound.all():
-                raise UserError(
-                    f"{name}: boxes must be finite corners x1 <= x2, y1 <= y2, not "
-                    f"{boxes_xyxy[~sound].tolist()}"
-                )
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-                raise UserError(
-                    f"{name}: classes {sorted(set(labels.tolist()))} do not lie in "
-                    f"[0, {self.num_classes}); set model.num_classes"
-                )
-            height, width = sample["image"].shape[-2:]
-            norm = box_xyxy_to_cxcywh(boxes_xyxy / boxes_xyxy.new_tensor([width, height] * 2))
-            target = {"labels": labels.to(device), "boxes": norm.to(device)}
-            for field in self.target_fields:
-                if not truth.has(field):
-                    raise UserError(
-                        f"{name}: the ground truth has no {field}, which model.target_fields names"
-                    )
-                value = truth.get(field)
-                value = torch.as_tensor(getattr(value, "tensor", value))
-                target[field.removeprefix("gt_")] = value.to(device)
-            targets.append(target)
-        return targets
+        """See `targets_of`."""
+        return targets_of(samples, self.num_classes, self.pixel_mean.device, self.target_fields)
 
     def losses(
         self,
@@ -434,15 +367,3 @@ def _check_agreement(name: str, value: Any, *parts: Any) -> None:
     for part in parts:
         if getattr(part, name, value) != value:
             raise ValueError(f"{name} is {value}, {type(part).__name__} has {getattr(part, name)}")
-
-
-def _ground_truth(sample: dict[str, Any]) -> Any:
-    """Our `Instances`, or detectron2's."""
-    if "instances" not in sample:
-        raise UserError(f"{_name(sample)}: training needs ground truth under 'instances'")
-    return sample["instances"]
-
-
-def _name(sample: dict[str, Any]) -> str:
-    """What identifies a sample in a message."""
-    return f"image {image_name(sample)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .resnet import ResNet
+from .resnet import ResNet, TorchvisionBackbone
 from .timm import TimmBackbone
 
-__all__ = ["ResNet", "TimmBackbone"]
+__all__ = ["ResNet", "TimmBackbone", "TorchvisionBackbone"]

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,65 @@ class Padding:
         return self._factors[key]
 
 
-class ResNet(nn.Module):
+class TorchvisionBackbone(nn.Module):
+    """A backbone that starts from weights of a torchvision model.
+
+    Attributes:
+        body: the network, without its classifier.
+        name: of torchvision's model.
+        weights: see `ResNet`.
+        key_maps: layouts of other code bases that a file of `weights` may have.
+    """
+
+    body: Any
+    name: str
+    weights: str | None
+    key_maps: Sequence[Layout]
+
+    def load_pretrained(self) -> bool:
+        """Load `weights` into the backbone, for training that starts from no checkpoint.
+
+        Weights given as a *name* come from torch's download cache or are downloaded; when that
+        fails, a loud warning is logged and the backbone keeps its random start, so that the model
+        still runs on a machine without network. A *file* that is missing or does not fit is an
+        error.
+
+        Returns:
+            Whether weights were loaded.
+
+        Raises:
+            ValueError: no such file or name, or weights of another architecture.
+        """
+        if self.weights is None:
+            return False
+        known = torchvision.models.get_model_weights(self.name)
+        if self.weights in known.__members__:
+            named = known[self.weights]
+            try:
+                state = named.get_state_dict(progress=False, check_hash=True)
+            except OSError as error:  # no network, or a cache that cannot be written
+                logger.warning(
+                    "THE BACKBONE STARTS FROM RANDOM WEIGHTS: torchvision's %s weights of %s could "
+                    "not be fetched (%s). For a real training put the file at %s, or name a file "
+                    "with model.backbone.weights=FILE",
+                    self.weights,
+                    self.name,
+                    error,
+                    Path(torch.hub.get_dir()) / "checkpoints" / Path(named.url).name,
+                )
+                return False
+        elif Path(self.weights).is_file():
+            state = read_weights(self.weights)
+        else:
+            raise ValueError(
+                f"backbone weights {self.weights!r}: no such file, and not one of torchvision's "
+                f"{sorted(known.__members__)} for {self.name}"
+            )
+        load_backbone(self.body, state, self.key_maps, f"backbone weights {self.weights!r}")
+        return True
+
+
+class ResNet(TorchvisionBackbone):
     """A torchvision ResNet that returns the feature maps of some of its stages.
 
     Args:
@@ -177,48 +236,6 @@ class ResNet(nn.Module):
         if padding is not None:  # windows beside an image have seen it
             x *= padding.factors(x, 4)
         return x
-
-    def load_pretrained(self) -> bool:
-        """Load `weights` into the backbone, for training that starts from no checkpoint.
-
-        Weights given as a *name* come from torch's download cache or are downloaded; when that
-        fails, a loud warning is logged and the backbone keeps its random start, so that the model
-        still runs on a machine without network. A *file* that is missing or does not fit is an
-        error.
-
-        Returns:
-            Whether weights were loaded.
-
-        Raises:
-            ValueError: no such file or name, or weights of another architecture.
-        """
-        if self.weights is None:
-            return False
-        known = torchvision.models.get_model_weights(self.name)
-        if self.weights in known.__members__:
-            named = known[self.weights]
-            try:
-                state = named.get_state_dict(progress=False, check_hash=True)
-            except OSError as error:  # no network, or a cache that cannot be written
-                logger.warning(
-                    "THE BACKBONE STARTS FROM RANDOM WEIGHTS: torchvision's %s weights of %s could "
-                    "not be fetched (%s). For a real training put the file at %s, or name a file "
-                    "with model.backbone.weights=FILE",
-                    self.weights,
-                    self.name,
-                    error,
-                    Path(torch.hub.get_dir()) / "checkpoints" / Path(named.url).name,
-                )
-                return False
-        elif Path(self.weights).is_file():
-            state = read_weights(self.weights)
-        else:
-            raise ValueError(
-                f"backbone weights {self.weights!r}: no such file, and not one of torchvision's "
-                f"{sorted(known.__members__)} for {self.name}"
-            )
-        load_backbone(self.body, state, self.key_maps, f"backbone weights {self.weights!r}")
-        return True
 
 
 class ResidualBlock(nn.Module):
