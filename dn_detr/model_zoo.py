@@ -32,10 +32,11 @@ class ModelSize:
     Attributes:
         parameters: number of parameters, frozen ones included.
         multiply_adds: of detecting in one image; a multiplication with an addition counts once.
+            None where they depend on the image (a model without `forward_tensors`).
     """
 
     parameters: int
-    multiply_adds: int
+    multiply_adds: int | None
 
 
 def list_models() -> list[str]:
@@ -101,12 +102,14 @@ def model_size(name: str, image_size: tuple[int, int] = (800, 1066)) -> ModelSiz
     with torch.device("meta"):
         model: Detector = instantiate(get_config(_known(name)).model).eval()
         model.requires_grad_(False)  # torch's counter trips over parameters among the inputs
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        if not hasattr(model, "forward_tensors"):
+            return ModelSize(parameters, None)
         images = torch.empty(1, 3, *image_size)
         mask = torch.zeros(1, *image_size, dtype=torch.bool)
     counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
     with torch.no_grad(), counter:
         model.forward_tensors(images, mask)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     return ModelSize(parameters, counter.get_total_flops() // 2)
 
 

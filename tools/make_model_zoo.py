@@ -59,7 +59,7 @@ that publishes the weights.
 detecting in one image of 800 x 1066 pixels, which is what the test transform makes of a photograph
 of 640 x 480; a multiplication with an addition counts once, as in the papers. Convolutions, matrix
 products (attention included) and the sampling of deformable attention are counted; denoising
-queries are not, they exist in training only.
+queries are not, they exist in training only. Those of Faster R-CNN depend on the image.
 
 The papers print more for the dense models: 94 for DAB- and DN-DETR-R50, 174 for R101, 202 and 282
 for their DC5 versions. DETR's numbers are averages over the first 100 validation images (its
@@ -208,7 +208,7 @@ def table_row(card: ModelCard, size: ModelSize) -> list[str]:
         "<br>".join(card.weights) or "none",
         card.licence,
         f"{size.parameters / 1e6:.2f}",
-        f"{size.multiply_adds / 1e9:.0f}",
+        "" if size.multiply_adds is None else f"{size.multiply_adds / 1e9:.0f}",
     ]
 
 
