@@ -1,0 +1,1 @@
+"""torchvision's Faster R-CNN, and box denoising in its box head."""
