@@ -140,7 +140,7 @@ def test_the_card_agrees_with_the_config(name):
     card, cfg = model_card(name), get_config(name)
     assert card.name == name and card.epochs == cfg.train.epochs
     assert cfg.train.output_dir == f"output/{name}"
-    assert card.ap is None or 38 < card.ap < 59  # 38.2 and 58.5 are the least and the greatest
+    assert card.ap is None or 32 < card.ap < 59  # 32.8 and 58.5 are the least and the greatest
     if name not in PUBLISHED_MODELS:
         return
     backbone = str(cfg.model.backbone.name)

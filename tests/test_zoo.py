@@ -55,6 +55,7 @@ FAMILIES = {
     "digits_dino.py",
     "digits_dn_anchor_detr.py",
     "digits_dn_deformable_detr.py",
+    "digits_dn_faster_rcnn.py",
     "digits_dn_vanilla_detr.py",
     "dn_deformable_detr_r50_50ep.py",
     "dn_deformable_encoder_only_r50_12ep.py",
@@ -63,6 +64,12 @@ FAMILIES = {
 }
 # Fewer layers of the others: a deeper stack of the same layers adds nothing but time.
 THIN = ["model.transformer.encoder.num_layers=1", "model.transformer.decoder.num_layers=2"]
+
+
+def _has_transformer(name: str) -> bool:
+    """A Faster R-CNN is none of DETR's kind: no layers to take away, other schedule and optimizer,
+    and a backbone that sees the padding."""
+    return "faster_rcnn" not in name
 
 
 def _slow_but_for_families(names: list[str]) -> list[Any]:
@@ -134,7 +141,7 @@ _OF_50_LAYERS = [n for n in _one_of_each_model() if "r101" not in n and "swin_l"
 def test_config_trains_and_evaluates_from_its_yaml(name, data, tmp_path):
     LazyConfig.save(get_config(name), tmp_path / "config.yaml")
     saved = LazyConfig.load(tmp_path / "config.yaml")
-    thin = () if name in FAMILIES else THIN
+    thin = THIN if name not in FAMILIES and _has_transformer(name) else ()
     metrics = train(_two_steps(saved, data, tmp_path / "run", *thin, "train.max_iter=1"))
     assert metrics["AP"] >= 0
     rows = [json.loads(row) for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -249,7 +256,10 @@ def _batch_size(name: str) -> int:
     return 8 if "anchor" in name and "50ep" in name else 16
 
 
-@pytest.mark.parametrize("name", [name for name in list_configs() if "digits" not in name])
+_SCHEDULED = [name for name in list_configs() if "digits" not in name and _has_transformer(name)]
+
+
+@pytest.mark.parametrize("name", _SCHEDULED)
 def test_every_config_has_the_schedule_of_its_name(name):
     cfg = get_config(name)
     epochs = int(name.removesuffix("ep.py").rpartition("_")[2])
@@ -291,11 +301,16 @@ def test_every_config_of_the_family_has_the_settings_of_its_name(name):
 @pytest.mark.parametrize("name", list_configs())
 def test_config_prints_without_interpolations_left(name):
     text = LazyConfig.to_yaml(get_config(name), resolve=True)
-    assert "_target_: dn_detr.modeling.detector.Detector" in text and "${" not in text
+    detector = "Detector" if _has_transformer(name) else "FasterRCNN"
+    assert f"modeling.detector.{detector}\n" in text and "${" not in text
 
 
 # timm's networks see the padding.
-_KEEP_PADDING_OUT = [n for n in _OF_50_LAYERS if "swin" not in n and "convnext" not in n]
+_KEEP_PADDING_OUT = [
+    name
+    for name in filter(_has_transformer, _OF_50_LAYERS)
+    if "swin" not in name and "convnext" not in name
+]
 
 
 @pytest.mark.parametrize("name", _slow_but_for_families(_KEEP_PADDING_OUT))

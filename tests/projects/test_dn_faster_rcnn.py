@@ -245,6 +245,17 @@ def test_a_wrong_number_of_classes_is_refused():
         instantiate(cfg)
 
 
+@pytest.mark.parametrize(
+    ("name", "drops"), [("r50_fpn_12ep", [8, 11]), ("mobilenet_v3_fpn_26ep", [16, 22])]
+)
+def test_the_recipe_is_the_usual_one(name, drops):
+    cfg = get_config(f"faster_rcnn_{name}")
+    optimizer = cfg.optimizer
+    assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (0.02, 0.9, 1e-4)
+    assert list(cfg.lr_schedule.milestones) == drops and cfg.lr_schedule.gamma == 0.1
+    assert cfg.dataloader.train.total_batch_size == 16 and cfg.train.clip_grad.max_norm is None
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     data = write_digits_dataset(tmp_path / "digits", num_train=4, num_val=1)
 

@@ -8,7 +8,7 @@ Weights: none published
 """
 
 from .common.detection import dataloader, lr_schedule, optimizer, train
-from .models.denoising import denoising
+from .models.denoising import denoising as _denoising
 from .models.faster_rcnn_r50_fpn import model
 
-model.denoising = denoising
+model.denoising = _denoising
