@@ -34,6 +34,9 @@ class LazyCall:
             )
         self._target = target if isinstance(target, str) else dotted_name(target) or target
 
+    def __repr__(self) -> str:
+        return f"L({self._target if isinstance(self._target, str) else repr(self._target)})"
+
     def __call__(self, *args: Any, **kwargs: Any) -> DictConfig:
         """Return the config node of the call.
 
@@ -45,10 +48,9 @@ class LazyCall:
         Raises:
             TypeError: an argument was given by position.
         """
-        name = self._target if isinstance(self._target, str) else repr(self._target)
         if args:
             raise TypeError(
-                f"L({name}) takes keyword arguments only, so that overrides can name them; "
+                f"{self!r} takes keyword arguments only, so that overrides can name them; "
                 f"got {len(args)} by position: {', '.join(map(repr, args))}"
             )
         node: DictConfig = to_node({"_target_": self._target, **kwargs})

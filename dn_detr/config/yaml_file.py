@@ -18,6 +18,7 @@ from omegaconf import Container, DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import ConfigError
+from .lazy_call import LazyCall
 from .nodes import join_path, plain, to_node, walk
 from .targets import dotted_name
 
@@ -158,6 +159,8 @@ def _convert(value: Any, resolve: bool, path: str = "", *, is_argument: bool = F
 
 
 def _name(value: Any, path: str) -> dict[str, Any]:
+    if isinstance(value, LazyCall):
+        raise ConfigError(f"{path}: {value!r} is not called: write {value!r}()")
     name = dotted_name(value)
     if name is not None:
         return {"_target_": name, "_partial_": True}

@@ -63,6 +63,12 @@ class Callback:
                     f"{cls.__name__}.{name} is no hook of Callback{near or ': ' + ', '.join(hooks)}"
                     "; give a method of your own another name, or one with an underscore"
                 )
+        saves, loads = (
+            getattr(cls, name) is not getattr(Callback, name)
+            for name in ("state_dict", "load_state_dict")
+        )
+        if saves != loads:
+            raise UserError(f"{cls.__name__} needs both state_dict and load_state_dict, or neither")
 
     def setup(self, state: RunState) -> None:
         """Make what needs the model, before a checkpoint is loaded into it."""

@@ -22,7 +22,7 @@ from .criterion import DetectionCriterion, ObjectCounts, mean_over_ranks
 from .denoising import NoisedQueries, QueryDenoising
 from .heads import DetectionHeads
 from .inputs import ground_truth_of, images_of, original_size, targets_of
-from .pairs import Outputs, Pairs, Targets
+from .pairs import Outputs, Pairs, Targets, shape_of
 from .postprocess import PostProcess
 from .queries import ProposalQueries, Queries
 from .transformers import Memory, Transformer
@@ -316,6 +316,15 @@ class Detector(nn.Module):
             content, position, memory, self.heads, attention_mask
         )
         outputs: Outputs = self.heads(states, references, memory)
+        shape = states.shape[:3]
+        given = outputs if isinstance(outputs, dict) else {"outputs": outputs}
+        wrong = [f"{name} {shape_of(x)}" for name, x in given.items() if _leading(x) != shape]
+        if wrong or not {"pred_logits", "pred_boxes"} <= given.keys():
+            raise UserError(
+                f"model.heads: {type(self.heads).__name__} must return a dict of pred_logits, "
+                "pred_boxes and what else it predicts, each (layers, images, queries, ...) = "
+                f"({', '.join(map(str, shape))}, ...), not {', '.join(wrong) or sorted(given)}"
+            )
         return outputs
 
     def checkpoint_activations(
@@ -361,6 +370,11 @@ class Detector(nn.Module):
             if part is not self
             for tensor in getattr(part, "class_tensors", list)()
         ]
+
+
+def _leading(output: Any) -> torch.Size | None:
+    """Layers, images and queries of what heads returned, if it has them."""
+    return output.shape[:3] if isinstance(output, Tensor) else None
 
 
 def _check_agreement(name: str, value: Any, *parts: Any) -> None:

@@ -66,7 +66,15 @@ class Pairs:
 
         Returns:
             (N, M, ...) or, the same for all layers, (1, M, ...).
+
+        Raises:
+            UserError: the targets have no such field.
         """
+        if lacking := [target for target in targets if name not in target]:
+            raise UserError(
+                f"the targets have {', '.join(sorted(lacking[0]))}, not {name!r}; what a data set "
+                "knows besides is named in model.target_fields, with gt_ before it"
+            )
         return torch.cat([target[name] for target in targets])[self.target]
 
 

@@ -231,3 +231,9 @@ def test_fifo_and_device_are_no_configs(tmp_path: Path) -> None:
     for name in ("fifo", "device"):
         with pytest.raises(ConfigError, match=f"{name}.yaml does not exist, or is no file"):
             LazyConfig.load(tmp_path / f"{name}.yaml")
+
+
+def test_a_call_that_was_forgotten_is_named():
+    cfg = to_node({"part": L(nn.ReLU)})
+    with pytest.raises(ConfigError, match=r"part: (L\(.*ReLU\)) is not called: write \1\(\)"):
+        LazyConfig.to_yaml(cfg)

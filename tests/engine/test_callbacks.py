@@ -12,6 +12,7 @@ from dn_detr.config import LazyCall
 from dn_detr.distributed import rank
 from dn_detr.engine import Callback, NonFiniteError, launch, train
 from dn_detr.engine.callbacks import Callbacks, ExponentialMovingAverage
+from dn_detr.errors import UserError
 
 from .reference import rows, untimed
 
@@ -209,3 +210,11 @@ def test_every_rank_has_its_callback_and_the_main_process_alone_gets_log_records
     calls = [(tmp_path / f"calls_{i}").read_text().splitlines() for i in range(2)]
     assert [call for call in calls[0] if not call.startswith("log")] == calls[1]
     assert calls[0] != calls[1]
+
+
+def test_a_callback_that_saves_and_cannot_load_is_refused():
+    with pytest.raises(UserError, match="Saving needs both state_dict and load_state_dict"):
+
+        class Saving(Callback):
+            def state_dict(self):
+                return {}

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from dn_detr.config import LazyCall as L
 from dn_detr.config import instantiate
 from dn_detr.errors import UserError
-from dn_detr.modeling import LossTerm, MatchingCost, SoftmaxClassification, pad_targets
+from dn_detr.modeling import LossTerm, MatchingCost, Pairs, SoftmaxClassification, pad_targets
 
 from .conftest import make_sample, small_model_config
 
@@ -126,3 +126,24 @@ def test_a_weight_that_is_no_number_of_at_least_0_is_named(small_config, key, we
     name = key.rpartition(".")[2]
     with pytest.raises(UserError, match=rf"{name}\.weight must be a number of at least 0, not"):
         instantiate(small_config)
+
+
+def test_a_field_that_the_targets_lack_is_named():
+    pairs = Pairs(torch.tensor([0]), torch.tensor([[0]]), torch.tensor([[0]]))
+    with pytest.raises(UserError, match=r"have boxes, labels, not 'weights'; .*target_fields"):
+        pairs.objects([{"labels": torch.zeros(1), "boxes": torch.zeros(1, 4)}], "weights")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda outputs: tuple(outputs.values()), "outputs tuple"),
+        (lambda outputs: outputs | {"pred_quality": outputs["pred_boxes"][-1]}, "pred_quality"),
+        (lambda outputs: {"pred_logits": outputs["pred_logits"]}, "pred_logits"),
+    ],
+)
+def test_heads_that_return_something_else_are_named(small, monkeypatch, change, named):
+    forward = small.heads.forward
+    monkeypatch.setattr(small.heads, "forward", lambda *inputs: change(forward(*inputs)))
+    with pytest.raises(UserError, match=rf"model\.heads: DetectionHeads must return.*{named}"):
+        small([make_sample(64, 80, 1, 0)])
