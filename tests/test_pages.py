@@ -119,13 +119,12 @@ def test_command_names_what_exists(page, command):
 @pytest.mark.parametrize("page", PAGES)
 def test_config_keys_in_the_text_exist(page):
     unknown = []
+    configs = [DEFAULT_CONFIG, "dn_detr_r50_50ep", "digits_dn_deformable_detr"]
+    configs += [path.name for path in sorted((ROOT / page).parent.glob("configs/*.py"))]
     for key in sorted(set(KEY.findall(_prose(page)))):
         if key.endswith(".safetensors") or key.startswith("train.callbacks."):
             continue  # a file, and what a project names as it likes
-        values = (
-            OmegaConf.select(_config(config), key, default="missing")
-            for config in (DEFAULT_CONFIG, "dn_detr_r50_50ep", "digits_dn_deformable_detr")
-        )
+        values = (OmegaConf.select(_config(config), key, default="missing") for config in configs)
         if all(value == "missing" for value in values):
             unknown.append(key)
     assert not unknown, f"{page} names keys that no config has: {unknown}"

@@ -20,7 +20,8 @@ from pathlib import Path
 from dn_detr.config import ConfigError, LazyConfig, get_config, zoo_path
 from dn_detr.model_zoo import ModelSize, list_models, model_size
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "model_zoo.md"
+_ROOT = Path(__file__).resolve().parents[1]
+PAGE = _ROOT / "docs" / "model_zoo.md"
 
 _TOP = """\
 <!-- Written by tools/make_model_zoo.py; change the docstrings of the configs instead. -->
@@ -199,7 +200,7 @@ def backbone_name(name: str) -> str:
 def table_row(card: ModelCard, size: ModelSize) -> list[str]:
     """Cells of a model's row in the table, as Markdown."""
     return [
-        f"[`{card.name}`]({Path('..') / zoo_path(card.name).relative_to(PAGE.parents[1])})",
+        f"[`{card.name}`]({Path('..') / zoo_path(card.name).relative_to(_ROOT)})",
         card.model,
         backbone_name(card.name),
         str(card.epochs),

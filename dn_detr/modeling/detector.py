@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dn_detr.checkpoint import Layout, as_layouts
+from dn_detr.errors import UserError
 from dn_detr.structures import Instances, pad_images
 
 from .classification import Classification, FocalClassification
