@@ -10,20 +10,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from .folders import CHECKPOINTS_DIR, EMA_FILE, MODEL_FILE, TRAINING_STATE_FILE, is_checkpoint
 from .manifest import MANIFEST_NAME, CheckpointError, Manifest
 from .pickles import Array, read_pickle
 from .storage import find_checkpoint, suggest_undamaged
-from .tensor_files import FileContent, read_tensors
+from .tensor_files import FileContent, load_safetensors, read_tensors
 
 _SAFETENSORS = ".safetensors"
 _HF_CONFIG = "config.json"
 _HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_MOST_BYTES = 10_000_000  # of a config.json
+_MOST_BYTES = 1_000_000  # of a config.json
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "blobs")
 _EMA = "ema_state"
 _MOST_ROWS = 100_000  # classes that are believed of a config
@@ -135,8 +133,8 @@ def _known_other(start: bytes) -> str | None:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        return load_safetensors(path)
+    except ValueError as error:
         with path.open("rb") as file:
             look = _known_other(file.read(512)) or f"{error}; download or copy it again"
         size = path.stat().st_size
@@ -165,20 +163,19 @@ def _unwrap(
         tensors = _as_tensors(path, inner[0] if inner else content)
         unused = f"the file also holds an EMA ({_EMA}), which was not taken"
         notes = [unused] if isinstance(average, dict) and average else []
-    names = content.get(CLASS_NAMES)
-    if names and not _are_names_of(names, tensors):
+    names = content.get(CLASS_NAMES, ())
+    if not _are_names_of(names, tensors):
         notes.append(f"the {CLASS_NAMES} of the file are not one string per row: unused")
-        names = None
+        names = ()
     return FileContent(tensors, tuple(names or names_beside), tuple(notes))
 
 
 def _are_names_of(names: Any, tensors: dict[str, Tensor]) -> bool:
-    """Whether there is one name per row of the class head."""
-    return (
-        isinstance(names, list | tuple)
-        and all(isinstance(name, str) for name in names)
-        and any(len(v) == len(names) for n, v in tensors.items() if "class_embed" in n and v.dim())
-    )
+    """Whether there is one name per row of the class head, or none at all."""
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return False
+    heads = [value for name, value in tensors.items() if "class_embed" in name and value.dim()]
+    return not names or any(len(value) == len(names) for value in heads)
 
 
 def _as_tensors(path: Path, weights: dict[Any, Any]) -> dict[str, Tensor]:

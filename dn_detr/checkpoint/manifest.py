@@ -79,7 +79,7 @@ class Manifest:
             data = path.read_bytes()
             content = json.loads(data)
             # White space and escapes have several spellings that mean the same; ours has one.
-            is_as_written = _to_bytes(content) == data
+            is_as_written = _is_as_written(content, data)
             digest = content.pop("sha256")
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(f"{folder}: no {MANIFEST_NAME}, so not a checkpoint") from None
@@ -180,6 +180,16 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _is_as_written(content: Mapping[str, Any], data: bytes) -> bool:
+    """Whether `data` is what `_to_bytes` makes, which may be much larger, of the content."""
+    position = 0
+    for chunk in json.JSONEncoder(indent=1).iterencode(content):
+        if not data.startswith(chunk.encode(), position):
+            return False
+        position += len(chunk.encode())
+    return position == len(data)
 
 
 def _to_bytes(content: Mapping[str, Any]) -> bytes:

@@ -303,7 +303,12 @@ def _run(file: BinaryIO, stored: Callable[[torch.dtype, str, int], Tensor] | Non
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()
                 left -= _cost(arguments)
-                if function not in _CALLABLE or type(arguments) is not tuple:
+                # To hash or print a tuple of tuples may take for ever.
+                if (
+                    not callable(function)
+                    or function not in _CALLABLE
+                    or type(arguments) is not tuple
+                ):
                     raise ValueError("it calls what is no function")
                 stack.append(function(*arguments))
             case "BUILD":
@@ -326,6 +331,8 @@ def _run(file: BinaryIO, stored: Callable[[torch.dtype, str, int], Tensor] | Non
 
 def _named(module: str, name: str) -> Any:
     """The stand-in for a class, function or dtype."""
+    if type(module) is not str or type(name) is not str:
+        raise ValueError("a name that is no text")
     full = f"{module}.{name}"
     if full not in _NAMES:
         raise RefusedClass(ascii(full)[1:-1][:_SHOWN])

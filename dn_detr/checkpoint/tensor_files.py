@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .manifest import CheckpointError, Manifest, file_digest, flush_to_disk
 
+_MOST_HEADER = 2**22  # bytes; a thousand tensors have 2**17
+
 
 @dataclass(frozen=True)
 class FileContent:
@@ -83,9 +85,24 @@ def read_tensors(folder: Path, manifest: Manifest, name: str) -> dict[str, Tenso
     """
     path = manifest.verify(folder, name)
     try:
-        return safetensors.torch.load_file(path)
-    except SafetensorError as error:
+        return load_safetensors(path)
+    except ValueError as error:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Load a safetensors file.
+
+    Raises:
+        ValueError: it is damaged, or not one.
+    """
+    try:
+        with path.open("rb") as file:
+            if int.from_bytes(file.read(8), "little") > _MOST_HEADER:
+                raise ValueError("its header would be huge")
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, LookupError, TypeError, OverflowError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -50,6 +50,8 @@ TRUSTED = ("dn_detr.projects",)  # they come with the library, and are reviewed 
 _IMPORTED = ("dn_detr", "torch.nn", "torch.optim", "torchvision.ops", "torchvision.transforms")
 _REFERENCE = re.compile(r"\$\{([^{}:]*)\}")
 _ESCAPED = re.compile(r"(?<!\\)(\\\\)*\\\$\{")
+_INDEX = re.compile(r"[0-9]{1,9}")
+_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 _RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 _MAX_KEY = 1000  # characters of a dotted key
 _MAX_NAME = 200  # characters of a target
@@ -69,6 +71,8 @@ def check_values(root: DictConfig, path: str | Path) -> None:
             raise ConfigError(f"{path}: {key[:50]}...: is a key of {len(key)} characters")
         if isinstance(value, int) and value.bit_length() > _MAX_BITS:
             raise ConfigError(f"{path}: {key}: is a number of {value.bit_length()} bits")
+        if isinstance(value, str) and _NOT_TEXT.search(value):
+            raise ConfigError(f"{path}: {key}: {value!r} has a character that no text has")
         if isinstance(value, str) and _RESOLVER.search(_without_references(value)):
             raise ConfigError(
                 f"{path}: {key}: {reprlib.repr(value)} calls a resolver, which YAML may not; "
@@ -185,7 +189,7 @@ class _Sizes:
                 return value, path[:depth]
             if isinstance(value, list):
                 value = dict(enumerate(value))
-                part = int(part) if isinstance(part, str) and part.isdecimal() else part
+                part = int(part) if isinstance(part, str) and _INDEX.fullmatch(part) else part
             value = value.get(part) if isinstance(value, dict) else None
         return value, path
 

@@ -51,7 +51,14 @@ def read_yaml(source: Path | str, name: str | Path) -> DictConfig:
         if scalars > sum(2 - isinstance(value, (dict, list)) for _, value in walk(plain(data))):
             raise ValueError("a key is written twice (1, 0x1 and true are one key), or is <<")
         root: DictConfig = to_node(plain(data))
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+    except (
+        yaml.YAMLError,
+        OmegaConfBaseException,
+        OSError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise ConfigError(f"{name}: is not a valid YAML config: {error}") from error
     return root
 

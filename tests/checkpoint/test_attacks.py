@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dn_detr.checkpoint import CheckpointError, load_tensors, read_weights
+from dn_detr.checkpoint import CheckpointError, HuggingFaceLayout, load_tensors, read_weights
 from dn_detr.checkpoint import pickles as reader
 from dn_detr.checkpoint.class_rows import choose_rows
 from tests.checkpoint.tiny_models import tiny_model
@@ -349,3 +349,54 @@ def test_weights_that_are_no_file_are_refused(tmp_path, kind):
 
 def test_a_path_that_is_too_long_is_an_error_with_a_reason():
     assert_refused(Path("x" * 300), "cannot be read: File name too long")
+
+
+_DOUBLED = b"\x80\x04)" + b"q\0h\0\x86" * 40  # a tuple of 2**40 empty ones
+
+
+@pytest.mark.parametrize("end", [b")R.", b"X\x01\0\0\0x\x93."], ids=["called", "a module"])
+def test_a_tuple_of_endless_tuples_is_neither_hashed_nor_printed(tmp_path, end):
+    file = tmp_path / "f.pkl"
+    file.write_bytes(_DOUBLED + end)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_weights(file)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"w":{"dtype":"U8","shape":[0,18446744073709551615],"data_offsets":[0,0]}}',
+        b'{"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' + b" " * 2**22,
+    ],
+    ids=["a shape beyond 64 bits", "a huge header"],
+)
+def test_a_safetensors_header_that_no_file_has_is_refused(tmp_path, header):
+    file = tmp_path / "f.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(CheckpointError, match="safetensors"):
+        read_weights(file)
+
+
+def test_class_names_that_are_a_tensor_are_not_used(tmp_path):
+    file = tmp_path / "f.pth"
+    torch.save({"model": {"w": torch.ones(2)}, "class_names": torch.ones(2)}, file)
+    assert set(read_weights(file)) == {"w"}
+
+
+def test_a_manifest_of_deep_lists_does_not_fill_the_memory(tmp_path):
+    depth, values = 800, 300_000
+    text = "[" * depth + ",".join(["1"] * values) + "]" * depth
+    (tmp_path / "manifest.json").write_text(text)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_weights(tmp_path)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 256 * 1024  # KiB
+
+
+@pytest.mark.parametrize("shapes", [[(), (), ()], [(1, 2), (1, 3), (1, 2)]])
+def test_projections_that_cannot_be_joined_are_left_over(shapes):
+    letters = zip("qkv", shapes, strict=True)
+    name = "model.decoder.layers.0.self_attn.{}_proj.weight"
+    found = HuggingFaceLayout().to_ours({name.format(x): torch.ones(s) for x, s in letters})
+    assert not any(name.endswith("in_proj_weight") for name in found.tensors)

@@ -237,3 +237,22 @@ def test_a_call_that_was_forgotten_is_named():
     cfg = to_node({"part": L(nn.ReLU)})
     with pytest.raises(ConfigError, match=r"part: (L\(.*ReLU\)) is not called: write \1\(\)"):
         LazyConfig.to_yaml(cfg)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: " + ":".join(["1"] * 400) + ".5", 'a: "\\0"', 'a: "\\ud800"'],
+    ids=["a number beyond floats", "a null character", "half a character"],
+)
+def test_a_value_that_nothing_can_hold_is_an_error_with_the_file(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml: "):
+        LazyConfig.load(file)
+
+
+def test_an_index_of_thousands_of_digits_is_no_traceback(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("a: [1]\nb: ${a." + "9" * 4000 + "}\n")
+    with pytest.raises(ConfigError, match="b: cannot resolve"):
+        LazyConfig.to_yaml(LazyConfig.load(file), resolve=True)

@@ -122,7 +122,9 @@ class HuggingFaceLayout(FamilyLayout):
         for name in tensors:
             if match := _QUERY.fullmatch(name):
                 triple = [f"{match[1]}.{letter}_proj.{match[2]}" for letter in "qkv"]
-                if all(part in tensors for part in triple):
+                parts = {(t.dtype, t.shape) for t in map(tensors.get, triple) if t is not None}
+                complete = all(part in tensors for part in triple)
+                if complete and len(parts) == 1 and tensors[name].dim():
                     joined = torch.cat([tensors[part] for part in triple])
                     packed[f"{match[1]}.in_proj_{match[2]}"] = joined
                     for part in triple:
