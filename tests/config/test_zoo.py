@@ -27,6 +27,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         text = f"from .common.train import train\nname = {name!r}\n"
         (tmp_path / "configs" / f"{name}.py").write_text(text)
     monkeypatch.setattr(zoo, "_PACKAGE", tmp_path / "dn_detr")
+    monkeypatch.setattr(zoo, "project_folders", list)
     return tmp_path
 
 

@@ -93,7 +93,8 @@ def small_detector(name: str = "dn_deformable_detr_r50") -> Any:
         cfg.neck.in_channels, cfg.neck.in_strides = [128], [8]
         cfg.neck.num_levels = min(2, cfg.neck.num_levels)
     cfg.num_classes, cfg.num_queries = 2, 10
-    cfg.position_embedding.num_pos_feats = 16
+    if "num_pos_feats" in cfg.position_embedding:
+        cfg.position_embedding.num_pos_feats = 16
     cfg.transformer.embed_dim = 32
     for half, num_layers in ((cfg.transformer.encoder, 1), (cfg.transformer.decoder, 2)):
         half.num_layers = num_layers

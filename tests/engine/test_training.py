@@ -222,7 +222,7 @@ def test_resuming_after_an_interrupted_evaluation_evaluates_once(run, tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("dn_detr.engine.evaluation.evaluate_model", interrupt)
+        patch.setattr("dn_detr.engine.trainer.evaluate_model", interrupt)
         run("a", "train.eval_period=0")
     metrics = run("a", "train.eval_period=0", resume=True)
     found = rows(tmp_path / "a")

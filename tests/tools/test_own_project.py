@@ -89,6 +89,7 @@ def test_own_project_is_trained_by_a_job_from_its_saved_config(folder: Path) -> 
         *("--cluster", "local", "--processes-per-node", "1", "--time", "10"),
         f"train.output_dir={folder}/run",
         cwd=folder,
+        PYTHONPATH=str(Path(__file__).resolve().parents[2]),  # of the job, a process of its own
     )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert (folder / "run" / "checkpoints" / "last").exists()
