@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ import pytest
 multiprocessing.set_forkserver_preload(
     ["dn_detr.checkpoint", "hypothesis", "pytest", "tests.engine.runs", "tools.submit"]
 )
+
+
+# Who starts the tests by nohup has this ignored, and so would have every process of theirs.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -305,11 +305,12 @@ def test_config_prints_without_interpolations_left(name):
     assert f"modeling.detector.{detector}\n" in text and "${" not in text
 
 
-# timm's networks see the padding.
+# timm's networks see the padding. Among the cells of five levels two scores tie but for rounding,
+# and proposals that swap ranks swap their learned contents.
 _KEEP_PADDING_OUT = [
     name
     for name in filter(_has_transformer, _OF_50_LAYERS)
-    if "swin" not in name and "convnext" not in name
+    if not any(part in name for part in ("swin", "convnext", "5scale"))
 ]
 
 

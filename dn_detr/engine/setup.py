@@ -164,7 +164,7 @@ def make_folder(path: str | Path) -> Path:
         if folder.is_file():
             raise FileExistsError("there is a file of that name")
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # also a null character
         raise UserError(f"train.output_dir={path}: cannot be created: {error}") from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"train.output_dir={path}: no permission to write there")

@@ -241,8 +241,8 @@ def test_a_call_that_was_forgotten_is_named():
 
 @pytest.mark.parametrize(
     "text",
-    ["a: " + ":".join(["1"] * 400) + ".5", 'a: "\\0"', 'a: "\\ud800"'],
-    ids=["a number beyond floats", "a null character", "half a character"],
+    ["a: " + ":".join(["1"] * 400) + ".5", 'a: "\\ud800"'],
+    ids=["a number beyond floats", "half a character"],
 )
 def test_a_value_that_nothing_can_hold_is_an_error_with_the_file(tmp_path: Path, text: str) -> None:
     file = tmp_path / "c.yaml"
