@@ -319,7 +319,11 @@ class Detector(nn.Module):
         outputs: Outputs = self.heads(states, references, memory)
         shape = states.shape[:3]
         given = outputs if isinstance(outputs, dict) else {"outputs": outputs}
-        wrong = [f"{name} {shape_of(x)}" for name, x in given.items() if _leading(x) != shape]
+        wrong = [
+            f"{name} {shape_of(x)}"
+            for name, x in given.items()
+            if not isinstance(x, Tensor) or x.shape[:3] != shape
+        ]
         if wrong or not {"pred_logits", "pred_boxes"} <= given.keys():
             raise UserError(
                 f"model.heads: {type(self.heads).__name__} must return a dict of pred_logits, "
@@ -371,11 +375,6 @@ class Detector(nn.Module):
             if part is not self
             for tensor in getattr(part, "class_tensors", list)()
         ]
-
-
-def _leading(output: Any) -> torch.Size | None:
-    """Layers, images and queries of what heads returned, if it has them."""
-    return output.shape[:3] if isinstance(output, Tensor) else None
 
 
 def _check_agreement(name: str, value: Any, *parts: Any) -> None:

@@ -26,7 +26,7 @@ class MixedQueries(ProposalQueries):
     ) -> None:
         super().__init__(num_queries, num_classes, embed_dim, **options)
         self.content = nn.Embedding(num_queries, embed_dim)
-        nn.init.xavier_uniform_(self.content.weight)  # as in both published codes
+        nn.init.xavier_uniform_(self.content.weight)  # as in DN-DETR's version
 
     def forward(self, memory: Memory) -> Queries:
         """See `ProposalQueries.forward`."""

@@ -1,8 +1,8 @@
 """Anchor-DETR-R101-DC5, 50 epochs: 45.1 AP on COCO val2017.
 
-Row: AnchorDETR R101-DC5
+Row: AnchorDETR-DC5, R101
 Source: README of the authors' code, https://github.com/megvii-research/AnchorDETR
-Weights: AnchorDETR_r101_dc5.pth (authors)
+Weights: a file that the README of the authors links (file name not known)
 Licence: Apache-2.0
 """
 

@@ -1,8 +1,8 @@
 """Anchor-DETR-R50, 50 epochs: 42.1 AP on COCO val2017.
 
-Row: AnchorDETR R50-C5
+Row: AnchorDETR-C5, R50
 Source: README of the authors' code, https://github.com/megvii-research/AnchorDETR
-Weights: AnchorDETR_r50_c5.pth (authors)
+Weights: a file that the README of the authors links (file name not known)
 Licence: Apache-2.0
 """
 
