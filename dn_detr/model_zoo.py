@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import dn_detr.ops  # noqa: F401  registers the operators that are counted
 from dn_detr.checkpoint import load_model_weights, log_loading
 from dn_detr.config import ConfigError, LazyConfig, get_config, instantiate, list_configs
 from dn_detr.config.errors import did_you_mean
-from dn_detr.modeling import Detector
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def get_model(
     *,
     class_names: Sequence[str] = (),
     fine_tune: bool = False,
-) -> Detector:
+) -> nn.Module:
     """Build a model of the zoo, ready to detect; what was loaded is logged.
 
     Args:
@@ -66,7 +67,7 @@ def get_model(
             `load_model_weights`. By default every tensor must come from the checkpoint.
 
     Returns:
-        The detector, in evaluation mode.
+        The detector, in evaluation mode: a `Detector`, or another `protocols.Model` of a project.
 
     Raises:
         ConfigError: no such model (the message has the nearest name), or a wrong override.
@@ -78,7 +79,7 @@ def get_model(
     if isinstance(overrides, (str, Mapping)):
         raise TypeError(f'overrides must be a list such as ["model.num_classes=3"]: {overrides!r}')
     cfg = LazyConfig.apply_overrides(get_config(_known(name)), overrides)
-    model: Detector = instantiate(cfg.model)
+    model: nn.Module = instantiate(cfg.model)
     if checkpoint is not None:
         report = load_model_weights(model, checkpoint, class_names=class_names, fine_tune=fine_tune)
         log_loading(checkpoint, report)
@@ -100,7 +101,7 @@ def model_size(name: str, image_size: tuple[int, int] = (800, 1066)) -> ModelSiz
         ConfigError: no such model.
     """
     with torch.device("meta"):
-        model: Detector = instantiate(get_config(_known(name)).model).eval()
+        model = instantiate(get_config(_known(name)).model).eval()
         model.requires_grad_(False)  # torch's counter trips over parameters among the inputs
         parameters = sum(parameter.numel() for parameter in model.parameters())
         if not hasattr(model, "forward_tensors"):

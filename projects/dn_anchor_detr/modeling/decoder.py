@@ -110,6 +110,8 @@ class PointDecoder(nn.Module):
 class PointTransformer(Transformer):
     """Encoder and `PointDecoder`, which embeds the centres of the cells as it does the queries'."""
 
+    decoder: PointDecoder
+
     def reset_parameters(self) -> None:
         """Leave every module as it starts."""
 

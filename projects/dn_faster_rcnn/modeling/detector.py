@@ -78,6 +78,8 @@ class FasterRCNN(faster_rcnn.FasterRCNN):
         ValueError: no class, or `denoising` has other ones.
     """
 
+    transform: Any
+
     def __init__(
         self,
         backbone: PyramidBackbone,
@@ -111,7 +113,7 @@ class FasterRCNN(faster_rcnn.FasterRCNN):
         self.key_maps = as_layouts(key_maps)
         self.roi_heads.register_forward_hook(self._denoise)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, samples: Sequence[dict[str, Any]], counts: ObjectCounts | None = None
     ) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """Losses in training, detections in evaluation; see `dn_detr.modeling.Detector.forward`.

@@ -21,7 +21,8 @@ class AbsoluteHeads(DetectionHeads):
         self, num_classes: int, embed_dim: int = 256, num_layers: int = 6, **options: Any
     ) -> None:
         super().__init__(num_classes, embed_dim, num_layers, shared=True, **options)
-        self.bbox_embed[0].layers[-1].reset_parameters()  # zeros are for moves
+        head: Any = self.bbox_embed[0]
+        head.layers[-1].reset_parameters()  # zeros are for moves
 
     def predict_boxes(self, layer: int, states: Tensor, references: Tensor) -> Tensor:
         """(..., C) states -> (..., 4) boxes in [0, 1]; `references` are without effect."""
