@@ -97,7 +97,8 @@ class ObjectCounts:
     Attributes:
         matching: number of objects.
         denoising: number of noised boxes.
-        weights: sum of the matching queries' weights, see `Classification.total_weight`.
+        weights: sum of the weights of the matching queries, or of as many proposals, see
+            `Classification.total_weight`.
     """
 
     matching: float | Tensor = 0

@@ -270,6 +270,7 @@ class Detector(nn.Module):
             if proposals.class_agnostic:
                 targets = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
             found = self.criterion.matcher(proposals.outputs, targets, proposals.padding)
+            found = replace(found, total_weight=counts.weights)
             losses |= self.criterion(
                 proposals.outputs, targets, found, count=counts.matching, suffix="_enc"
             )

@@ -195,7 +195,7 @@ class ProposalQueries(nn.Module):
         position_kind: see `PositionKind`.
 
     Raises:
-        ValueError: no query.
+        ValueError: no query, or `class_agnostic` with a loss that is a mean over queries.
     """
 
     num_patterns = 0
@@ -223,6 +223,12 @@ class ProposalQueries(nn.Module):
         self.output = nn.Linear(embed_dim, embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
         self.classification = classification or FocalClassification()
+        if class_agnostic and self.classification.total_weight(1, 1):
+            raise ValueError(
+                "class_agnostic trains all cells, whose number no step knows in advance, but "
+                f"{type(self.classification).__name__} is a mean over them; take "
+                "FocalClassification, or class_agnostic=False"
+            )
         self.class_embed = self.classification.class_head(embed_dim, num_classes)
         self.bbox_embed = box_head(embed_dim)
         nn.init.xavier_uniform_(self.output.weight)

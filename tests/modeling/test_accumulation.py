@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from dn_detr.modeling import Detector, ObjectCounts, QueryDenoising, mean_over_ranks
+from dn_detr.config import LazyCall
+from dn_detr.modeling import (
+    Detector,
+    ObjectCounts,
+    QueryDenoising,
+    SoftmaxClassification,
+    mean_over_ranks,
+)
 
-from .conftest import FAMILIES, make_sample
+from .conftest import FAMILIES, away_from_initialisation, make_sample
 
 OBJECTS = [3, 0, 5, 1, 2, 4, 2, 0]  # of eight images
 MICRO_BATCHES = {"2x4": [4, 4], "uneven": [5, 1, 2], "one without objects": [3, 4, 1]}
@@ -97,6 +104,20 @@ def test_micro_batches_add_up_when_they_are_padded_otherwise(in_float64):
     micro_batches = _split(samples, [2, 2])
     losses, gradients = _step(in_float64, micro_batches, _divisors(in_float64, micro_batches))
     assert losses == pytest.approx(whole, rel=1e-5)  # positions of cells are float32
+    assert _largest_difference(gradients, expected) < 1e-5
+
+
+@pytest.mark.parametrize("family_config", ["dino_r50"], indirect=True)
+def test_micro_batches_add_up_with_softmax_over_more_proposals_than_cells(family_config):
+    """A mean over proposals is divided by those of the whole step."""
+    family_config.classification = LazyCall(SoftmaxClassification)()
+    family_config.num_queries = 90  # of 64 or 96 cells
+    detector = away_from_initialisation(family_config).double()
+    samples = _samples([3, 0], width=64) + _samples([2], width=96)
+    micro_batches = _split(samples, [2, 1])
+    whole, expected = _step(detector, [samples], None)
+    losses, gradients = _step(detector, micro_batches, _divisors(detector, micro_batches))
+    assert losses == pytest.approx(whole, rel=1e-5)
     assert _largest_difference(gradients, expected) < 1e-5
 
 

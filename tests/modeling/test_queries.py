@@ -13,6 +13,7 @@ from dn_detr.modeling import (
     DetectionHeads,
     Memory,
     ProposalQueries,
+    SoftmaxClassification,
 )
 from dn_detr.modeling.transformers import Levels
 
@@ -72,6 +73,11 @@ def test_indicator_channel_of_matching_queries_is_zero():
 def test_impossible_queries_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         AnchorQueries(**options)
+
+
+def test_a_mean_over_cells_whose_number_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="take FocalClassification"):
+        ProposalQueries(5, 3, class_agnostic=True, classification=SoftmaxClassification())
 
 
 @pytest.fixture
