@@ -162,6 +162,15 @@ def test_classes_can_be_denoised_too(small):
     assert small(_samples([0]))["loss_classifier_dn"] == 0
 
 
+def test_the_weight_of_denoising_is_a_factor_of_its_losses_alone(small):
+    found = []
+    for small.denoising_weight in (1.0, 0.25):
+        torch.manual_seed(0)
+        found.append(small.train()(_samples([3])))
+    quarter = {name: 0.25 if name.endswith("_dn") else 1.0 for name in found[0]}
+    assert found[1] == {name: value * quarter[name] for name, value in found[0].items()}
+
+
 def test_nothing_is_noised_in_evaluation(small):
     with torch.no_grad():
         found = small.eval()(_samples([3]))

@@ -71,6 +71,7 @@ class FasterRCNN(faster_rcnn.FasterRCNN):
         box_filters: channels of the box head's filters, each with batch normalisation.
         box_dims: channels of the linear layers after them; the last is C.
         denoise_classes: let the noised boxes be classified as well, which the paper does not.
+        denoising_weight: factor of the losses of the noised boxes.
         key_maps: layouts of other code bases whose checkpoints fit the model.
         options: for torchvision's `FasterRCNN`, such as `box_score_thresh`.
 
@@ -91,6 +92,7 @@ class FasterRCNN(faster_rcnn.FasterRCNN):
         box_filters: Sequence[int] = (),
         box_dims: Sequence[int] = (1024, 1024),
         denoise_classes: bool = False,
+        denoising_weight: float = 1.0,
         key_maps: Sequence[Layout] = (),
         **options: Any,
     ) -> None:
@@ -110,6 +112,7 @@ class FasterRCNN(faster_rcnn.FasterRCNN):
         self.denoising = denoising
         self.num_classes = num_classes
         self.denoise_classes = denoise_classes
+        self.denoising_weight = denoising_weight
         self.key_maps = as_layouts(key_maps)
         self.roi_heads.register_forward_hook(self._denoise)
 
@@ -139,9 +142,9 @@ class FasterRCNN(faster_rcnn.FasterRCNN):
         targets = self._targets(samples, device)
         counts = counts or mean_over_ranks(self.count_objects(samples), device)
         losses: dict[str, Tensor] = super().forward(images, targets)
-        share = len(samples) / counts.weights
+        share, weight = len(samples) / counts.weights, self.denoising_weight
         return {
-            name: value / counts.denoising if name.endswith("_dn") else value * share
+            name: value * weight / counts.denoising if name.endswith("_dn") else value * share
             for name, value in losses.items()
         }
 

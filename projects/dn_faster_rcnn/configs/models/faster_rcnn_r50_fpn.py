@@ -22,5 +22,6 @@ model = L(FasterRCNN)(
     box_filters=[],
     box_dims=[1024, 1024],
     denoise_classes=False,
+    denoising_weight=1.0,
     key_maps=[L(TorchvisionDetectorLayout)(), L(TorchvisionLayout)()],
 )
