@@ -79,6 +79,9 @@ def small_model_config(name: str) -> Any:
     if name.startswith("digits_"):
         cfg = get_config(name).model
         cfg.backbone.batch_norm = "frozen"
+        if "transformer" not in cfg:  # Faster R-CNN; of few regions it samples all that it may
+            cfg.update(box_batch_size_per_image=8, rpn_batch_size_per_image=16)
+            return cfg
         for half in (cfg.transformer.encoder, cfg.transformer.decoder):
             half.layer.update({"dropout": 0.0} if "dropout" in half.layer else {})
         return cfg

@@ -17,7 +17,7 @@ from dn_detr.config import LazyConfig, get_config, instantiate
 from dn_detr.engine import train
 from dn_detr.modeling import mean_over_ranks
 from dn_detr.projects.dn_faster_rcnn.modeling import FasterRCNN, PyramidBackbone
-from tests.modeling.conftest import make_sample
+from tests.modeling.conftest import make_sample, small_model_config
 from tools.make_digits import write_digits_dataset
 
 MODELS = {
@@ -56,10 +56,7 @@ def _pair(name: str, classes: int, **options: Any) -> tuple[Any, FasterRCNN]:
 def small() -> FasterRCNN:
     """A model with denoising that samples all it can, without batch statistics."""
     torch.manual_seed(0)
-    cfg = get_config("digits_dn_faster_rcnn").model
-    cfg.backbone.batch_norm = "frozen"
-    cfg.update(box_batch_size_per_image=8, rpn_batch_size_per_image=16)
-    model: FasterRCNN = instantiate(cfg)
+    model: FasterRCNN = instantiate(small_model_config("digits_dn_faster_rcnn"))
     return model
 
 
@@ -127,7 +124,7 @@ def test_noised_boxes_regress_their_own_object(small):
     predictor = small.roi_heads.box_predictor
     predictor.register_forward_hook(lambda module, inputs, output: predictions.append(output))
     loss = small.train()([sample])["loss_box_reg_dn"]
-    (target,) = small._targets([sample], torch.device("cpu"))
+    (target,) = small._targets([sample], torch.zeros(()))
     deltas = predictions[1][1].view(len(target["noised"]), 11, 4)[:, target["labels"][0]]
     noised, (box,) = target["noised"], target["boxes"]
     sides, centres = noised[:, 2:] - noised[:, :2], (noised[:, 2:] + noised[:, :2]) / 2
@@ -141,7 +138,7 @@ def test_noised_boxes_regress_their_own_object(small):
 def test_noised_boxes_lie_in_the_image_with_sides_of_a_pixel(small):
     samples = _samples([20, 3])
     samples[0]["instances"].gt_boxes.tensor[:10] = torch.tensor([5.0, 5.0, 6.0, 6.0])
-    targets = small._targets(samples, torch.device("cpu"))
+    targets = small._targets(samples, torch.zeros(()))
     truth = torch.cat([target["boxes"] for target in targets])
     centres = (truth[:, 2:] + truth[:, :2]) / 2
     for sample, target in zip(samples, targets, strict=True):

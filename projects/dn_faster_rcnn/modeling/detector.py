@@ -127,8 +127,8 @@ class FasterRCNN(faster_rcnn.FasterRCNN):
         Raises:
             ValueError: see `Detector.forward`; or a box without area.
         """
-        device = self.roi_heads.box_predictor.class_embed.weight.device
-        images = [image.to(device, torch.float32) / 255 for image in inputs.images_of(samples)]
+        like = self.roi_heads.box_predictor.class_embed.weight
+        images = [image.to(like) / 255 for image in inputs.images_of(samples)]
         if not self.training:
             sizes = [inputs.original_size(sample) for sample in samples]
             found = super().forward(images)
@@ -139,8 +139,8 @@ class FasterRCNN(faster_rcnn.FasterRCNN):
                 one = Instances(size, pred_boxes=boxes, scores=scores, pred_classes=classes)
                 results.append({"instances": one})
             return results
-        targets = self._targets(samples, device)
-        counts = counts or mean_over_ranks(self.count_objects(samples), device)
+        targets = self._targets(samples, like)
+        counts = counts or mean_over_ranks(self.count_objects(samples), like.device)
         losses: dict[str, Tensor] = super().forward(images, targets)
         share, weight = len(samples) / counts.weights, self.denoising_weight
         return {
@@ -159,18 +159,19 @@ class FasterRCNN(faster_rcnn.FasterRCNN):
         predictor = self.roi_heads.box_predictor
         return [name for name, _ in predictor.named_parameters("roi_heads.box_predictor")]
 
-    def _targets(self, samples: Sequence[dict[str, Any]], device: torch.device) -> Targets:
+    def _targets(self, samples: Sequence[dict[str, Any]], like: Tensor) -> Targets:
         """What torchvision asks for, boxes in pixels, and the noised boxes with their objects."""
-        norm = inputs.targets_of(samples, self.num_classes, device)
+        norm = inputs.targets_of(samples, self.num_classes, like.device)
         seeds = [s["seed"] for s in samples] if all("seed" in s for s in samples) else None
-        noised = None if self.denoising is None else self.denoising.noise(norm, seeds)
+        if self.denoising is not None:
+            noised = self.denoising.noise(norm, seeds, dtype=like.dtype)
         targets = []
         for index, sample in enumerate(samples):
-            boxes_xyxy = inputs.ground_truth_boxes(sample).to(device)
+            boxes_xyxy = inputs.ground_truth_boxes(sample).to(like)
             if not (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all():
                 raise UserError(f"image {image_name(sample)}: a box without area; remove it")
             target = {"boxes": boxes_xyxy, "labels": norm[index]["labels"] + 1}
-            if noised is not None:
+            if self.denoising is not None:
                 own, (height, width) = noised.image == index, sample["image"].shape[-2:]
                 moved = box_cxcywh_to_xyxy(noised.boxes[own])
                 moved *= moved.new_tensor([width, height] * 2)
