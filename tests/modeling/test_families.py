@@ -11,10 +11,11 @@ from dn_detr.config import instantiate
 from dn_detr.layers import MSDeformAttn
 from dn_detr.ops import missing_kernels
 
-from .conftest import FAMILIES, make_sample
+from .conftest import FAMILIES, away_from_initialisation, make_sample
 
 DENOISED = [name for name in FAMILIES if name.startswith(("dn_", "dino_", "digits_dn_"))]
 DEFORMABLE = [name for name in FAMILIES if "deformable" in name or name.startswith("dino_")]
+TWO_STAGE = [name for name in FAMILIES if "two_stage" in name or name.startswith("dino_")]
 SIZES = [(75, 110), (128, 64), (33, 47)]
 
 
@@ -78,6 +79,44 @@ def test_matching_queries_are_blind_to_denoising_queries(family):
     assert first["loss_ce_dn"] != second["loss_ce_dn"]
     for name in (name for name in first if "_dn" not in name):
         assert first[name].item() == pytest.approx(second[name].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family_config", DENOISED, indirect=True)
+def test_thousands_of_objects_of_a_single_class_are_denoised_in_bounded_size(family_config):
+    """One step on them runs, and the counts are those of what is really noised."""
+    family_config.num_classes = 1
+    detector = away_from_initialisation(family_config)
+    samples = [make_sample(64, 80, n, n, num_classes=1) for n in (2000, 2)]
+    shapes: list[torch.Size] = []
+    detector.transformer.decoder.register_forward_hook(
+        lambda module, inputs, output: shapes.append(output[0].shape)
+    )
+    _total(detector(samples)).backward()
+    matching = detector.num_queries * max(detector.num_patterns, 1)
+    assert shapes[0][2] - matching == detector.denoising.max_queries
+    counts = detector.count_objects(samples)
+    assert (counts.matching, counts.denoising) == (2002, detector.diagnostics.denoising_total)
+    assert (detector.diagnostics.queries[0] >= 0).sum() == matching
+    assert all(p.grad.isfinite().all() for p in detector.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family_config", DENOISED, indirect=True)
+def test_a_single_group_of_a_single_query_is_enough(family_config):
+    family_config.denoising.update(num_groups=1, max_queries=1)
+    detector = away_from_initialisation(family_config)
+    losses = detector([make_sample(64, 80, n, n) for n in (3, 0)])
+    assert all(value.isfinite() for value in losses.values())
+    assert detector.diagnostics.denoising_total == 1
+
+
+@pytest.mark.parametrize("family_config", TWO_STAGE, indirect=True)
+def test_more_proposals_than_cells_train_and_detect(family_config):
+    family_config.num_queries = 900  # an image of 32 x 32 has 21 cells
+    detector = away_from_initialisation(family_config)
+    sample = make_sample(32, 32, 1, 0)
+    assert _total(detector([sample])).isfinite()
+    (found,) = detector.eval()([sample])
+    assert found["instances"].pred_boxes.tensor.isfinite().all()
 
 
 @pytest.mark.parametrize("family_config", DEFORMABLE, indirect=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dn_detr.checkpoint import CheckpointError, load_tensors
 from dn_detr.config import get_config, instantiate
-from dn_detr.modeling import Detector, mean_over_ranks
+from dn_detr.modeling import Detector
 from dn_detr.projects.dino.modeling import ContrastiveDenoising, MixedQueries
 from dn_detr.structures import box_cxcywh_to_xyxy
 from tests.modeling.conftest import (
@@ -113,25 +113,6 @@ def test_contents_are_learned_and_boxes_proposed(small):
     assert torch.equal(queries.content[0], queries.content[1])
     assert torch.equal(queries.content[0], small.queries.content.weight)
     assert not torch.equal(queries.position[0], queries.position[1])
-
-
-@pytest.mark.parametrize("counts", [(2, 3), (0, 3), (0, 0), (1, 40)])
-def test_losses_of_a_batch_are_those_of_its_images_one_by_one(small, counts):
-    samples = [make_sample(64, 80, count, seed) for seed, count in enumerate(counts)]
-    small.train()
-    total = mean_over_ranks(small.count_objects(samples), torch.device("cpu"))
-    together = small(samples, total)
-    alone = [small([sample], total) for sample in samples]
-    for name, value in together.items():
-        assert sum(a[name] for a in alone).item() == pytest.approx(value.item(), rel=1e-4), name
-
-
-def test_more_queries_than_cells_detect_and_train():
-    cfg = get_config("digits_dino").model
-    cfg.num_queries = 900  # an image of 32 x 32 has 21 cells
-    model = away_from_initialisation(cfg).train()
-    losses = model([make_sample(32, 32, 1, 0)])
-    assert all(torch.isfinite(value) for value in losses.values())
 
 
 @pytest.mark.parametrize("layout", ["official", "detrex"])

@@ -244,6 +244,16 @@ def test_a_box_without_area_is_refused_with_the_image(small):
         small.train()([sample])
 
 
+def test_a_single_class_and_a_single_noised_box_are_enough():
+    cfg = small_model_config("digits_dn_faster_rcnn")
+    cfg.num_classes = cfg.denoising.num_groups = cfg.denoising.max_queries = 1
+    model = instantiate(cfg)
+    losses = model([make_sample(64, 96, 3, 0, num_classes=1)])
+    assert all(torch.isfinite(value) for value in losses.values()) and losses["loss_box_reg_dn"] > 0
+    with pytest.raises(ValueError, match=r"do not lie in \[0, 1\); set model\.num_classes"):
+        model([make_sample(64, 96, 3, 0)])
+
+
 def test_a_wrong_number_of_classes_is_refused():
     cfg = get_config("digits_dn_faster_rcnn").model
     cfg.denoising.num_classes = 9
