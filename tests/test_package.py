@@ -77,13 +77,13 @@ def run_installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 def test_zoo_loads_outside_the_checkout(run_installed: Run) -> None:
     program = (
-        "from dn_detr.config import get_config\n"
         "import dn_detr; print(dn_detr.__file__)\n"
-        "print(get_config('dn_deformable_detr_r50_50ep.py').model.num_classes)"
+        "for name in ('dn_deformable_detr_r50_50ep', 'dino_r50_4scale_12ep'):\n"
+        "    print(dn_detr.model_zoo.get_model(name).num_classes)"
     )
-    place, num_classes = run_installed("python", "-c", program).splitlines()
+    place, *num_classes = run_installed("python", "-c", program).splitlines()
     assert not place.startswith(str(ROOT))
-    assert num_classes == "80"
+    assert num_classes == ["80", "80"]
 
 
 def test_projects_are_found_outside_the_checkout(run_installed: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dn_detr.checkpoint import read_weights
+from dn_detr.checkpoint import last_checkpoint, read_weights
 from dn_detr.config import LazyConfig, get_config, instantiate, list_configs
 from dn_detr.config.zoo import zoo_root
 from dn_detr.engine import train
@@ -133,10 +134,12 @@ def test_config_is_the_same_after_saving(name, tmp_path):
 
 # A ResNet-101 is a deeper ResNet-50, a Swin-L a deeper Swin-T: it trains in one of them.
 _OF_50_LAYERS = [n for n in _one_of_each_model() if "r101" not in n and "swin_l" not in n]
+_DIGITS = [name for name in list_configs() if name.startswith("digits_")]
+_PUBLISHED = [name for name in _OF_50_LAYERS if name not in _DIGITS]
 
 
 @pytest.mark.parametrize(
-    "name", _slow_but_for_families([*_OF_50_LAYERS, "dn_deformable_detr_r101_50ep.py"])
+    "name", _slow_but_for_families([*_PUBLISHED, "dn_deformable_detr_r101_50ep.py"])
 )
 def test_config_trains_and_evaluates_from_its_yaml(name, data, tmp_path):
     LazyConfig.save(get_config(name), tmp_path / "config.yaml")
@@ -146,6 +149,19 @@ def test_config_trains_and_evaluates_from_its_yaml(name, data, tmp_path):
     assert metrics["AP"] >= 0
     rows = [json.loads(row) for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["iteration"] == 1
+
+
+@pytest.mark.parametrize("name", _slow_but_for_families(_DIGITS))
+def test_a_config_of_the_digits_trains_evaluates_and_resumes_in_bfloat16(name, data, tmp_path):
+    amp = ["train.amp.enabled=true", "train.amp.dtype=bfloat16", "train.checkpoint.period=1"]
+    cfg = _two_steps(get_config(name), data, tmp_path / "run", *amp)
+    whole = train(cfg)
+    assert whole["AP"] >= 0
+    weights = read_weights(tmp_path / "run")
+    shutil.rmtree(last_checkpoint(tmp_path / "run"))
+    assert train(cfg, resume=True) == whole
+    resumed = read_weights(tmp_path / "run")
+    assert all(torch.equal(value, resumed[key]) for key, value in weights.items())
 
 
 @pytest.mark.parametrize("name", ["digits_dn_deformable_detr.py", "dn_detr_r50_50ep.py"])
@@ -305,19 +321,20 @@ def test_config_prints_without_interpolations_left(name):
     assert f"modeling.detector.{detector}\n" in text and "${" not in text
 
 
-# timm's networks see the padding. Among the cells of five levels two scores tie but for rounding,
-# and proposals that swap ranks swap their learned contents.
+# timm's networks see the padding.
 _KEEP_PADDING_OUT = [
     name
     for name in filter(_has_transformer, _OF_50_LAYERS)
-    if not any(part in name for part in ("swin", "convnext", "5scale"))
+    if not any(part in name for part in ("swin", "convnext"))
 ]
 
 
 @pytest.mark.parametrize("name", _slow_but_for_families(_KEEP_PADDING_OUT))
 def test_predictions_of_an_image_are_the_same_alone_and_in_a_batch(name):
     torch.manual_seed(0)
-    cfg = LazyConfig.apply_overrides(get_config(name), [] if name in FAMILIES else THIN)
+    # Of 900 proposals two tie but for rounding, and those that swap ranks swap their contents.
+    overrides = ["model.num_queries=30", *([] if name in FAMILIES else THIN)]
+    cfg = LazyConfig.apply_overrides(get_config(name), overrides)
     model = instantiate(cfg.model).eval()
     with torch.no_grad():  # at initialisation boxes depend on nothing
         for parameter in [*model.transformer.parameters(), *model.heads.parameters()]:

@@ -68,6 +68,7 @@ FAMILIES = [
     "digits_dn_vanilla_detr",
     "digits_dn_anchor_detr",
 ]
+WITH_FASTER_RCNN = [*FAMILIES, "digits_dn_faster_rcnn"]
 
 
 def small_model_config(name: str) -> Any:

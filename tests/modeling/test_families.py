@@ -11,7 +11,7 @@ from dn_detr.config import instantiate
 from dn_detr.layers import MSDeformAttn
 from dn_detr.ops import missing_kernels
 
-from .conftest import FAMILIES, away_from_initialisation, make_sample
+from .conftest import FAMILIES, WITH_FASTER_RCNN, away_from_initialisation, make_sample
 
 DENOISED = [name for name in FAMILIES if name.startswith(("dn_", "dino_", "digits_dn_"))]
 DEFORMABLE = [name for name in FAMILIES if "deformable" in name or name.startswith("dino_")]
@@ -48,6 +48,7 @@ def test_raw_predictions_do_not_depend_on_the_amount_of_padding(family):
     torch.testing.assert_close(loose, tight, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family_config", WITH_FASTER_RCNN, indirect=True)
 @pytest.mark.parametrize("counts", [(2, 3), (0, 3), (0, 0)])
 def test_every_trainable_parameter_gets_a_gradient(counts, family):
     losses = family([make_sample(64, 80, n, seed) for seed, n in enumerate(counts)])
@@ -132,13 +133,15 @@ def test_a_step_runs_the_compiled_operators_alone(family):
     assert not [name for name in names if "grid_sampler" in name]
 
 
-def test_bfloat16_autocast_trains(family):
+@pytest.mark.parametrize("family_config", WITH_FASTER_RCNN, indirect=True)
+def test_losses_in_half_types_are_those_in_float32(family):
     samples = [make_sample(64, 80, 2, 0)]
-    reference = _total(family(samples))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = family(samples)
-    assert all(value.dtype == torch.float32 for value in losses.values())
-    assert _total(losses).item() == pytest.approx(reference.item(), rel=0.05)
+    reference = _total(family(samples)).item()
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            losses = family(samples)
+        assert all(value.dtype == torch.float32 for value in losses.values())
+        assert _total(losses).item() == pytest.approx(reference, rel=0.05)
 
 
 def test_float64_agrees_with_float32(family):
@@ -170,6 +173,7 @@ def test_tensor_entry_point_exports(family):
         torch.testing.assert_close(exported(images, mask), family.forward_tensors(images, mask))
 
 
+@pytest.mark.parametrize("family_config", WITH_FASTER_RCNN, indirect=True)
 def test_class_tensors_are_those_whose_shape_follows_the_number_of_classes(family, family_config):
     family_config.num_classes = 3
     other = instantiate(family_config).state_dict()

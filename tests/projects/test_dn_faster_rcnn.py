@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from typing import Any
 
 import pytest
@@ -11,14 +10,12 @@ import torch
 from torch import Tensor
 from torchvision.models import detection, mobilenet_v3_large, resnet18
 
-from dn_detr.checkpoint import load_tensors, read_weights
+from dn_detr.checkpoint import load_tensors
 from dn_detr.checkpoint.coco_classes import COCO_IDS
-from dn_detr.config import LazyConfig, get_config, instantiate
-from dn_detr.engine import train
+from dn_detr.config import get_config, instantiate
 from dn_detr.modeling import mean_over_ranks
 from dn_detr.projects.dn_faster_rcnn.modeling import FasterRCNN, PyramidBackbone
 from tests.modeling.conftest import make_sample, small_model_config
-from tools.make_digits import write_digits_dataset
 
 MODELS = {
     "faster_rcnn_r50_fpn_12ep": detection.fasterrcnn_resnet50_fpn,
@@ -177,10 +174,9 @@ def test_nothing_is_noised_in_evaluation(small):
     assert torch.equal(first.pred_boxes.tensor, second.pred_boxes.tensor)
 
 
-@pytest.mark.parametrize("counts", [[0, 0], [0, 3], [2000]])
-def test_every_trainable_parameter_has_a_gradient(small, counts):
-    losses = small.train()(_samples(counts))
-    assert all(torch.isfinite(value) for value in losses.values())
+def test_thousands_of_objects_have_finite_gradients(small):
+    losses = small.train()(_samples([2000]))
+    assert small.count_objects(_samples([2000])).denoising == small.denoising.max_queries == 500
     sum(losses.values()).backward()
     for name, parameter in small.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -270,29 +266,3 @@ def test_the_recipe_is_the_usual_one(name, drops):
     assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (0.02, 0.9, 1e-4)
     assert list(cfg.lr_schedule.milestones) == drops and cfg.lr_schedule.gamma == 0.1
     assert cfg.dataloader.train.total_batch_size == 16 and cfg.train.clip_grad.max_norm is None
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
-    data = write_digits_dataset(tmp_path / "digits", num_train=4, num_val=1)
-
-    cfg = LazyConfig.apply_overrides(
-        get_config("digits_dn_faster_rcnn"),
-        [
-            f"dataloader.root={data}",
-            "dataloader.train.total_batch_size=2",
-            "dataloader.train.num_workers=0",
-            "dataloader.test.num_workers=0",
-            "train.device=cpu",
-            "model.box_dims=[32]",
-            "train.max_iter=4",
-            "train.checkpoint.period=2",
-            f"train.output_dir={tmp_path / 'run'}",
-        ],
-    )
-    train(cfg)
-    whole = read_weights(tmp_path / "run")
-    last, *_ = sorted((tmp_path / "run/checkpoints").glob("*[0-9]"), reverse=True)
-    shutil.rmtree(last)
-    train(cfg, resume=True)
-    resumed = read_weights(tmp_path / "run")
-    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
