@@ -21,7 +21,7 @@ MANIFEST_NAME = "manifest.json"
 FORMAT = "dn_detr.checkpoint"
 FORMAT_VERSION = 3  # 2: the optimizer's tensors lie in a file of their own; 1: without "processes"
 _BUFFER = 1 << 22  # bytes
-_MOST_BYTES = 1 << 26  # of a manifest
+_MOST_BYTES = 1 << 23  # of a manifest
 
 
 class CheckpointError(UserError):

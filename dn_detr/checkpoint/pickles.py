@@ -24,9 +24,11 @@ from .manifest import CheckpointError
 _LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # its magic number, pickled
 _ZIP = b"PK\x03\x04"
 _NUMBERS = re.compile(r"[<>|=]?([fiu][248]|[iub]1)")  # dtypes of numpy whose bytes are numbers
-_MOST_STEPS = 1_000_000  # of one pickle; a tensor takes about 40
-_CALL_MEMORY = 1 << 27  # bytes that the calls of one pickle may take beside twice its size
+_MEMORY = 1 << 27  # bytes that one pickle may take beside twice its size
+_STEP = 100  # bytes that an opcode or an entry of a list is taken for; a tensor has 40 opcodes
 _MOST_DIMENSIONS = 8
+_DIRECTORY = 1 << 23  # bytes at the end of an archive in which its records are counted
+_MOST_RECORDS = 50_000
 _MOST_KEPT = 1 << 16  # bytes of a text that a pickle refers to again
 _SHOWN = 200  # characters of what a file says, in a message
 
@@ -132,6 +134,12 @@ _NAMES = {
 }
 _LITERAL = "INT|LONG[14]?|FLOAT|UNICODE|STRING|BININT[12]?|BINFLOAT|.*BIN(STRING|BYTES|UNICODE)8?"
 _LITERALS = {each.name for each in pickletools.opcodes if re.fullmatch(_LITERAL, each.name)}
+_TAKING = {
+    "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "REDUCE": 2, "NEWOBJ": 2,
+    "BUILD": 1, "BINPERSID": 1, "STACK_GLOBAL": 2, "STOP": 1,
+}  # fmt: skip
+_TAKING_TO_MARK = ("TUPLE", "APPENDS", "ADDITEMS", "SETITEMS")
+_COPYING = ("REDUCE", "NEWOBJ", "BUILD", "BINPERSID")  # the last that they take
 _EMPTY: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
     "EMPTY_LIST": list, "EMPTY_SET": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple,
@@ -177,6 +185,9 @@ def read_pickle(path: Path, *, mmap: bool = True) -> Any:
 
 
 def _read_zip(path: Path, file: BinaryIO, *, mmap: bool) -> Any:
+    file.seek(-min(_DIRECTORY, path.stat().st_size), io.SEEK_END)
+    if file.read().count(b"PK\1\2") > _MOST_RECORDS:  # each takes half a kilobyte of memory
+        raise ValueError(f"an archive of more than {_MOST_RECORDS} records")
     with zipfile.ZipFile(file) as archive:
         records = {info.filename: info for info in archive.infolist()}
         names = {Path(name).name: name for name in records}
@@ -259,11 +270,18 @@ def _run(file: BinaryIO, stored: Callable[[torch.dtype, str, int], Tensor] | Non
     memo: dict[int, Any] = {}
     value: Any
     start = file.tell()
-    left = 2 * file.seek(0, io.SEEK_END) + _CALL_MEMORY
+    left = 2 * file.seek(0, io.SEEK_END) + _MEMORY
     file.seek(start)
-    for steps, (opcode, value, _) in enumerate(pickletools.genops(file)):
+    for opcode, value, _ in pickletools.genops(file):
         name = opcode.name
-        if steps > _MOST_STEPS or left < 0:
+        if name in _TAKING_TO_MARK:
+            items, stack = stack, below.pop()
+        else:
+            count = _TAKING.get(name, 0)
+            items = stack[len(stack) - count :]
+            del stack[len(stack) - count :]
+        left -= _cost(items[-1]) if name in _COPYING else _STEP
+        if left < 0:
             raise ValueError("more objects than any model has, or one too often")
         match name:
             case _ if name in _LITERALS:
@@ -275,19 +293,9 @@ def _run(file: BinaryIO, stored: Callable[[torch.dtype, str, int], Tensor] | Non
             case "MARK":
                 below.append(stack)
                 stack = []
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "TUPLE":
-                items, stack = stack, below.pop()
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(items))
-            case "APPENDS" | "ADDITEMS" | "SETITEMS":
-                items, stack = stack, below.pop()
-                _fill(stack[-1], items)
-            case "APPEND" | "SETITEM":
-                count = 1 if name == "APPEND" else 2
-                items = stack[-count:]
-                del stack[-count:]
+            case "APPEND" | "APPENDS" | "ADDITEMS" | "SETITEM" | "SETITEMS":
                 _fill(stack[-1], items)
             case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
                 # Not the bytes of an array, nor their tuple: they would fill the memory twice.
@@ -299,10 +307,9 @@ def _run(file: BinaryIO, stored: Callable[[torch.dtype, str, int], Tensor] | Non
             case "GLOBAL":
                 stack.append(_named(*value.split(" ", 1)))
             case "STACK_GLOBAL":
-                stack[-2:] = [_named(*stack[-2:])]
+                stack.append(_named(*items))
             case "REDUCE" | "NEWOBJ":
-                arguments, function = stack.pop(), stack.pop()
-                left -= _cost(arguments)
+                function, arguments = items
                 # To hash or print a tuple of tuples may take for ever.
                 if (
                     not callable(function)
@@ -312,18 +319,15 @@ def _run(file: BinaryIO, stored: Callable[[torch.dtype, str, int], Tensor] | Non
                     raise ValueError("it calls what is no function")
                 stack.append(function(*arguments))
             case "BUILD":
-                state = stack.pop()
-                left -= _cost(state)
                 if isinstance(stack[-1], Beside):
-                    stack[-1].build(state)
+                    stack[-1].build(items[0])
             case "BINPERSID" if stored is not None:
-                kind, dtype, key, _, count, *view = stack.pop()
+                kind, dtype, key, _, count, *view = items[0]
                 if kind != "storage" or any(view) or type(key) is not str or type(count) is not int:
                     raise ValueError("it refers to objects outside of itself")
-                left -= _cost()
                 stack.append(stored(dtype, key, count))
             case "STOP":
-                return stack.pop()
+                return items[0]
             case _:
                 raise ValueError(f"weights need no {name}")
     raise ValueError("it does not end")
@@ -339,10 +343,14 @@ def _named(module: str, name: str) -> Any:
     return _NAMES[full]
 
 
-def _cost(arguments: Any = ()) -> int:
+def _cost(given: Any) -> int:
     """About how many bytes a call takes: an object, and copies of what it is given."""
-    parts = arguments if isinstance(arguments, tuple) else ()
-    return 1000 + sum(len(part) for part in parts if isinstance(part, str | bytes | list))
+    parts = given if isinstance(given, tuple | list) else [given]
+    return 10 * _STEP + sum(
+        len(part) if isinstance(part, str | bytes)
+        else _STEP * (len(part) if isinstance(part, tuple | list | dict) else 1)
+        for part in parts
+    )  # fmt: skip
 
 
 def _fill(target: Any, items: list[Any]) -> None:

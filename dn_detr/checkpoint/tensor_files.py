@@ -100,9 +100,12 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             if int.from_bytes(file.read(8), "little") > _MOST_HEADER:
                 raise ValueError("its header would be huge")
-        return safetensors.torch.load_file(path)
+        tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError, LookupError, TypeError, OverflowError, RuntimeError) as error:
         raise ValueError(str(error)) from error
+    if any(value.is_floating_point() and value.itemsize == 1 for value in tensors.values()):
+        raise ValueError("it has floating-point numbers of 8 bits, which PyTorch cannot compare")
+    return tensors
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -178,6 +178,24 @@ OFTEN = {
         b"cnumpy.core.multiarray\n_reconstruct\n)Rh\x01b" * 9000,
     ),
     "settings": pickled(b"cargparse\nNamespace\nq\x00", b"h\x00)R" * 150_000),
+    "array of a list": pickled(
+        b"]q\x00(K\x01J\xa0\x86\x01\0\x85cnumpy\ndtype\n", "u1", b"\x85R\x89T",
+        struct.pack("<I", 100_000) + bytes(100_000) + b"e",
+        b"cnumpy.core.multiarray\n_reconstruct\n)Rh\x00b" * 1500,
+    ),
+    "dict of pairs": pickled(
+        b"ccollections\nOrderedDict\nq\x00](",
+        b"".join(b"J" + struct.pack("<i", i) + b"N\x86" for i in range(50_000)),
+        b"e\x85q\x01", b"h\x00h\x01R" * 60,
+    ),
+    "dict of two letters": pickled(
+        b"ccollections\nOrderedDict\nq\x00}(",
+        b"".join(f"X\2\0\0\0{i:02x}N".encode() for i in range(256)) * 100,
+        b"u\x85q\x01", b"h\x00h\x01R" * 6000,
+    ),
+    "settings with long arguments": pickled(
+        b"cargparse\nNamespace\nq\x00(", b"N" * 100_000, b"tq\x01", b"h\x00h\x01R" * 30,
+    ),
 }  # fmt: skip
 
 
@@ -201,7 +219,7 @@ def limited_memory():
 @pytest.mark.parametrize("kind", ["pkl", "zip"])
 @pytest.mark.parametrize("case", PROGRAMS)
 def test_a_hostile_program_is_refused_in_no_time(tmp_path, monkeypatch, kind, case):
-    monkeypatch.setattr(reader, "_MOST_STEPS", 20_000)
+    monkeypatch.setattr(reader, "_MEMORY", 2_000_000)
     (tmp_path / "canary_module.py").write_text("raise SystemExit('the canary was called')")
     monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / f"f.{kind}"
@@ -282,6 +300,14 @@ def test_an_archive_that_inflates_is_not_read(tmp_path):
     start = time.process_time()
     assert_refused(tmp_path / "f.pth", "a compressed archive, which torch.save does not write")
     assert time.process_time() - start < 1
+
+
+def test_an_archive_of_endless_records_is_not_listed(tmp_path):
+    entry = b"PK\1\2" + bytes(24) + b"\x01" + bytes(17) + b"x"
+    data = b"PK\3\4" + entry * 100_000
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 65535, 65535, len(data) - 4, 4, 0)
+    (tmp_path / "f.pth").write_bytes(data + end)
+    assert_refused(tmp_path / "f.pth", "an archive of more than 50000 records")
 
 
 def test_numbers_of_another_byte_order_are_refused(tmp_path):
@@ -375,6 +401,13 @@ def test_a_safetensors_header_that_no_file_has_is_refused(tmp_path, header):
     file.write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(CheckpointError, match="safetensors"):
         read_weights(file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float4_e2m1fn_x2])
+def test_numbers_with_which_nothing_can_be_computed_are_refused(tmp_path, dtype):
+    file = tmp_path / "f.safetensors"
+    save_file({"w": torch.zeros(4, dtype=torch.uint8).view(dtype)}, file)
+    assert_refused(file, "numbers of 8 bits")
 
 
 def test_class_names_that_are_a_tensor_are_not_used(tmp_path):
