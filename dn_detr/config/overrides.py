@@ -17,9 +17,12 @@ from hydra.errors import HydraException
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dn_detr.errors import shortened
+
 from .errors import ConfigError, did_you_mean_key
 from .nodes import join_path, key_path, plain, to_node, value_of, walk
 from .value_types import fit_value
+from .yaml_file import MAX_DEPTH
 
 
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -31,9 +34,10 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             _Edit(changed, _parse(parser, token)).apply()
         except OmegaConfBaseException as error:  # from a node with a type of its own
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"override {token!r}: {reason} ({error.full_key})") from error
+            where = f" ({shortened(str(error.full_key))})"
+            raise ConfigError(f"override {shortened(token)!r}: {reason}{where}") from error
         except ConfigError as error:
-            raise ConfigError(f"override {token!r}: {error}") from error
+            raise ConfigError(f"override {shortened(token)!r}: {error}") from error
     return changed
 
 
@@ -42,6 +46,11 @@ def _parse(parser: OverridesParser, token: str) -> Override:
         raise ConfigError("looks like an option, but there is none so named")
     try:
         override = parser.parse_override(token)
+        levels = [path.count(".") for path, _ in walk({override.key_or_group: override.value()})]
+        if max(levels) >= MAX_DEPTH:
+            raise RecursionError
+    except RecursionError as error:
+        raise ConfigError(f"is nested deeper than {MAX_DEPTH} levels") from error
     except (HydraException, ValueError) as error:  # the latter of a number of 5000 digits
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{_syntax_remedy(token)} ({reason})") from error

@@ -107,6 +107,9 @@ def _exists(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of a package that it would lie in
         return False
+    except Exception as error:  # that package may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the trusted package {module} cannot be imported: {reason}") from error
 
 
 def _library(path: Path) -> str:

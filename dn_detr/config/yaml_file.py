@@ -23,7 +23,7 @@ from .nodes import join_path, plain, to_node, walk
 from .targets import dotted_name
 
 _MAX_BYTES = 2**17  # a saved config of the zoo has 2**13
-_MAX_DEPTH = 50
+MAX_DEPTH = 50
 _MAX_TEXT = 4096  # characters of a key or value, as of a path
 _MAX_REFERENCES, _MAX_COUNT = 1000, 5000  # OmegaConf takes milliseconds for each
 
@@ -86,8 +86,8 @@ def _count_scalars(text: str) -> int:
             raise ValueError(f"it has a tag, {event.tag}; a config is plain data")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MAX_DEPTH:
-            raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
         if isinstance(event, yaml.ScalarEvent):
             count += 1
             references += event.value.count("${")

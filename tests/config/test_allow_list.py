@@ -230,6 +230,16 @@ def test_what_is_trusted_must_be_a_package_or_a_module(tmp_path: Path, package: 
         load(tmp_path, "x: 1", allow=(package,))
 
 
+def test_a_trusted_package_that_fails_is_an_error_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing_package").mkdir()
+    (tmp_path / "failing_package" / "__init__.py").write_text("raise KeyError('reason')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"failing_package\.models cannot be imported"):
+        load(tmp_path, "x: 1", allow=("failing_package.models",))
+
+
 @pytest.mark.parametrize(
     "name",
     ["dn_detr.engine.train", "torch.load", "os.system", "torch.nn.modules.container.operator.call"],
