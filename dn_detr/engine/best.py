@@ -101,9 +101,9 @@ class BestResult:
         """Go on from a checkpoint; the best of another metric is dropped."""
         self.is_best = False
         if state["metric"] == self._metric:
-            self.value = state["value"]
-            self._reference = state["reference"]
-            self._without_gain = state["without_gain"]
+            self.value = float(state["value"])
+            self._reference = float(state["reference"])
+            self._without_gain = int(state["without_gain"])
 
     def _state(self) -> dict[str, Any]:
         return {

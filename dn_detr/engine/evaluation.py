@@ -13,7 +13,7 @@ from dn_detr.checkpoint import last_checkpoint, load_model_weights, log_loading
 from dn_detr.config import LazyConfig, instantiate
 from dn_detr.data import check_num_classes
 from dn_detr.distributed import barrier, broadcast_buffers, is_main
-from dn_detr.errors import UserError
+from dn_detr.errors import UserError, first_names
 from dn_detr.evaluation import inference_on_dataset
 from dn_detr.protocols import Evaluator, NamesResults, TestLoader
 
@@ -35,7 +35,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         ValueError: there is no checkpoint, or it is damaged or of another model, or a run is
-            writing to that folder.
+            writing to that folder, or the files of the results cannot be written.
     """
     settings = TrainSettings.from_config(cfg)
     checkpoint = settings.init_checkpoint or last_checkpoint(settings.output_dir)
@@ -53,7 +53,11 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         check_num_classes(loader.dataset, model.num_classes)
         report = load_model_weights(model, checkpoint, class_names=loader.dataset.class_names)
         log_loading(checkpoint, report)
-        return evaluate_model(model, loader, instantiate(cfg.dataloader.evaluator))
+        evaluator = instantiate(cfg.dataloader.evaluator)
+        results = evaluate_model(model, loader, evaluator)
+        if unwritten := getattr(evaluator, "unwritten", None):
+            raise UserError(f"{first_names(unwritten)}: not written, see the error above")
+        return results
 
 
 def evaluate_model(

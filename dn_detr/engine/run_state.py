@@ -20,12 +20,13 @@ from dn_detr.checkpoint import (
     load_tensors,
 )
 from dn_detr.distributed import all_gather, broadcast_from_main, is_main, rank, world_size
+from dn_detr.errors import UserError
 
 from .best import BestResult
 from .callbacks import Callbacks
 from .metrics import RunningSums
 from .optimizer import group_name
-from .random_state import capture_random_state, restore_random_state
+from .random_state import capture_random_state, preserved_random_state, restore_random_state
 from .schedule import Timetable
 from .step import TrainingStep
 
@@ -112,8 +113,19 @@ class RunState:
         restored by `restore_random_numbers`, when nothing draws any more before the next step.
 
         Raises:
-            CheckpointError: it is of another model or optimizer.
+            CheckpointError: it is of another model or optimizer, or holds no state of a run.
         """
+        try:
+            self._restore(checkpoint)
+        except UserError:
+            raise
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{checkpoint.folder}: its state does not fit into this run: {error!r}; use another"
+                " checkpoint, or start a new run from its weights with train.init_checkpoint"
+            ) from error
+
+    def _restore(self, checkpoint: LoadedCheckpoint) -> None:
         saved, manifest = checkpoint.snapshot, checkpoint.manifest
         state = saved.training_state
         load_tensors(
@@ -138,13 +150,15 @@ class RunState:
         self.fall_back_to_best_checkpoint()
         if self.results is not None:
             self.best.update(self.results)
-        self.batches_drawn = state["batches_drawn"]
-        self.nonfinite_steps = state["nonfinite_steps"]
-        self.log_records = state.get("log_records", 0)
+        self.batches_drawn = int(state["batches_drawn"])
+        self.nonfinite_steps = int(state["nonfinite_steps"])
+        self.log_records = int(state.get("log_records", 0))
         ranks = state["ranks"]
         self.metrics = RunningSums()
         if len(ranks) == world_size():
             self._random_state = ranks[rank()]["random"]
+            with preserved_random_state():
+                restore_random_state(self._random_state)  # fails now, not at the first step
             self.metrics.add_state(ranks[rank()]["metrics"], self.step.device)
             return
         logger.warning(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from omegaconf import DictConfig
 
 from dn_detr.checkpoint import (
@@ -16,8 +15,9 @@ from dn_detr.checkpoint import (
     last_checkpoint,
     read_manifest,
 )
-from dn_detr.config import LazyConfig
-from dn_detr.config.nodes import walk
+from dn_detr.config import ConfigError, LazyConfig
+from dn_detr.config.nodes import plain, walk
+from dn_detr.config.yaml_file import read_yaml
 from dn_detr.distributed import broadcast_from_main, is_main
 from dn_detr.errors import UserError
 
@@ -166,7 +166,10 @@ def warn_of_small_disk(state: RunState, settings: CheckpointSettings) -> None:
 
 def config_changes(before: str, after: str) -> list[str]:
     """Return "key: old -> new" for every leaf that differs between two configs in YAML."""
-    old, new = (_leaves(yaml.load(text, yaml.BaseLoader)) for text in (before, after))
+    try:
+        old, new = (_leaves(plain(read_yaml(text, "config"))) for text in (before, after))
+    except ConfigError as error:  # the checkpoint is of somebody else, or the config is huge
+        return [f"what cannot be told: {error}"]
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in old | new

@@ -63,6 +63,9 @@ class CocoEvaluator:
             metrics.json; None = write nothing.
         iou_types: what the detections are compared by, of "bbox" and "segm" (masks).
 
+    Attributes:
+        unwritten: files of this evaluation that could not be written, which the log has told.
+
     Raises:
         UserError: `iou_types` is empty or has another name.
     """
@@ -74,6 +77,7 @@ class CocoEvaluator:
             raise UserError(f"iou_types={list(iou_types)}: give one or more of {list(IOU_TYPES)}")
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.iou_types = tuple(iou_types)
+        self.unwritten: list[Path] = []
         self._dataset: CocoDetection | None = None
 
     def result_names(self, class_names: Sequence[str]) -> list[str]:
@@ -104,6 +108,7 @@ class CocoEvaluator:
         self._detections: dict[int, _Detections] = {}
         self._repeated: set[int] = set()
         self._dropped = 0
+        self.unwritten = []
 
     def process(
         self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
@@ -233,6 +238,7 @@ class CocoEvaluator:
             file.write_text(json.dumps(content), encoding="utf-8")
         except OSError as error:  # a full disk is not worth the training that is evaluated
             logger.error("%s is not written: %s; the results are in the log", file, error.strerror)
+            self.unwritten.append(file)
             with contextlib.suppress(OSError):
                 file.unlink()  # half of it may be there
 

@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from dn_detr.checkpoint import load_checkpoint, read_manifest, read_weights
+from dn_detr.checkpoint import CheckpointError, load_checkpoint, read_manifest, read_weights
 from dn_detr.config import LazyCall, LazyConfig
 from dn_detr.engine import Callback, NonFiniteError, Timetable, evaluate, train
 from dn_detr.engine.callbacks import Callbacks
 from dn_detr.engine.settings import CheckpointSettings
 from dn_detr.engine.training import config_changes, warn_of_small_disk
 from dn_detr.engine.writers import MetricsFile
+from dn_detr.errors import UserError
 
-from .dummy import TinyDetector
+from .dummy import TinyDetector, TinyEvaluator
 
 
 def rows(folder: Path) -> list[dict]:
@@ -339,6 +340,46 @@ def test_logging_ends_with_the_run(run):
 def test_config_changes_name_the_leaves_that_differ():
     before, after = "a: {b: 1, c: [1, 2]}\nd: x\n", "a: {b: 2, c: [1]}\nd: x\n"
     assert config_changes(before, after) == ["a.b: 1 -> 2", "a.c.1: 2 -> absent"]
+
+
+def test_an_evaluation_alone_whose_files_are_not_written_is_an_error(
+    run, tiny_config, tmp_path, monkeypatch
+):
+    run("a", "train.max_iter=1")
+    monkeypatch.setattr(TinyEvaluator, "unwritten", [tmp_path / "x.json"], raising=False)
+    with pytest.raises(UserError, match=r"x\.json: not written"):
+        evaluate(tiny_config(f"train.output_dir={tmp_path}/a"))
+
+
+def test_a_config_of_endless_aliases_is_not_compared():
+    levels = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    (only,) = config_changes(f"a0: &a0 [x]\n{levels}", "a: 1")
+    assert "cannot be told" in only and "has an alias" in only
+
+
+STATES = {
+    "nothing": lambda state: state.clear(),
+    "batches of text": lambda state: state.update(batches_drawn="x"),
+    "a best without a value": lambda state: state["best"].pop("value"),
+    "no rank": lambda state: state.update(ranks=[{}]),
+    "random numbers of text": lambda state: state["ranks"][0]["random"].update(python="x"),
+    "optimizer": lambda state: state["optimizer"].update(param_groups=[{}]),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_state_that_is_none_of_a_run_is_an_error_with_its_folder(run, tmp_path, case):
+    run("a", "train.max_iter=1")
+    checkpoint = load_checkpoint(tmp_path / "a/checkpoints/last")
+    state = dict(checkpoint.snapshot.training_state, optimizer=checkpoint.snapshot.optimizer)
+    STATES[case](state)
+    snapshot = replace(
+        checkpoint.snapshot, optimizer=state.pop("optimizer", {}), training_state=state
+    )
+    last = replace(checkpoint, snapshot=snapshot)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match="its state"):
+        patch.setattr("dn_detr.engine.training.load_last", lambda folder: last)
+        run("a", "train.max_iter=2", resume=True)
 
 
 def test_clipping_and_mixed_precision_settings_reach_the_step(run, tmp_path):

@@ -355,3 +355,4 @@ def test_results_that_cannot_be_written_are_an_error_in_the_log_and_no_exception
     assert errors == [
         f"{folder / name} is not written: {reason}; the results are in the log" for name in names
     ]
+    assert evaluator.unwritten == [folder / name for name in names]
