@@ -25,7 +25,7 @@ from dn_detr.signals import STOP_SIGNALS
 
 from .coco import CocoDetection
 from .errors import DatasetError
-from .packing import pack, unpack
+from .packing import REMEDY, pack, unpack
 from .samplers import EndlessBatchSampler
 from .skipping import OnError, SkipBrokenImages
 from .transforms import Sample
@@ -84,8 +84,13 @@ class SampleLoader:
 
     def __iter__(self) -> Iterator[list[Sample]]:
         others = set(active_children())
-        with _signals_of_workers_blocked():
-            batches = iter(self._loader)
+        try:
+            with _signals_of_workers_blocked():
+                batches = iter(self._loader)
+        except OSError as error:
+            raise DatasetError(
+                f"the workers of a loader cannot start: {error}. {REMEDY}"
+            ) from error
         workers = set(active_children()) - others
         # With this priority it runs at the exit of the process before multiprocessing waits for
         # workers, which could take for ever.

@@ -15,6 +15,11 @@ from torch import Tensor
 
 from .errors import DatasetError
 
+REMEDY = (
+    "Enlarge /dev/shm (docker run --shm-size=8g), raise the number of open files (ulimit -n),"
+    " lower num_workers or the batch size, or load in the main process with num_workers=0"
+)
+
 _ALIGNMENT = 16  # bytes, of the largest numbers
 
 
@@ -61,9 +66,7 @@ def pack(samples: list[Any]) -> tuple[bytes, Tensor]:
     except (OSError, RuntimeError) as error:
         raise DatasetError(
             f"a batch of {len(numbers) / 2**20:.0f} MiB finds no shared memory on its way from a"
-            f" worker process ({error}). Enlarge /dev/shm (docker run --shm-size=8g), raise the"
-            " number of open files (ulimit -n), lower num_workers or the batch size, or load in"
-            " the main process with num_workers=0"
+            f" worker process ({error}). {REMEDY}"
         ) from error
 
 

@@ -120,6 +120,18 @@ def test_a_worker_that_may_open_no_file_is_reported_with_the_remedy(
     assert not workers()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's __del__
+def test_workers_that_find_no_room_to_start_are_reported_with_the_remedy(
+    dataset: CocoDetection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")  # as where /dev/shm has a few kilobytes
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", no_room)
+    with pytest.raises(DatasetError, match=r"cannot start: .*No space.*Enlarge /dev/shm"):
+        next(iter(test_loader(dataset)))
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts files as Linux shows them")
 def test_loaders_leave_no_file_open(dataset: CocoDetection) -> None:
     counts = []
