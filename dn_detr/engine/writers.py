@@ -212,11 +212,14 @@ class TensorBoard(RecordWriter):
         from torch.utils.tensorboard import SummaryWriter
 
         self._iteration = state.iteration
-        self._open = partial(SummaryWriter, str(state.output_dir / "tensorboard"))
+        self._folder = state.output_dir / "tensorboard"
+        self._open = partial(SummaryWriter, str(self._folder))
         self._board = self._open(purge_step=state.iteration + 1)
 
     def write(self, record: Record) -> None:
         """Add a scalar for every number of the record."""
+        if not self._folder.is_dir():  # found by its thread, this would be a traceback
+            raise FileNotFoundError(f"{self._folder} was removed or renamed")
         iteration = int(record["iteration"] or 0)
         if iteration < self._iteration:  # after a rollback
             self._board.close()

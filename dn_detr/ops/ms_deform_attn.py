@@ -7,7 +7,8 @@ The operators are opaque to `torch.compile` and `torch.export`. Compiled kernels
 them where the installation built some for the device, `dn_detr.ops.eager` elsewhere. Values
 may have any floating type, also under autocast; coordinates and weights of another type are
 converted to float32 (float64 with float64 values), in which all arithmetic is done: 1 / 1024 of a
-map is a whole cell, more digits than half types have.
+map is a whole cell, more digits than half types have. The functions here refuse forward-mode
+differentiation; the operators themselves have a derivative of zero there, as custom ones do.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ import logging
 import signal
 import struct
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,23 @@ def test_a_tensorboard_that_cannot_start_is_a_warning(tmp_path, warnings):
     board.on_train_end(state, failed=False)
     assert "TensorBoard failed and is switched off" in warnings.text
     assert len(warnings.records) == 1
+
+
+def test_a_tensorboard_whose_folder_is_renamed_is_one_warning(tmp_path, warnings, monkeypatch):
+    of_thread: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", of_thread.append)
+    (tmp_path / "run").mkdir()
+    board, state = TensorBoard(), state_of(tmp_path / "run")
+    board.on_train_start(state)
+    board.on_log(state, {"iteration": 1, "loss": 1.0})
+    time.sleep(0.5)  # its thread has written
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    for iteration in range(2, 4):
+        board.on_log(state, {"iteration": iteration, "loss": 1.0})
+    board.on_train_end(state, failed=False)
+    time.sleep(0.5)
+    assert "TensorBoard failed and is switched off" in warnings.text
+    assert len(warnings.records) == 1 and not of_thread
 
 
 @pytest.fixture(scope="module")
