@@ -17,8 +17,6 @@ from hydra.errors import HydraException
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dn_detr.errors import shortened
-
 from .errors import ConfigError, did_you_mean_key
 from .nodes import join_path, key_path, plain, to_node, value_of, walk
 from .value_types import fit_value
@@ -34,10 +32,9 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             _Edit(changed, _parse(parser, token)).apply()
         except OmegaConfBaseException as error:  # from a node with a type of its own
             reason = str(error).splitlines()[0]
-            where = f" ({shortened(str(error.full_key))})"
-            raise ConfigError(f"override {shortened(token)!r}: {reason}{where}") from error
+            raise ConfigError(f"override {token!r}: {reason} ({error.full_key})") from error
         except ConfigError as error:
-            raise ConfigError(f"override {shortened(token)!r}: {error}") from error
+            raise ConfigError(f"override {token!r}: {error}") from error
     return changed
 
 

