@@ -1,65 +1,30 @@
 """Checkpoints: ours on disk, and those of other code bases through layouts."""
 
-from .conversion import convert_checkpoint
-from .layouts import (
-    Detectron2Layout,
-    DetrexLayout,
-    HuggingFaceLayout,
-    Layout,
-    OfficialLayout,
-    TorchvisionLayout,
-    as_layouts,
-)
-from .manifest import CheckpointError, Manifest
-from .snapshot import NonFiniteWeightsError, Snapshot
-from .storage import (
-    LoadedCheckpoint,
-    best_manifest,
-    find_checkpoint,
-    last_checkpoint,
-    load_checkpoint,
-    load_last_checkpoint,
-    read_manifest,
-    record_metrics,
-    save_weights,
-)
-from .weights import (
-    LoadReport,
-    load_backbone,
-    load_model_weights,
-    load_tensors,
-    log_loading,
-    read_weights,
-)
-from .writer import CheckpointWriter
-
-__all__ = [
-    "CheckpointError",
-    "CheckpointWriter",
-    "Detectron2Layout",
-    "DetrexLayout",
-    "HuggingFaceLayout",
-    "Layout",
-    "LoadReport",
-    "LoadedCheckpoint",
-    "Manifest",
-    "NonFiniteWeightsError",
-    "OfficialLayout",
-    "Snapshot",
-    "TorchvisionLayout",
-    "as_layouts",
-    "best_manifest",
-    "convert_checkpoint",
-    "find_checkpoint",
-    "last_checkpoint",
-    "load_backbone",
-    "load_checkpoint",
-    "load_last_checkpoint",
-    "load_model_weights",
-    "load_tensors",
-    "log_loading",
-    "read_manifest",
-    "read_weights",
-    "record_metrics",
-    "save_weights",
-]
+from .conversion import convert_checkpoint as convert_checkpoint
+from .layouts import Detectron2Layout as Detectron2Layout
+from .layouts import DetrexLayout as DetrexLayout
+from .layouts import HuggingFaceLayout as HuggingFaceLayout
+from .layouts import Layout as Layout
+from .layouts import OfficialLayout as OfficialLayout
+from .layouts import TorchvisionLayout as TorchvisionLayout
+from .layouts import as_layouts as as_layouts
+from .manifest import CheckpointError as CheckpointError
+from .manifest import Manifest as Manifest
+from .snapshot import NonFiniteWeightsError as NonFiniteWeightsError
+from .snapshot import Snapshot as Snapshot
+from .storage import LoadedCheckpoint as LoadedCheckpoint
+from .storage import best_manifest as best_manifest
+from .storage import find_checkpoint as find_checkpoint
+from .storage import last_checkpoint as last_checkpoint
+from .storage import load_checkpoint as load_checkpoint
+from .storage import load_last_checkpoint as load_last_checkpoint
+from .storage import read_manifest as read_manifest
+from .storage import record_metrics as record_metrics
+from .storage import save_weights as save_weights
+from .weights import LoadReport as LoadReport
+from .weights import load_backbone as load_backbone
+from .weights import load_model_weights as load_model_weights
+from .weights import load_tensors as load_tensors
+from .weights import log_loading as log_loading
+from .weights import read_weights as read_weights
+from .writer import CheckpointWriter as CheckpointWriter

@@ -1,18 +1,10 @@
 """Configs: Python files of lazy calls, typed overrides, YAML, the zoo. See docs/configs.md."""
 
-from .errors import ConfigError
-from .instantiate import instantiate
-from .lazy_call import LazyCall
-from .lazy_config import LazyConfig, get_config
-from .zoo import list_configs, resolve_config_file, zoo_path
-
-__all__ = [
-    "ConfigError",
-    "LazyCall",
-    "LazyConfig",
-    "get_config",
-    "instantiate",
-    "list_configs",
-    "resolve_config_file",
-    "zoo_path",
-]
+from .errors import ConfigError as ConfigError
+from .instantiate import instantiate as instantiate
+from .lazy_call import LazyCall as LazyCall
+from .lazy_config import LazyConfig as LazyConfig
+from .lazy_config import get_config as get_config
+from .zoo import list_configs as list_configs
+from .zoo import resolve_config_file as resolve_config_file
+from .zoo import zoo_path as zoo_path

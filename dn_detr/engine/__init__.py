@@ -1,80 +1,43 @@
 """Training and evaluation of a config: the loop, its parts, its ranks, callbacks and logs."""
 
-from .build import (
-    build_callbacks,
-    build_checkpoint_writer,
-    build_evaluator,
-    build_loaders,
-    build_model,
-    build_optimizer,
-    build_schedule,
-    build_step,
-)
-from .callbacks import Callback
-from .devices import choose_device
-from .evaluation import evaluate, evaluate_model
-from .launch import LaunchError, ProcessFailure, launch
-from .memory import OutOfMemory
-from .nonfinite import NonFiniteError
-from .optimizer import describe_groups, parameter_groups
-from .random_state import seed_everything
-from .run_state import RunState
-from .schedule import LearningRateRule, Timetable, cosine, multi_step, set_learning_rates
-from .settings import TrainSettings
-from .step import Outcome, StepResult, TrainingStep
-from .stopping import (
-    EXIT_DONE,
-    EXIT_ERROR,
-    EXIT_SIGNAL,
-    EXIT_STOPPED,
-    KilledError,
-    Stopped,
-    StopRequest,
-)
-from .trainer import Trainer
-from .training import build_trainer, train
-from .writers import RecordWriter
-
-__all__ = [
-    "EXIT_DONE",
-    "EXIT_ERROR",
-    "EXIT_SIGNAL",
-    "EXIT_STOPPED",
-    "Callback",
-    "KilledError",
-    "LaunchError",
-    "LearningRateRule",
-    "NonFiniteError",
-    "OutOfMemory",
-    "Outcome",
-    "ProcessFailure",
-    "RecordWriter",
-    "RunState",
-    "StepResult",
-    "StopRequest",
-    "Stopped",
-    "Timetable",
-    "TrainSettings",
-    "Trainer",
-    "TrainingStep",
-    "build_callbacks",
-    "build_checkpoint_writer",
-    "build_evaluator",
-    "build_loaders",
-    "build_model",
-    "build_optimizer",
-    "build_schedule",
-    "build_step",
-    "build_trainer",
-    "choose_device",
-    "cosine",
-    "describe_groups",
-    "evaluate",
-    "evaluate_model",
-    "launch",
-    "multi_step",
-    "parameter_groups",
-    "seed_everything",
-    "set_learning_rates",
-    "train",
-]
+from .build import build_callbacks as build_callbacks
+from .build import build_checkpoint_writer as build_checkpoint_writer
+from .build import build_evaluator as build_evaluator
+from .build import build_loaders as build_loaders
+from .build import build_model as build_model
+from .build import build_optimizer as build_optimizer
+from .build import build_schedule as build_schedule
+from .build import build_step as build_step
+from .callbacks import Callback as Callback
+from .devices import choose_device as choose_device
+from .evaluation import evaluate as evaluate
+from .evaluation import evaluate_model as evaluate_model
+from .launch import LaunchError as LaunchError
+from .launch import ProcessFailure as ProcessFailure
+from .launch import launch as launch
+from .memory import OutOfMemory as OutOfMemory
+from .nonfinite import NonFiniteError as NonFiniteError
+from .optimizer import describe_groups as describe_groups
+from .optimizer import parameter_groups as parameter_groups
+from .random_state import seed_everything as seed_everything
+from .run_state import RunState as RunState
+from .schedule import LearningRateRule as LearningRateRule
+from .schedule import Timetable as Timetable
+from .schedule import cosine as cosine
+from .schedule import multi_step as multi_step
+from .schedule import set_learning_rates as set_learning_rates
+from .settings import TrainSettings as TrainSettings
+from .step import Outcome as Outcome
+from .step import StepResult as StepResult
+from .step import TrainingStep as TrainingStep
+from .stopping import EXIT_DONE as EXIT_DONE
+from .stopping import EXIT_ERROR as EXIT_ERROR
+from .stopping import EXIT_SIGNAL as EXIT_SIGNAL
+from .stopping import EXIT_STOPPED as EXIT_STOPPED
+from .stopping import KilledError as KilledError
+from .stopping import Stopped as Stopped
+from .stopping import StopRequest as StopRequest
+from .trainer import Trainer as Trainer
+from .training import build_trainer as build_trainer
+from .training import train as train
+from .writers import RecordWriter as RecordWriter

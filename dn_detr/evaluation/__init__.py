@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .coco import CocoEvaluator, format_results
-from .inference import EvaluationStopped, inference_on_dataset
-
-__all__ = ["CocoEvaluator", "EvaluationStopped", "format_results", "inference_on_dataset"]
+from .coco import CocoEvaluator as CocoEvaluator
+from .coco import format_results as format_results
+from .inference import EvaluationStopped as EvaluationStopped
+from .inference import inference_on_dataset as inference_on_dataset

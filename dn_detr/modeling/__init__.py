@@ -2,86 +2,49 @@
 
 from __future__ import annotations
 
-from . import inputs
-from .backbones import ResNet, TimmBackbone, TorchvisionBackbone
-from .classification import (
-    NOTHING,
-    Classification,
-    FocalClassification,
-    SoftmaxClassification,
-)
-from .criterion import DetectionCriterion, ObjectCounts, mean_over_ranks
-from .denoising import Noise, NoisedBoxes, NoisedQueries, QueryDenoising
-from .detector import Detector, Diagnostics
-from .heads import DetectionHeads
-from .losses import BoxGIoULoss, BoxL1Loss, ClassificationLoss, LossTerm
-from .matcher import BoxGIoUCost, BoxL1Cost, ClassificationCost, HungarianMatcher, MatchingCost
-from .necks import ChannelMapper
-from .pairs import Outputs, Pairs, Targets, pad_targets
-from .postprocess import PostProcess
-from .queries import (
-    AnchorQueries,
-    BoxQueryEmbedding,
-    PositionKind,
-    ProposalQueries,
-    Proposals,
-    Queries,
-)
-from .transformers import (
-    BoxDecoder,
-    DeformableDecoder,
-    DeformableEncoder,
-    DenseDecoder,
-    DenseEncoder,
-    Memory,
-    Transformer,
-)
-
-__all__ = [
-    "NOTHING",
-    "AnchorQueries",
-    "BoxDecoder",
-    "BoxGIoUCost",
-    "BoxGIoULoss",
-    "BoxL1Cost",
-    "BoxL1Loss",
-    "BoxQueryEmbedding",
-    "ChannelMapper",
-    "Classification",
-    "ClassificationCost",
-    "ClassificationLoss",
-    "DeformableDecoder",
-    "DeformableEncoder",
-    "DenseDecoder",
-    "DenseEncoder",
-    "DetectionCriterion",
-    "DetectionHeads",
-    "Detector",
-    "Diagnostics",
-    "FocalClassification",
-    "HungarianMatcher",
-    "LossTerm",
-    "MatchingCost",
-    "Memory",
-    "Noise",
-    "NoisedBoxes",
-    "NoisedQueries",
-    "ObjectCounts",
-    "Outputs",
-    "Pairs",
-    "PositionKind",
-    "PostProcess",
-    "ProposalQueries",
-    "Proposals",
-    "Queries",
-    "QueryDenoising",
-    "ResNet",
-    "SoftmaxClassification",
-    "Targets",
-    "TimmBackbone",
-    "TorchvisionBackbone",
-    "Transformer",
-    "inputs",
-    "mean_over_ranks",
-    "pad_targets",
-]
+from . import inputs as inputs
+from .backbones import ResNet as ResNet
+from .backbones import TimmBackbone as TimmBackbone
+from .backbones import TorchvisionBackbone as TorchvisionBackbone
+from .classification import NOTHING as NOTHING
+from .classification import Classification as Classification
+from .classification import FocalClassification as FocalClassification
+from .classification import SoftmaxClassification as SoftmaxClassification
+from .criterion import DetectionCriterion as DetectionCriterion
+from .criterion import ObjectCounts as ObjectCounts
+from .criterion import mean_over_ranks as mean_over_ranks
+from .denoising import Noise as Noise
+from .denoising import NoisedBoxes as NoisedBoxes
+from .denoising import NoisedQueries as NoisedQueries
+from .denoising import QueryDenoising as QueryDenoising
+from .detector import Detector as Detector
+from .detector import Diagnostics as Diagnostics
+from .heads import DetectionHeads as DetectionHeads
+from .losses import BoxGIoULoss as BoxGIoULoss
+from .losses import BoxL1Loss as BoxL1Loss
+from .losses import ClassificationLoss as ClassificationLoss
+from .losses import LossTerm as LossTerm
+from .matcher import BoxGIoUCost as BoxGIoUCost
+from .matcher import BoxL1Cost as BoxL1Cost
+from .matcher import ClassificationCost as ClassificationCost
+from .matcher import HungarianMatcher as HungarianMatcher
+from .matcher import MatchingCost as MatchingCost
+from .necks import ChannelMapper as ChannelMapper
+from .pairs import Outputs as Outputs
+from .pairs import Pairs as Pairs
+from .pairs import Targets as Targets
+from .pairs import pad_targets as pad_targets
+from .postprocess import PostProcess as PostProcess
+from .queries import AnchorQueries as AnchorQueries
+from .queries import BoxQueryEmbedding as BoxQueryEmbedding
+from .queries import PositionKind as PositionKind
+from .queries import ProposalQueries as ProposalQueries
+from .queries import Proposals as Proposals
+from .queries import Queries as Queries
+from .transformers import BoxDecoder as BoxDecoder
+from .transformers import DeformableDecoder as DeformableDecoder
+from .transformers import DeformableEncoder as DeformableEncoder
+from .transformers import DenseDecoder as DenseDecoder
+from .transformers import DenseEncoder as DenseEncoder
+from .transformers import Memory as Memory
+from .transformers import Transformer as Transformer

@@ -1,20 +1,11 @@
 """The names that other code bases give to the tensors of a model: one module for each."""
 
-from .detectron2 import Detectron2Layout
-from .detrex import DetrexLayout
-from .huggingface import HuggingFaceLayout
-from .layout import Layout, OwnLayout, Translation, as_layouts
-from .official import OfficialLayout
-from .torchvision import TorchvisionLayout
-
-__all__ = [
-    "Detectron2Layout",
-    "DetrexLayout",
-    "HuggingFaceLayout",
-    "Layout",
-    "OfficialLayout",
-    "OwnLayout",
-    "TorchvisionLayout",
-    "Translation",
-    "as_layouts",
-]
+from .detectron2 import Detectron2Layout as Detectron2Layout
+from .detrex import DetrexLayout as DetrexLayout
+from .huggingface import HuggingFaceLayout as HuggingFaceLayout
+from .layout import Layout as Layout
+from .layout import OwnLayout as OwnLayout
+from .layout import Translation as Translation
+from .layout import as_layouts as as_layouts
+from .official import OfficialLayout as OfficialLayout
+from .torchvision import TorchvisionLayout as TorchvisionLayout

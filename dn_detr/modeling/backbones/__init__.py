@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .resnet import ResNet, TorchvisionBackbone
-from .timm import TimmBackbone
-
-__all__ = ["ResNet", "TimmBackbone", "TorchvisionBackbone"]
+from .resnet import ResNet as ResNet
+from .resnet import TorchvisionBackbone as TorchvisionBackbone
+from .timm import TimmBackbone as TimmBackbone

@@ -2,6 +2,4 @@
 
 from __future__ import annotations
 
-from .channel_mapper import ChannelMapper
-
-__all__ = ["ChannelMapper"]
+from .channel_mapper import ChannelMapper as ChannelMapper

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from .decoder import BoxDecoder
-from .deformable import (
-    DeformableDecoder,
-    DeformableDecoderLayer,
-    DeformableEncoder,
-    DeformableEncoderLayer,
-)
-from .dense import DenseDecoder, DenseDecoderLayer, DenseEncoder, DenseEncoderLayer
-from .levels import Levels, Memory
-from .transformer import Transformer
-
-__all__ = [
-    "BoxDecoder",
-    "DeformableDecoder",
-    "DeformableDecoderLayer",
-    "DeformableEncoder",
-    "DeformableEncoderLayer",
-    "DenseDecoder",
-    "DenseDecoderLayer",
-    "DenseEncoder",
-    "DenseEncoderLayer",
-    "Levels",
-    "Memory",
-    "Transformer",
-]
+from .decoder import BoxDecoder as BoxDecoder
+from .deformable import DeformableDecoder as DeformableDecoder
+from .deformable import DeformableDecoderLayer as DeformableDecoderLayer
+from .deformable import DeformableEncoder as DeformableEncoder
+from .deformable import DeformableEncoderLayer as DeformableEncoderLayer
+from .dense import DenseDecoder as DenseDecoder
+from .dense import DenseDecoderLayer as DenseDecoderLayer
+from .dense import DenseEncoder as DenseEncoder
+from .dense import DenseEncoderLayer as DenseEncoderLayer
+from .levels import Levels as Levels
+from .levels import Memory as Memory
+from .transformer import Transformer as Transformer
