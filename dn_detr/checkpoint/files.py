@@ -97,12 +97,8 @@ def _read_ours(path: Path, file: str) -> FileContent:
             )
         tensors = read_tensors(folder, manifest, file)
     unused = f"the checkpoint also holds an EMA ({EMA_FILE}), which was not taken"
-    return FileContent(
-        tensors,
-        tuple(manifest.class_names),
-        (unused,) if has_ema and file != EMA_FILE else (),
-        has_config=bool(manifest.config),
-    )
+    notes = (unused,) if has_ema and file != EMA_FILE else ()
+    return FileContent(tensors, tuple(manifest.class_names), notes)
 
 
 def _read_single_file(path: Path, *, ema: bool) -> FileContent:

@@ -110,8 +110,7 @@ class LoadedCheckpoint:
     @property
     def weights(self) -> FileContent:
         """The weights of the model, for `load_tensors`."""
-        names, has_config = tuple(self.manifest.class_names), bool(self.manifest.config)
-        return FileContent(dict(self.snapshot.model), names, has_config=has_config)
+        return FileContent(dict(self.snapshot.model), tuple(self.manifest.class_names))
 
 
 def load_checkpoint(checkpoint: str | Path) -> LoadedCheckpoint:

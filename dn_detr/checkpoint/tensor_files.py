@@ -26,13 +26,11 @@ class FileContent:
         tensors: the file's name -> tensor (CPU); those of large files stay on the disk until used.
         class_names: per row of the class head, None for a row without a class; empty if unknown.
         notes: what else the file holds, one sentence each.
-        has_config: a checkpoint folder of ours, whose manifest holds the config.
     """
 
     tensors: dict[str, Tensor]
     class_names: tuple[str | None, ...] = ()
     notes: tuple[str, ...] = ()
-    has_config: bool = False
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dn_detr.config.errors import did_you_mean
-from dn_detr.errors import shortened
+from dn_detr.errors import first_names, shortened
 
 from .class_rows import ClassRows, choose_rows, copy_rows, number_of_classes
 from .files import read_file
@@ -126,6 +126,10 @@ def load_tensors(
     else:
         unused = []
     initial = _matching(fresh, expected)
+    if replaced := sorted(initial & found.keys()):
+        notes.append(
+            f"values of the file that train.init_fresh leaves out: {first_names(replaced)}"
+        )
     wanted = {name: value for name, value in expected.items() if name not in initial}
     for name in {*unused, *initial} & found.keys():
         del found[name]
@@ -160,10 +164,7 @@ def load_tensors(
         if name in found and (pair := rows.source_of(wanted[name], found[name])):
             by_row[name] = pair
     handled = class_tensors if other_classes else list(by_row)
-    mismatch = _report_mismatch(
-        wanted, file, handled, other_classes, has_config=content.has_config, fine_tune=fine_tune
-    )
-    if mismatch:
+    if mismatch := _report_mismatch(wanted, file, handled, other_classes, fine_tune=fine_tune):
         raise CheckpointError(f"{what}: {mismatch}")
     try:
         layout.check(file, model)
@@ -338,7 +339,6 @@ def _report_mismatch(
     handled: Sequence[str] = (),
     other_classes: str = "",
     *,
-    has_config: bool = False,
     fine_tune: bool = False,
 ) -> str:
     """Say what does not fit between a file and a model; an empty string if everything does.
@@ -348,72 +348,65 @@ def _report_mismatch(
         file: its tensors under our names.
         handled: names whose shapes may differ.
         other_classes: what is wrong with the file's classes.
-        has_config: the file is a checkpoint of ours that holds its config.
         fine_tune: see `load_model_weights`.
     """
     found, layout = file.tensors, file.layout
     names = [name for name in wanted if not name.endswith(_COUNTER)]
     common = [name for name in wanted if name in found]
     missing = [name for name in names if name not in found]
-    others = {
-        "unexpected in the file": [
-            *(file.file_name(name) for name in found if name not in wanted),
-            *file.unknown,
-        ],
-        "of another shape": [
-            f"{file.file_name(name)} (file {tuple(found[name].shape)}, "
-            f"model {tuple(wanted[name].shape)})"
-            for name in common
-            if name not in handled and found[name].shape != wanted[name].shape
-        ],
-        "of another dtype": [
-            f"{file.file_name(name)} ({found[name].dtype})"
-            for name in common
-            if (found[name].dtype in _FLOATS) != wanted[name].is_floating_point()
-            or found[name].is_complex()
-        ],
-    }
-    if not missing and not any(others.values()):
-        return f"trained on other classes: {other_classes}" * bool(other_classes)
-    listed_missing = _entries([file.file_name(name) for name in missing])
-    if common and not any(others.values()) and not other_classes:
-        lines = [
-            f"incomplete: {len(missing)} of the model's {len(names)} tensors are missing from the "
-            f"file ({layout.name} layout):",
-            *listed_missing,
-        ]
-        patterns = _patterns(missing, names)
-        if fine_tune and len(patterns) <= _LISTED:
-            lines += [
-                "If the model has more than the file should hold, let this keep its initial "
-                f"values: 'train.init_fresh=[{','.join(patterns)}]'"
-            ]
-        return "\n".join(lines)
-    fitting = len(common) - len(others["of another shape"]) - len(others["of another dtype"])
-    lines = [
-        f"the weights of another model ({layout.name} layout): {fitting} of the model's "
-        f"{len(names)} tensors fit"
+    unexpected = [*(file.file_name(name) for name in found if name not in wanted), *file.unknown]
+    of_another_shape = [
+        f"{file.file_name(name)} (file {tuple(found[name].shape)}, "
+        f"model {tuple(wanted[name].shape)})"
+        for name in common
+        if name not in handled and found[name].shape != wanted[name].shape
     ]
+    of_another_dtype = [
+        f"{file.file_name(name)} ({found[name].dtype})"
+        for name in common
+        if (found[name].dtype in _FLOATS) != wanted[name].is_floating_point()
+        or found[name].is_complex()
+    ]
+    differs = bool(of_another_shape or of_another_dtype)
+    if not (missing or unexpected or differs):
+        return f"trained on other classes: {other_classes}" * bool(other_classes)
+    kind, is_part = "the weights of another model", bool(common) and not (differs or other_classes)
+    if is_part and not unexpected:
+        kind = "incomplete"
+    elif is_part and not missing:
+        kind = "the weights of a larger model"
+    fitting = len(common) - len(of_another_shape) - len(of_another_dtype)
+    lines = [f"{kind} ({layout.name} layout): {fitting} of the model's {len(names)} tensors fit"]
     lines += [other_classes] if other_classes else []
-    lines += [f"{len(missing)} missing from the file:", *listed_missing] if missing else []
-    for title, listed in others.items():
-        if listed:
-            lines += [f"{len(listed)} {title}:", *_entries(listed)]
-    if not common:
+    for title, listed in (
+        ("missing from the file", [file.file_name(name) for name in missing]),
+        ("unexpected in the file", unexpected),
+        ("of another shape", of_another_shape),
+        ("of another dtype", of_another_dtype),
+    ):
+        lines += [f"{len(listed)} {title}:", *_entries(listed)] if listed else []
+    patterns = _patterns(missing, names) if kind == "incomplete" and fine_tune else []
+    if 0 < len(patterns) <= _LISTED:
+        lines.append(
+            "If the model has more than the file should hold, let this keep its initial values: "
+            f"'train.init_fresh=[{','.join(patterns)}]'"
+        )
+    elif not common:
         lines.append(
             "None of its names is known: it is of an architecture or a code base without a key map "
             "(model.key_maps)"
         )
     elif isinstance(layout, OwnLayout):
-        manifest = " (its manifest.json holds it)" if has_config else ""
-        lines.append(f"Use the config that it was trained with{manifest}")
+        lines.append(
+            "Use the config that it was trained with; a checkpoint of ours has it in manifest.json"
+        )
     else:
         lines.append("Use the config of the model that the file holds, if docs/model_zoo.md has it")
-        if file.unknown:
-            lines.append(
-                f"{type(layout).__name__} has no name for {file.unknown[0]}: tensors of this model "
-                "need a pair in it, others a place in its `ignored` (docs/extending.md)"
-            )
+    if common and file.unknown:
+        lines.append(
+            f"{type(layout).__name__} has no name for {file.unknown[0]}: tensors of this model "
+            "need a pair in it, others a place in its `ignored` (docs/extending.md)"
+        )
     return "\n".join(lines)
 
 

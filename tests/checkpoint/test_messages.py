@@ -7,14 +7,11 @@ import torch
 
 from dn_detr.checkpoint import (
     CheckpointError,
-    Snapshot,
-    load_model_weights,
     load_tensors,
     read_weights,
 )
 from dn_detr.modeling.backbones import ResNet
 from tests.checkpoint.tiny_models import tiny_model
-from tests.checkpoint.writing import save
 
 DEFORMABLE = "dn_deformable_detr_r50"
 
@@ -48,8 +45,9 @@ def test_a_file_that_lacks_tensors_is_incomplete():
     del state["neck.convs.0.weight"]
     message = message_of(tiny_model("dab_detr_r50"), state)
     assert message == (
-        f"f.pth: incomplete: 1 of the model's {total} tensors are missing from the file "
-        "(dn_detr layout):\n  neck.convs.0.weight"
+        f"f.pth: incomplete (dn_detr layout): {total - 1} of the model's {total} tensors fit\n"
+        "1 missing from the file:\n  neck.convs.0.weight\n"
+        "Use the config that it was trained with; a checkpoint of ours has it in manifest.json"
     )
 
 
@@ -57,7 +55,8 @@ def test_half_a_backbone_is_incomplete():
     body = ResNet("resnet18").body.state_dict()
     half = {name: value for name, value in body.items() if not name.startswith("layer4")}
     message = message_of(tiny_model("dab_detr_r50"), half, fine_tune=True)
-    assert "25 of the model's 100 tensors are missing from the file (torchvision layout)" in message
+    assert "incomplete (torchvision layout): 75 of the model's 100 tensors fit" in message
+    assert "\n25 missing from the file:" in message
 
 
 def test_a_backbone_alone_has_its_own_sentence():
@@ -68,23 +67,19 @@ def test_a_backbone_alone_has_its_own_sentence():
     )
 
 
-def test_another_backbone_alone_is_the_weights_of_another_model():
+def test_a_deeper_backbone_alone_is_the_weights_of_a_larger_model():
     body = ResNet("resnet34").body.state_dict()
     message = message_of(tiny_model("dab_detr_r50"), body, fine_tune=True)
-    assert message.startswith("f.pth: the weights of another model (torchvision layout)")
+    assert message.startswith("f.pth: the weights of a larger model (torchvision layout)")
     assert "unexpected in the file" in message
 
 
-@pytest.mark.parametrize("config", ["model: 1\n", ""])
-@pytest.mark.parametrize("is_folder", [True, False])
-def test_the_config_is_in_the_manifest_of_a_checkpoint_alone(tmp_path, config, is_folder):
-    state = tiny_model("dab_detr_r50").state_dict()
-    save(tmp_path / "run", Snapshot(1, 1.0, state), config=config)
-    torch.save(state, tmp_path / "f.pth")
-    path = tmp_path / ("run" if is_folder else "f.pth")
-    with pytest.raises(CheckpointError, match="Use the config that") as error:
-        load_model_weights(tiny_model(DEFORMABLE), path)
-    assert ("manifest.json" in str(error.value)) == (is_folder and bool(config))
+def test_a_file_that_has_more_than_the_model_is_one_of_a_larger_model():
+    model = tiny_model("dab_detr_r50")
+    state = {**model.state_dict(), "quality.weight": torch.zeros(1)}
+    message = message_of(model, state, fine_tune=True)
+    assert message.startswith("f.pth: the weights of a larger model (dn_detr layout): ")
+    assert "1 unexpected in the file:\n  quality.weight\nUse the config that" in message
 
 
 @pytest.mark.parametrize("path", ["Org/name", "IDEA-Research/dab-detr_r50"])

@@ -85,9 +85,7 @@ def test_what_a_foreign_file_lacks_is_told_in_its_names_too():
     state = foreign(TinyDetector().state_dict())
     del state["predict.bias"]
     model = ProjectDetector([ForeignLayout()])
-    assert "missing from the file (foreign layout):\n  head.bias (predict.bias)" in refusal(
-        model, state
-    )
+    assert "missing from the file:\n  head.bias (predict.bias)" in refusal(model, state)
 
 
 def test_a_tensor_without_a_pair_is_told_where_to_put_it():
@@ -119,7 +117,7 @@ def test_the_refusal_of_a_file_without_the_new_head_says_how_to_start_from_it(tm
     weights = TinyDetector().state_dict()
     torch.save(weights, tmp_path / "f.pth")
     start = f"train.init_checkpoint={tmp_path / 'f.pth'}"
-    with pytest.raises(CheckpointError, match="incomplete: 4 of the model's") as error:
+    with pytest.raises(CheckpointError, match="4 missing from the file") as error:
         quality_run(tmp_path / "run", start)
     (to_paste,) = re.findall(r"'train\.init_fresh=.*'", str(error.value))
     assert to_paste == "'train.init_fresh=[quality.*]'"
@@ -138,6 +136,10 @@ def test_a_fresh_tensor_keeps_its_values_although_the_file_has_it():
     model = DetectorWithQuality()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report = load_tensors(model, DetectorWithQuality().state_dict(), fresh=["quality.0.*", "norm*"])
+    assert report.notes == (
+        "values of the file that train.init_fresh leaves out: "
+        "norm.bias, norm.weight, quality.0.bias, quality.0.weight",
+    )
     expected = ("norm.weight", "norm.bias", "quality.0.weight", "quality.0.bias")
     assert report.fresh == expected
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in expected)
@@ -153,7 +155,7 @@ def test_a_fresh_name_that_fits_no_tensor_is_an_error_with_the_nearest():
 
 def test_without_training_nothing_may_be_missing():
     message = refusal(DetectorWithQuality(), TinyDetector().state_dict())
-    assert "incomplete: 4" in message and "init_fresh" not in message
+    assert "4 missing from the file" in message and "init_fresh" not in message
 
 
 def test_a_module_that_the_file_has_in_part_is_named_tensor_by_tensor():
