@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 from torch.utils.data import Sampler
 
 from .seeding import stable_seed
 
 
+@dataclass(eq=False)
 class EndlessBatchSampler(Sampler[list[tuple[int, int]]]):
     """Yields, without end, this rank's share of each global batch as (epoch, index) keys.
 
@@ -33,37 +35,27 @@ class EndlessBatchSampler(Sampler[list[tuple[int, int]]]):
         ValueError: a rank would get no image of a batch, or an epoch would have no batch.
     """
 
-    def __init__(
-        self,
-        num_images: int,
-        total_batch_size: int,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        start_iteration: int = 0,
-        groups: Sequence[int] | None = None,
-    ) -> None:
-        if total_batch_size < 1:
-            raise ValueError(f"total_batch_size={total_batch_size} must be at least 1")
-        if total_batch_size < world_size:
+    num_images: int
+    total_batch_size: int
+    _: KW_ONLY
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    start_iteration: int = 0
+    groups: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        images, batch, ranks = self.num_images, self.total_batch_size, self.world_size
+        if batch < ranks:
             raise ValueError(
-                f"total_batch_size={total_batch_size} leaves some of {world_size} processes without"
-                f" an image; set dataloader.train.total_batch_size={world_size} or higher, or start"
-                f" {total_batch_size} process(es) at most"
+                f"dataloader.train.total_batch_size={batch}: expected at least {ranks}, an image "
+                f"for each of {ranks} process(es)"
             )
-        if num_images < total_batch_size:
+        if images < batch:
             raise ValueError(
-                f"the training set has {num_images} image(s), fewer than one batch of"
-                f" {total_batch_size}; set dataloader.train.total_batch_size={num_images} or lower"
+                f"the training set has {images} image(s), fewer than one batch of {batch}; set "
+                f"dataloader.train.total_batch_size={images} or lower"
             )
-        self.num_images = num_images
-        self.total_batch_size = total_batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.start_iteration = start_iteration
-        self.groups = groups
 
     @property
     def iterations_per_epoch(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from .step import TrainingStep
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False, repr=False)
 class RunState:
     """What changes during a run: a snapshot of it is a checkpoint.
 
@@ -46,7 +48,6 @@ class RunState:
         best: the best evaluation.
 
     Attributes:
-        optimizer: of the step.
         iteration: steps done.
         batches_drawn: batches taken from the loader; more than `iteration` after a rollback.
         nonfinite_steps: steps dropped because numbers were not finite.
@@ -55,33 +56,28 @@ class RunState:
         results: of the evaluation at `iteration`, None if there was none.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        step: TrainingStep,
-        timetable: Timetable,
-        *,
-        output_dir: Path,
-        class_names: Sequence[str],
-        callbacks: Callbacks,
-        best: BestResult,
-    ) -> None:
-        self.model = model
-        self.step = step
-        self.optimizer = step.optimizer
-        self.timetable = timetable
-        self.output_dir = output_dir
-        self.callbacks = callbacks
-        self.best = best
-        self.iteration = 0
-        self.batches_drawn = 0
-        self.nonfinite_steps = 0
-        self.metrics = RunningSums()
-        self.log_records = 0
-        self.results: Mapping[str, Any] | None = None
-        self._class_names = class_names
-        self._random_state: dict[str, Any] | None = None
-        callbacks.each(lambda callback: callback.setup(self))
+    model: nn.Module
+    step: TrainingStep
+    timetable: Timetable
+    output_dir: Path
+    class_names: Sequence[str]
+    callbacks: Callbacks
+    best: BestResult
+    iteration: int = 0
+    batches_drawn: int = 0
+    nonfinite_steps: int = 0
+    metrics: RunningSums = field(default_factory=RunningSums)
+    log_records: int = 0
+    results: Mapping[str, Any] | None = None
+    _random_state: dict[str, Any] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.callbacks.each(lambda callback: callback.setup(self))
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of the step."""
+        return self.step.optimizer
 
     def snapshot(self) -> Snapshot:
         """Return the whole state, equal on all ranks; a collective call."""
@@ -128,12 +124,8 @@ class RunState:
     def _restore(self, checkpoint: LoadedCheckpoint) -> None:
         saved, manifest = checkpoint.snapshot, checkpoint.manifest
         state = saved.training_state
-        load_tensors(
-            self.model,
-            checkpoint.weights,
-            what=str(checkpoint.folder),
-            class_names=self._class_names,
-        )
+        what = str(checkpoint.folder)
+        load_tensors(self.model, checkpoint.weights, what=what, class_names=self.class_names)
         for name, model in self.callbacks.models().items():
             weights = saved.ema if name == "ema" else state["models"].get(name)
             if weights is None:

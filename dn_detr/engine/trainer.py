@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from dn_detr.checkpoint import CheckpointError, CheckpointWriter
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 _MOST_OUT_OF_MEMORY_IN_A_ROW = 10
 
 
+@dataclass(eq=False, repr=False)
 class Trainer:
     """Runs optimizer steps until the timetable ends; logs, saves and evaluates when they are due.
 
@@ -54,31 +56,23 @@ class Trainer:
         settings: the `train` section.
     """
 
-    def __init__(
-        self,
-        state: RunState,
-        loader: TrainLoader,
-        test_loader: TestLoader,
-        evaluators: Mapping[str, Evaluator],
-        checkpoints: CheckpointWriter,
-        *,
-        stop: StopRequest,
-        lr_rule: LearningRateRule,
-        settings: TrainSettings,
-    ) -> None:
-        self.state = state
-        self._loader = loader
-        self._test_loader = test_loader
-        self._evaluators = evaluators
-        self._checkpoints = checkpoints
-        self._stop = stop
-        self._lr_rule = lr_rule
-        self._settings = settings
-        self._metrics_file: MetricsFile | None = None  # on the main process
-        self._saved_iteration: int | None = state.iteration
-        self._has_unwritten = False  # whether the newest checkpoint was not written
-        self._has_stagnated = False
-        self._out_of_memory_in_a_row = 0
+    state: RunState
+    loader: TrainLoader
+    test_loader: TestLoader
+    evaluators: Mapping[str, Evaluator]
+    checkpoints: CheckpointWriter
+    stop: StopRequest
+    lr_rule: LearningRateRule
+    settings: TrainSettings
+
+    _metrics_file: MetricsFile | None = field(default=None, init=False)  # on the main process
+    _saved_iteration: int | None = field(init=False)
+    _has_unwritten: bool = field(default=False, init=False)  # the newest checkpoint
+    _has_stagnated: bool = field(default=False, init=False)
+    _out_of_memory_in_a_row: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._saved_iteration = self.state.iteration
 
     def run(self) -> dict[str, Any]:
         """Train to the end of the timetable, or until results stagnate.
@@ -109,16 +103,16 @@ class Trainer:
             failed = False
             raise
         finally:
-            self._checkpoints.close()
+            self.checkpoints.close()
             if self._metrics_file is not None:
                 self._metrics_file.close()
             state.callbacks.end(state, failed=failed)
         return dict(state.results or {}) if is_main() else {}
 
     def _train(self) -> None:
-        state, settings, is_due = self.state, self._settings, self.state.timetable.is_due
+        state, settings, is_due = self.state, self.settings, self.state.timetable.is_due
         state.model.train()
-        batches = iter(self._loader)
+        batches = iter(self.loader)
         # after making the iterator, because a loader may draw a seed for its workers
         state.restore_random_numbers()
         while not self._is_finished():
@@ -141,16 +135,16 @@ class Trainer:
         started = time.perf_counter()
         state, timetable = self.state, self.state.timetable
         epoch = timetable.epoch(state.iteration)
-        set_learning_rates(state.optimizer, self._lr_rule(epoch, timetable.total_epochs))
+        set_learning_rates(state.optimizer, self.lr_rule(epoch, timetable.total_epochs))
         try:
             # A request to stop need not wait for images where no other rank waits for the step.
-            with self._stop.interruptible() if world_size() == 1 else nullcontext():
+            with self.stop.interruptible() if world_size() == 1 else nullcontext():
                 samples = next(batches)
         except WaitInterrupted:
             self._save_and_stop()
         state.batches_drawn += 1
         data_seconds = time.perf_counter() - started
-        wants_stop = self._stop.reason is not None
+        wants_stop = self.stop.reason is not None
         try:
             result = state.step(samples, state.iteration + 1, wants_stop=wants_stop)
         except (NonFiniteError, OutOfMemory):
@@ -189,7 +183,7 @@ class Trainer:
         if outcome is not Outcome.NONFINITE:
             return False
         state.nonfinite_steps += 1
-        policy, limit = self._settings.nonfinite, self._settings.nonfinite_limit
+        policy, limit = self.settings.nonfinite, self.settings.nonfinite_limit
         if state.nonfinite_steps > limit:
             raise NonFiniteError(
                 f"{result.report}\n{state.nonfinite_steps} steps of this run were not finite, "
@@ -209,7 +203,7 @@ class Trainer:
         state = self.state
         drawn, nonfinite_steps = state.batches_drawn, state.nonfinite_steps
         try:
-            self._checkpoints.wait()
+            self.checkpoints.wait()
         except CheckpointError as error:
             logger.error("%s", error)  # an older one has to do
         barrier()
@@ -265,7 +259,7 @@ class Trainer:
         if self._metrics_file is not None:
             self._metrics_file.flush_to_disk()
             self.state.log_records = self._metrics_file.records
-        self._checkpoints.save(self.state.snapshot())
+        self.checkpoints.save(self.state.snapshot())
         self._saved_iteration, self._has_unwritten = self.state.iteration, False
 
     def _save_again(self) -> None:
@@ -277,7 +271,7 @@ class Trainer:
     def _save_at_the_end(self) -> None:
         """Have a checkpoint of this iteration on the disk, or raise a CheckpointError."""
         try:
-            self._checkpoints.wait()
+            self.checkpoints.wait()
         except CheckpointError as error:
             self._has_unwritten = True
             logger.error("%s; tried once more, because the run ends", error)
@@ -285,7 +279,7 @@ class Trainer:
         if any_process(is_missing, device=self.state.step.device)[0]:
             self._save_again()
             try:
-                self._checkpoints.wait()
+                self.checkpoints.wait()
             finally:
                 barrier()
         if self._metrics_file is not None and self._metrics_file.was_removed:
@@ -297,20 +291,20 @@ class Trainer:
     def _save_and_stop(self) -> NoReturn:
         if self.state.iteration > 0:
             self._save_at_the_end()
-        reason = self._stop.reason or "another process was asked to"
-        self._stop.has_saved()
+        reason = self.stop.reason or "another process was asked to"
+        self.stop.has_saved()
         done = f"stopped after iteration {self.state.iteration} ({reason})"
         if is_main():
             logger.warning(done)
         raise Stopped(f"{done}; --resume continues")
 
     def _report_failed_writes(self) -> None:
-        failures = self._checkpoints.failures()
+        failures = self.checkpoints.failures()
         if not failures:
             return
         self._has_unwritten = True
         try:
-            self._checkpoints.wait()  # until `best` points at what it will point at
+            self.checkpoints.wait()  # until `best` points at what it will point at
         except CheckpointError as error:
             failures.append(error)
         for failure in failures:
@@ -327,12 +321,12 @@ class Trainer:
         results: dict[str, Any] = {}
 
         def should_stop() -> bool:
-            return any_process(self._stop.reason is not None, device=state.step.device)[0]
+            return any_process(self.stop.reason is not None, device=state.step.device)[0]
 
         try:
             for name, model in {"": state.model, **state.callbacks.models()}.items():
-                evaluator = self._evaluators[name]
-                found = evaluate_model(model, self._test_loader, evaluator, should_stop)
+                evaluator = self.evaluators[name]
+                found = evaluate_model(model, self.test_loader, evaluator, should_stop)
                 if name and found:
                     logger.info("these were the results of %s", name)
                 results |= {name: found} if name and found else found
@@ -353,7 +347,7 @@ class Trainer:
         state = self.state
         if state.best.is_best:
             self._record_evaluation()
-        is_due = state.timetable.is_due(self._settings.eval_period, state.iteration)
+        is_due = state.timetable.is_due(self.settings.eval_period, state.iteration)
         if state.iteration > 0 and state.results is None and is_due:
             self._evaluate()
         else:
@@ -366,7 +360,7 @@ class Trainer:
             is_best = self.state.best.is_best
             if self._metrics_file is not None:
                 self._metrics_file.flush_to_disk()
-            self._checkpoints.record_evaluation(iteration, results, is_best=is_best)
+            self.checkpoints.record_evaluation(iteration, results, is_best=is_best)
 
     def _agree_on_stagnation(self) -> None:
         self._has_stagnated = broadcast_from_main(self.state.best.has_stagnated)
