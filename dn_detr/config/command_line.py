@@ -37,9 +37,5 @@ def load_config(arguments: Namespace) -> DictConfig:
     Raises:
         ConfigError: see `LazyConfig.load`.
     """
-    root: DictConfig = LazyConfig.load(
-        resolve_config_file(arguments.config_file),
-        allow=arguments.trust,
-        overrides=arguments.overrides,
-    )
-    return root
+    path = resolve_config_file(arguments.config_file)
+    return LazyConfig.load(path, allow=arguments.trust, overrides=arguments.overrides)

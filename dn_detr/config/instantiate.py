@@ -8,6 +8,7 @@ built. It also copies the objects that it is given, and its errors do not name p
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
@@ -88,13 +89,13 @@ def _build_dict(
         signature = inspect.signature(target)
     except (TypeError, ValueError):  # some builtins have none
         signature = None
-    call = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', repr(target))}"
-    call += "(...)" if signature is None else _text(signature)
+    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', repr(target))}"
     where = path or "(top)"
     if signature is not None:
         try:
             (signature.bind_partial if is_partial else signature.bind)(**built)
         except TypeError as error:
+            call = name + _text(signature)
             raise ConfigError(f"{where}: {call}: {_misfit(signature, built) or error}") from error
     if is_partial:
         return partial(target, **built) if built else target
@@ -103,7 +104,8 @@ def _build_dict(
     except Exception as error:
         # What went wrong comes first; a ValueError's text says it without its type.
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ConfigError(f"{where}: {kind}{error}\n(while building {call})") from error
+        near = _near_parameter(target, error) if isinstance(error, TypeError) else ""
+        raise ConfigError(f"{where}: {kind}{error}{near}\n(while building {name})") from error
 
 
 def _text(signature: inspect.Signature) -> str:
@@ -120,6 +122,14 @@ def _misfit(signature: inspect.Signature, arguments: dict[Any, Any]) -> str:
     if not unknown or any(each.kind is each.VAR_KEYWORD for each in parameters):
         return ""
     return f"it has no parameter {unknown[0]!r}{did_you_mean(unknown[0], names)}"
+
+
+def _near_parameter(target: Any, error: TypeError) -> str:
+    """Suggest a parameter of a base class, to which a constructor passes its `**kwargs`."""
+    found = re.search(r"unexpected keyword argument '(\w+)'$", str(error))
+    bases = getattr(target, "__mro__", ())
+    names = {name for base in bases[:-1] for name in inspect.signature(base).parameters}
+    return did_you_mean(found[1], names) if found else ""
 
 
 def _find(target: Any, where: str) -> Any:

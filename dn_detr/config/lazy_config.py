@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError
 from .nodes import to_node
 from .overrides import apply_overrides
 from .packages import find_trusted
@@ -25,10 +24,10 @@ class LazyConfig:
     @staticmethod
     def load(
         path: str | Path,
-        keys: str | Sequence[str] | None = None,
+        *,
         allow: str | Iterable[str] = (),
         overrides: Sequence[str] = (),
-    ) -> Any:
+    ) -> DictConfig:
         """Load a config file.
 
         A .py file is code and runs. A .yaml or .yml file is data: it can only name what
@@ -36,43 +35,36 @@ class LazyConfig:
 
         Args:
             path: the file.
-            keys: a name, or several, to return instead of the whole config.
             allow: a further package, or several, that a YAML file may name, such as
                 "my_project"; one that cannot be imported is looked for in the current folder.
             overrides: see `apply_overrides`.
 
         Returns:
-            The root: DictConfig of all public data of the file. With `keys`, the value of that
-            name or a tuple of values, still in their tree, so that interpolations resolve.
-            A `train.output_dir` that a whole config leaves open is `output/<name of the file>`.
+            The root, all public data of the file. A `train.output_dir` that a whole config leaves
+            open is `output/<name of the file>`.
 
         Raises:
-            ConfigError: the file is missing, of another type or wrong, or has no such key, or an
-                override is wrong.
+            ConfigError: the file is missing, of another type or wrong, or an override is wrong.
         """
         path = Path(path)
         if not path.is_file():
             raise ConfigError(f"config file {path} does not exist, or is no file{near_files(path)}")
         if path.suffix in (".yaml", ".yml"):
-            root = load_yaml(path, path, allow, overrides)
-        elif path.suffix == ".py":
-            try:
-                root = to_node(read_python(path))
-            except OmegaConfBaseException as error:
-                raise ConfigError(f"{path}: {error}") from error
-            _name_output(root, path.stem)
-            root = apply_overrides(root, overrides)
-        else:
+            return load_yaml(path, path, allow, overrides)
+        if path.suffix != ".py":
             raise ConfigError(f"config file {path}: is neither a .py nor a .yaml file")
-        if keys is None:
-            return root
-        names = [keys] if isinstance(keys, str) else list(keys)
-        for name in names:
-            if name not in root:
-                near = did_you_mean(name, map(str, root.keys()))
-                raise ConfigError(f"{path}: has no {name!r}{near}")
-        values = tuple(root[name] for name in names)
-        return values[0] if isinstance(keys, str) else values
+        try:
+            root: DictConfig = to_node(read_python(path))
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{path}: {error}") from error
+        train = root.get("train")
+        if (
+            "model" in root
+            and OmegaConf.is_dict(train)
+            and OmegaConf.is_missing(train, "output_dir")
+        ):
+            train.output_dir = f"output/{path.stem}"
+        return apply_overrides(root, overrides)
 
     @staticmethod
     def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -161,12 +153,4 @@ def get_config(name: str) -> DictConfig:
     Raises:
         ConfigError: there is no such config.
     """
-    root: DictConfig = LazyConfig.load(zoo_path(name))
-    return root
-
-
-def _name_output(root: DictConfig, name: str) -> None:
-    """Name the output folder of a whole config that leaves it open."""
-    train = root.get("train")
-    if "model" in root and OmegaConf.is_dict(train) and OmegaConf.is_missing(train, "output_dir"):
-        train.output_dir = f"output/{name}"
+    return LazyConfig.load(zoo_path(name))

@@ -218,8 +218,7 @@ def _start_worker(_worker: int) -> None:
     signal.set_wakeup_fd(-1)  # that of the main process: it would be told of our signals
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _exit_worker(error: BaseException, _batch: object) -> None:
@@ -235,9 +234,6 @@ def _signals_of_workers_blocked() -> Iterator[None]:
     `_start_worker`, so that stop signals wait. torch's handler of SIGCHLD is removed
     again: it raises wherever the main process happens to be, also while it saves a checkpoint.
     """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     handler = signal.getsignal(signal.SIGCHLD)
     try:

@@ -48,8 +48,8 @@ class EndlessBatchSampler(Sampler[list[tuple[int, int]]]):
         images, batch, ranks = self.num_images, self.total_batch_size, self.world_size
         if batch < ranks:
             raise ValueError(
-                f"dataloader.train.total_batch_size={batch}: expected at least {ranks}, an image "
-                f"for each of {ranks} process(es)"
+                f"total_batch_size={batch} leaves some of {ranks} processes without an image; set "
+                f"dataloader.train.total_batch_size={ranks} or higher"
             )
         if images < batch:
             raise ValueError(

@@ -7,6 +7,7 @@ The larger ones of the library are in `stability.py` and `writers.py`.
 from __future__ import annotations
 
 import datetime
+import inspect
 import logging
 import re
 import sys
@@ -63,6 +64,8 @@ class Callback:
                     f"{cls.__name__}.{name} is no hook of Callback{near or ': ' + ', '.join(hooks)}"
                     "; give a method of your own another name, or one with an underscore"
                 )
+            if name in hooks:
+                _check_signature(cls, name)
         saves, loads = (
             getattr(cls, name) is not getattr(Callback, name)
             for name in ("state_dict", "load_state_dict")
@@ -131,6 +134,18 @@ class Callback:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`: before `on_train_start`, and after a rollback."""
+
+
+def _check_signature(cls: type[Callback], hook: str) -> None:
+    """Refuse a hook that does not take what it will be called with."""
+    parameters = inspect.signature(getattr(Callback, hook)).parameters.values()
+    named = {each.name: None for each in parameters if each.kind is each.KEYWORD_ONLY}
+    given = [each.name for each in parameters if each.name not in named]
+    try:
+        inspect.signature(vars(cls)[hook]).bind(*given, **named)
+    except TypeError as error:
+        call = ", ".join([*given, *(f"*, {name}" for name in named)])
+        raise UserError(f"{cls.__name__}.{hook} must take ({call}): {error}") from error
 
 
 class Callbacks:

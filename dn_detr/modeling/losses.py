@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dn_detr.errors import UserError
 from dn_detr.structures import box_cxcywh_to_xyxy, generalized_box_iou
 
 from .classification import NOTHING, Classification
@@ -21,6 +22,11 @@ class LossTerm(Term):
 
     A subclass says what is summed; or, with a normaliser of its own, overrides `forward`.
     """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        if type(self).sums is LossTerm.sums and type(self).forward is LossTerm.forward:
+            raise UserError(f"{type(self).__name__} must define sums, or forward")
 
     def forward(
         self, outputs: Outputs, targets: Targets, pairs: Pairs, count: Tensor | float
@@ -37,7 +43,7 @@ class LossTerm(Term):
 
     def sums(self, outputs: Outputs, targets: Targets, pairs: Pairs) -> Tensor:
         """The term of each layer, summed over the pairs, (N,)."""
-        raise NotImplementedError(f"{type(self).__name__} must define sums, or forward")
+        raise NotImplementedError
 
 
 class ClassificationLoss(LossTerm):

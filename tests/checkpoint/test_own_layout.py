@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dn_detr.checkpoint import CheckpointError, Layout, load_tensors, read_weights
+from dn_detr.checkpoint import CheckpointError, Layout, as_layouts, load_tensors, read_weights
 from dn_detr.config import LazyCall as L
 from dn_detr.config import LazyConfig, instantiate
 from dn_detr.engine import train
@@ -95,7 +95,26 @@ def test_a_tensor_without_a_pair_is_told_where_to_put_it():
     assert "ForeignLayout has no name for aux.weight: " in message and "`ignored`" in message
 
 
-@pytest.mark.parametrize("key_maps", [[ForeignLayout], ["foreign"], "foreign"])
+class Nameless(ForeignLayout):
+    name = ""
+
+
+class Unpaired(ForeignLayout):
+    def pairs(self, names: Collection[str]) -> Any:
+        return ["head.*", "norm.*"]
+
+
+def test_pairs_that_are_none_are_named():
+    message = refusal(ProjectDetector([Unpaired()]), foreign(TinyDetector().state_dict()))
+    assert message == "pairs of a layout: 'head.*' is none of (our, their name)"
+
+
+def test_one_layout_needs_no_list():
+    layout = ForeignLayout()
+    assert as_layouts(layout) == as_layouts([layout]) == (layout,)
+
+
+@pytest.mark.parametrize("key_maps", [[ForeignLayout], ["foreign"], "foreign", Nameless()])
 def test_what_is_no_layout_is_named_when_the_model_is_built(key_maps):
     cfg = tiny_config("dab_detr_r50")
     parts = {name: instantiate(node) for name, node in cfg.items() if name != "key_maps"}

@@ -24,6 +24,16 @@ def needs(first: int, *, second: int = 2) -> tuple[int, int]:
     return first, second
 
 
+class TakesWidth:
+    def __init__(self, *, width: int = 1) -> None:
+        self.width = width
+
+
+class PassesOn(TakesWidth):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
 def test_inner_calls_are_made_before_outer_ones() -> None:
     net = instantiate(L(nn.MultiheadAttention)(embed_dim=4, num_heads=2, dropout=0.5, bias=False))
     assert isinstance(net, nn.MultiheadAttention) and net.dropout == 0.5
@@ -83,7 +93,8 @@ def test_keyword_needs_a_dict_node() -> None:
         (L(needs)(frist=1), r"model\.x: .*needs\(first, \*, second=2\): .*'frist' \(did you mean"),
         (L(needs)(), r"model\.x: .*needs\(first, \*, second=2\): missing a required .*'first'"),
         (L(needs)(secon=1, _partial_=True), r"'secon' \(did you mean second\?\)"),
-        (L(explode)(a=1), r"model\.x: KeyError: 'boom'\n\(while building .*explode\(\*\*_\)\)"),
+        (L(explode)(a=1), r"model\.x: KeyError: 'boom'\n\(while building .*explode\)$"),
+        (L(PassesOn)(widht=1), r"'widht' \(did you mean width\?\)\n\(while building"),
         (L(dict)(y=[L(explode)()]), r"model\.x\.y\.0: KeyError: 'boom'\n.*explode"),
         (L(dict)(y="???"), r"model\.x\.y: is mandatory"),
         (L(dict)(y="${nope.z}"), r"model\.x\.y: cannot resolve .*'nope\.z' not found"),

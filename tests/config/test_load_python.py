@@ -88,14 +88,7 @@ def test_absolute_interpolation_resolves_in_every_part_of_the_root(write: Write)
     cfg = LazyConfig.load(path)
     assert (cfg.dataloader.train.path, cfg.model.root) == ("here/x", "here")
     assert instantiate(cfg.model) == {"root": "here"}
-    assert LazyConfig.load(path, keys="model").root == "here"
-
-
-def test_keys_select_parts(write: Write) -> None:
-    path = write("run.py", "a = 1\nb = dict(x=2)\n")
-    assert LazyConfig.load(path, keys=("b", "a")) == ({"x": 2}, 1)
-    with pytest.raises(ConfigError, match=r"has no 'train_x'"):
-        LazyConfig.load(path, keys="train_x")
+    assert LazyConfig.load(path).model.root == "here"
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,29 @@ def test_a_misspelt_hook_is_refused_when_the_class_is_made(name, message):
     type("Mine", (Callback,), {f"_{name}": None, "open_door": None, "models_seen": None})
 
 
+@pytest.mark.parametrize(
+    ("hook", "function", "message"),
+    [
+        (
+            "after_step",
+            lambda self, state: None,
+            r"after_step must take \(self, state, samples, re",
+        ),
+        (
+            "on_train_end",
+            lambda self, state: None,
+            r"on_train_end must take \(self, state, \*, fai",
+        ),
+        ("state_dict", lambda self, x: {}, r"state_dict must take \(self\): missing a required"),
+    ],
+)
+def test_a_hook_that_does_not_take_its_arguments_is_refused_when_the_class_is_made(
+    hook, function, message
+):
+    with pytest.raises(UserError, match=rf"Mine\.{message}"):
+        type("Mine", (Callback,), {hook: function, "load_state_dict": lambda self, state: None})
+
+
 def test_what_is_no_callback_and_a_name_of_the_library_are_refused(run):
     with pytest.raises(ValueError, match=r"train\.callbacks\.mine: expected a dn_detr\.engine\.Ca"):
         run(mine=LazyCall(NoCallback)())

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dn_detr.errors import UserError
 from dn_detr.modeling import (
     NOTHING,
     BoxL1Loss,
@@ -144,8 +145,8 @@ def test_suffix_names_the_losses():
 
 
 def test_a_term_that_says_nothing_is_refused():
-    with pytest.raises(NotImplementedError, match="LossTerm must define sums, or forward"):
-        _match(DetectionCriterion({"loss_mine": LossTerm()}), _predictions(1), _targets([1]))
+    with pytest.raises(UserError, match="Mine must define sums, or forward"):
+        type("Mine", (LossTerm,), {})(weight=2.0)
 
 
 @pytest.mark.parametrize("returned", [torch.zeros(()), torch.zeros(3), torch.zeros(2, 3), 0.0])

@@ -32,6 +32,9 @@ class Renaming:
     """
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        pairs = list(pairs)
+        if wrong := [pair for pair in pairs if isinstance(pair, str) or len(pair) != 2]:
+            raise CheckpointError(f"pairs of a layout: {wrong[0]!r} is none of (our, their name)")
         self._rules = [(_pattern(old), _replacement(new)) for old, new in pairs]
 
     def __call__(self, name: str) -> str | None:
@@ -127,8 +130,8 @@ class Layout(ABC):
             tensors: their name -> tensor.
         """
         pairs = self.pairs(tensors)
-        to_ours = Renaming((their, our) for our, their in pairs)
         result = Translation(self, Renaming(pairs))
+        to_ours = Renaming((their, our) for our, their in pairs)
         firsts: dict[str, Tensor] = {}
         file_names: dict[str, str] = {}
         for name, value in tensors.items():
@@ -210,18 +213,19 @@ class OwnLayout(Layout):
         return re.sub(r"^denoising\.label_embed\.", "denoising.embed.label_embed.", name)
 
 
-def as_layouts(key_maps: Iterable[Any]) -> tuple[Layout, ...]:
-    """Return the layouts of a model.
+def as_layouts(key_maps: Iterable[Any] | Layout) -> tuple[Layout, ...]:
+    """Return the layouts of a model, of which there may be one alone.
 
     Raises:
-        CheckpointError: one is none.
+        CheckpointError: one is none, or has no name.
     """
-    layouts = tuple(key_maps)
+    layouts = (key_maps,) if isinstance(key_maps, Layout) else tuple(key_maps)
     for index, each in enumerate(layouts):
-        if not isinstance(each, Layout):
+        if not isinstance(each, Layout) or not each.name:
             raise CheckpointError(
                 f"key_maps[{index}] is {each!r}, not an object of a class derived from "
-                "dn_detr.checkpoint.Layout; list objects, as in key_maps = [L(MyLayout)()]"
+                "dn_detr.checkpoint.Layout with a `name`; list objects, as in "
+                "key_maps = [L(MyLayout)()]"
             )
     return layouts
 
