@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import resource
 import sys
@@ -71,7 +70,7 @@ class RunningSums:
     def add_step(self, result: StepResult) -> None:
         """Add the losses of a step and its gradient norm, unless that overflowed in float16."""
         self.add("loss", result.losses.sum())
-        self.add(_loss_columns(result.names), result.losses)
+        self.add(tuple(f"loss/{name}" for name in result.names), result.losses)
         if result.outcome is not Outcome.OVERFLOW:
             self.add("grad_norm", result.grad_norm)
 
@@ -144,11 +143,6 @@ def evaluation_record(results: Mapping[str, Any], prefix: str = "eval") -> Recor
         else:
             record[f"{prefix}/{name}"] = value
     return record
-
-
-@functools.cache
-def _loss_columns(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f"loss/{name}" for name in names)
 
 
 def _exact(value: Tensor | float) -> Tensor | float:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from dn_detr.protocols import CountsObjects, Diagnostics, HasDiagnostics, Sample
 
 from .memory import OutOfMemory, describe_batch, is_out_of_memory
 from .nonfinite import NonFiniteError, RunningStatistics, explain
-from .random_state import preserved_random_state
+from .random_state import capture_random_state, preserved_random_state, restore_random_state
 from .settings import AmpSettings, ClipGradSettings
 
 
@@ -133,7 +133,7 @@ class TrainingStep:
             OutOfMemory: on the rank that ran out of memory.
         """
         self._statistics.remember()
-        random_state = _random_state(self.device)
+        random_state = capture_random_state()
         micro_batches = split_evenly(samples, self._accumulate)
         counts: ObjectCounts | None = None
         if self._counting is not None:
@@ -223,14 +223,14 @@ class TrainingStep:
         iteration: int,
         result: StepResult,
         counts: ObjectCounts | None,
-        random_state: tuple[Tensor, ...],
+        random_state: dict[str, Any],
     ) -> StepResult:
         """Explain a step whose numbers are not finite; undo what it changed, or raise."""
         self.optimizer.zero_grad(set_to_none=True)
         self._statistics.restore()
         losses = dict(zip(result.names, result.losses.tolist(), strict=True))
         with preserved_random_state():
-            _set_random_state(self.device, random_state)
+            restore_random_state(random_state)
             report = explain(
                 self._module,
                 lambda samples: self._losses(self._module, samples, counts),
@@ -278,14 +278,3 @@ def split_evenly(batch: Sequence[Sample], count: int) -> list[Sequence[Sample]]:
     count = min(count, len(batch))
     bounds = [len(batch) * index // count for index in range(count + 1)]
     return [batch[start:end] for start, end in itertools.pairwise(bounds)]
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, ...]:
-    on_gpu = (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
-    return torch.get_rng_state(), *on_gpu
-
-
-def _set_random_state(device: torch.device, state: tuple[Tensor, ...]) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)
