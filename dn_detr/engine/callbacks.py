@@ -51,7 +51,7 @@ class Callback:
 
     The hooks get the state of the run, see `RunState` for its attributes. A public method called
     before_, after_ or on_ something, or almost as a hook is, must be a hook: another one would
-    never be called, so the class is refused.
+    never be called, so the class is refused, as is one whose hook takes other arguments.
     """
 
     def __init_subclass__(cls) -> None:
