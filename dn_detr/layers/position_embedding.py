@@ -70,16 +70,16 @@ class PositionEmbeddingSine(nn.Module):
 def sine_embed_boxes(
     boxes_cxcywh_norm: Tensor, num_feats: int = 128, *, temperature: float = 10000.0
 ) -> Tensor:
-    """Sine embedding of boxes, the positional part of a query.
+    """Sine embedding of boxes, or of points, the positional part of a query.
 
     Args:
-        boxes_cxcywh_norm: (..., 4) in [0, 1].
+        boxes_cxcywh_norm: (..., 4) in [0, 1], or (..., 2) without a size.
         num_feats: channels for each coordinate.
 
     Returns:
-        (..., 4 * num_feats), coordinates in the order (y, x, w, h).
+        (..., 4 or 2 * num_feats), coordinates in the order (y, x, w, h).
 
     Source: Liu et al., "DAB-DETR", 2022, section 4.
     """
-    x, y, w, h = (boxes_cxcywh_norm * (2 * math.pi)).unbind(-1)
-    return torch.cat([sine_embed(c, num_feats, temperature) for c in (y, x, w, h)], dim=-1)
+    x, y, *size = (boxes_cxcywh_norm * (2 * math.pi)).unbind(-1)
+    return torch.cat([sine_embed(c, num_feats, temperature) for c in (y, x, *size)], dim=-1)

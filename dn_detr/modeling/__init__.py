@@ -41,7 +41,9 @@ from .queries import PositionKind as PositionKind
 from .queries import ProposalQueries as ProposalQueries
 from .queries import Proposals as Proposals
 from .queries import Queries as Queries
+from .queries import VectorQueryEmbedding as VectorQueryEmbedding
 from .transformers import BoxDecoder as BoxDecoder
+from .transformers import Decoder as Decoder
 from .transformers import DeformableDecoder as DeformableDecoder
 from .transformers import DeformableEncoder as DeformableEncoder
 from .transformers import DenseDecoder as DenseDecoder

@@ -114,6 +114,30 @@ class BoxQueryEmbedding(nn.Module):
         return ["label_embed.weight"]
 
 
+class VectorQueryEmbedding(BoxQueryEmbedding):
+    """A noised label becomes the content, a linear map of the noised box the position.
+
+    The linear map is the paper's. It does not say which of the two is the content; this is how
+    DN-DAB-DETR has it, and matching queries stay what they are without denoising.
+
+    Args:
+        num_classes, embed_dim: see `BoxQueryEmbedding`.
+
+    Source: Li et al., "DN-DETR", extended version, 2022, section 4.7.2
+    (https://arxiv.org/abs/2203.01305).
+    """
+
+    position_kind: PositionKind = "vector"
+
+    def __init__(self, num_classes: int, embed_dim: int = 256) -> None:
+        super().__init__(num_classes, embed_dim, indicator=False, no_object_label=False)
+        self.box_embed = nn.Linear(4, embed_dim)
+
+    def forward(self, labels: Tensor, boxes: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """See `BoxQueryEmbedding.forward`; content and position are (M, C)."""
+        return self.label_embed(labels), self.box_embed(boxes)
+
+
 class AnchorQueries(nn.Module):
     """Learned queries, the same for every image.
 
@@ -126,15 +150,12 @@ class AnchorQueries(nn.Module):
             (Wang et al., "Anchor DETR", 2022, section 3.3). 0: none, and one copy.
         indicator: the last channel is not learned but 0, which tells matching queries from
             denoising queries, whose last channel is 1 (DN-DETR, section 4). Patterns have it.
-
-    Attributes:
-        position_kind: see `PositionKind`.
+        position_kind: what an anchor is: a box in DAB-DETR, a point in Anchor DETR, a vector in
+            DETR.
 
     Raises:
         ValueError: no query, a negative number of patterns, or an unknown kind of content.
     """
-
-    position_kind: PositionKind = "box"
 
     def __init__(
         self,
@@ -144,6 +165,7 @@ class AnchorQueries(nn.Module):
         content: str = "per_query",
         num_patterns: int = 0,
         indicator: bool = True,
+        position_kind: PositionKind = "box",
     ) -> None:
         super().__init__()
         rows = {"per_query": num_queries, "shared": 1, "zero": 0}
@@ -157,10 +179,14 @@ class AnchorQueries(nn.Module):
         self.num_patterns = num_patterns
         self.embed_dim = embed_dim
         self.indicator = indicator
+        self.position_kind = position_kind
         width = embed_dim - int(indicator)
         self.content = nn.Embedding(rows[content], width) if rows[content] else None
-        self.anchors = nn.Embedding(num_queries, 4)
+        size = {"box": 4, "point": 2, "vector": embed_dim}[position_kind]
+        self.anchors = nn.Embedding(num_queries, size)
         self.patterns = nn.Embedding(num_patterns, embed_dim) if num_patterns else None
+        if position_kind == "point":
+            nn.init.uniform_(self.anchors.weight)
 
     def forward(self, memory: Memory) -> Queries:
         """The queries of a batch, A * max(P, 1) of them, pattern after pattern."""

@@ -1,9 +1,9 @@
-"""Hugging Face transformers: DabDetr and DeformableDetr, of any version.
+"""Hugging Face transformers: Detr, ConditionalDetr, DabDetr and DeformableDetr, of any version.
 
 Published files have the names of the version that wrote them; `_NORMALISED` brings them to one
 spelling. A packed projection of query, key and value is stored as three tensors.
 
-Source: https://github.com/huggingface/transformers, models/{dab_detr,deformable_detr}
+Source: https://github.com/huggingface/transformers, models/{,conditional_,dab_,deformable_}detr
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class HuggingFaceLayout(FamilyLayout):
         pairs = [
             ("backbone.body.*", "backbone.body.*"),
             ("queries.anchors.*", "query_refpoint_embeddings.*"),
+            ("queries.anchors.*", "query_position_embeddings.*"),
             ("queries.patterns.*", "patterns.*"),
             (f"{LABEL_EMBED}.*", "label_enc.*"),
             ("transformer.level_embed", "level_embed"),
@@ -90,6 +91,8 @@ class HuggingFaceLayout(FamilyLayout):
             *((f"transformer.{mlp}.*", f"{mlp}.*") for mlp in _MLPS),
             ("transformer.decoder.norm.*", "decoder.layernorm.*"),
             *heads(traits, "bbox_predictor" if traits.dense_decoder else "bbox_embed"),
+            ("heads.class_embed.0.*", "class_labels_classifier.*"),
+            ("heads.bbox_embed.0.*", "bbox_predictor.*"),
         ]
         if traits.deformable_encoder:
             pairs += [

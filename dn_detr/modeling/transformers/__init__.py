@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from .decoder import BoxDecoder as BoxDecoder
+from .decoder import Decoder as Decoder
+from .decoder import DecoderLayer as DecoderLayer
+from .decoder import boxes_of_points as boxes_of_points
 from .deformable import DeformableDecoder as DeformableDecoder
 from .deformable import DeformableDecoderLayer as DeformableDecoderLayer
 from .deformable import DeformableEncoder as DeformableEncoder

@@ -21,7 +21,7 @@ from dn_detr.layers import (
     sine_embed_boxes,
 )
 
-from .decoder import BoxDecoder
+from .decoder import BoxDecoder, DecoderLayer
 from .levels import Levels, Memory
 from .stack import make_layers
 
@@ -95,7 +95,7 @@ class DeformableEncoder(nn.Module):
         return x
 
 
-class DeformableDecoderLayer(nn.Module):
+class DeformableDecoderLayer(DecoderLayer):
     """Self-attention among queries, deformable attention to the memory, feed-forward; post-norm.
 
     Args:
@@ -114,13 +114,13 @@ class DeformableDecoderLayer(nn.Module):
         num_points: int = 4,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.self_attn = MultiheadAttention(embed_dim, num_heads, dropout)
-        self.self_norm = nn.LayerNorm(embed_dim)
-        self.cross_attn = MSDeformAttn(embed_dim, num_heads, num_levels, num_points)
-        self.cross_norm = nn.LayerNorm(embed_dim)
-        self.ffn = FeedForward(embed_dim, feedforward_dim, dropout)
-        self.dropout = nn.Dropout(dropout)
+        super().__init__(
+            embed_dim,
+            MultiheadAttention(embed_dim, num_heads, dropout),
+            MSDeformAttn(embed_dim, num_heads, num_levels, num_points),
+            feedforward_dim=feedforward_dim,
+            dropout=dropout,
+        )
 
     def forward(
         self,
@@ -135,16 +135,14 @@ class DeformableDecoderLayer(nn.Module):
         Args:
             x: (B, Q, C) content.
             query_pos: (B, Q, C) position.
-            references: (B, Q, L, 4) boxes relative to each padded map.
+            references: (B, Q, L, 2) points or (B, Q, L, 4) boxes relative to each padded map.
             memory: the encoded feature maps.
             mask: (Q, Q) or (B, Q, Q) bool, True = blocked.
 
         Returns:
             (B, Q, C).
         """
-        positioned = x + query_pos
-        self_attn_out = self.self_attn(positioned, positioned, x, mask=mask)
-        x = self.self_norm(x + self.dropout(self_attn_out))
+        x = self.attend_to_queries(x, query_pos, mask)
         levels = memory.levels
         cross_attn_out = self.cross_attn(
             x + query_pos,
@@ -154,7 +152,7 @@ class DeformableDecoderLayer(nn.Module):
             levels.level_start_index,
             levels.attention_mask,
         )
-        return self.ffn(self.cross_norm(x + self.dropout(cross_attn_out)))
+        return self.add_cross_attention(x, cross_attn_out)
 
 
 class DeformableDecoder(BoxDecoder):
@@ -192,9 +190,15 @@ class DeformableDecoder(BoxDecoder):
         self.padded_query_pos = padded_query_pos
 
     def update(
-        self, index: int, x: Tensor, reference: Tensor, memory: Memory, mask: Tensor | None
+        self,
+        index: int,
+        x: Tensor,
+        reference: Tensor,
+        pos: None,
+        memory: Memory,
+        mask: Tensor | None,
     ) -> Tensor:
-        """See `BoxDecoder.update`."""
+        """See `Decoder.update`."""
         padded = memory.levels.to_padded(reference)  # (B, Q, L, 4)
         embedded = padded[:, :, 0] if self.padded_query_pos else reference
         query_pos = self.ref_point_head(sine_embed_boxes(embedded, self.num_pos_feats))

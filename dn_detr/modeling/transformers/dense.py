@@ -23,7 +23,7 @@ from dn_detr.layers import (
 from dn_detr.structures import at_least_float32
 
 from .conditional_attention import ConditionalCrossAttention, ConditionalSelfAttention
-from .decoder import BoxDecoder
+from .decoder import BoxDecoder, DecoderLayer
 from .levels import Levels, Memory
 from .stack import make_layers
 
@@ -102,7 +102,7 @@ class DenseEncoder(nn.Module):
         return updated
 
 
-class DenseDecoderLayer(nn.Module):
+class DenseDecoderLayer(DecoderLayer):
     """Conditional self-attention, conditional attention to the memory, feed-forward; post-norm.
 
     Args:
@@ -123,15 +123,16 @@ class DenseDecoderLayer(nn.Module):
         dropout: float = 0.0,
         is_first: bool = False,
     ) -> None:
-        super().__init__()
-        self.self_attn = ConditionalSelfAttention(embed_dim, num_heads, dropout)
-        self.self_norm = nn.LayerNorm(embed_dim)
-        self.cross_attn = ConditionalCrossAttention(
-            embed_dim, num_heads, num_levels=num_levels, adds_position=is_first, dropout=dropout
+        super().__init__(
+            embed_dim,
+            ConditionalSelfAttention(embed_dim, num_heads, dropout),
+            ConditionalCrossAttention(
+                embed_dim, num_heads, num_levels=num_levels, adds_position=is_first, dropout=dropout
+            ),
+            feedforward_dim=feedforward_dim,
+            dropout=dropout,
+            activation=activation,
         )
-        self.cross_norm = nn.LayerNorm(embed_dim)
-        self.ffn = FeedForward(embed_dim, feedforward_dim, dropout, activation)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self, x: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory, mask: Tensor | None
@@ -149,9 +150,9 @@ class DenseDecoderLayer(nn.Module):
             (B, Q, C).
         """
         self_attn_out, self_attn_query = self.self_attn(x, query_pos, mask)
-        x = self.self_norm(x + self.dropout(self_attn_out))
+        x = self.add_self_attention(x, self_attn_out)
         cross_attn_out = self.cross_attn(x, query_pos, query_sine, memory, self_attn_query)
-        return self.ffn(self.cross_norm(x + self.dropout(cross_attn_out)))
+        return self.add_cross_attention(x, cross_attn_out)
 
 
 class DenseDecoder(BoxDecoder):
@@ -186,9 +187,15 @@ class DenseDecoder(BoxDecoder):
         self.ref_anchor_head = MLP(embed_dim, embed_dim, 2, 2)
 
     def update(
-        self, index: int, x: Tensor, reference: Tensor, memory: Memory, mask: Tensor | None
+        self,
+        index: int,
+        x: Tensor,
+        reference: Tensor,
+        pos: None,
+        memory: Memory,
+        mask: Tensor | None,
     ) -> Tensor:
-        """See `BoxDecoder.update`."""
+        """See `Decoder.update`."""
         embedded = sine_embed_boxes(reference, self.num_pos_feats)  # (B, Q, 2 C): y, x, w, h
         query_pos = self.ref_point_head(embedded)
         query_sine = embedded[..., : x.shape[-1]] * self._modulation(x, reference)

@@ -2,7 +2,6 @@
 
 from .attention import RowColumnAttention, RowColumnEncoderLayer
 from .decoder import PointDecoder, PointDecoderLayer, PointTransformer
-from .heads import PointHeads
 from .layouts import AnchorDetrLayout
 from .queries import CellCentres, PointQueries, PointQueryEmbedding
 
@@ -11,7 +10,6 @@ __all__ = [
     "CellCentres",
     "PointDecoder",
     "PointDecoderLayer",
-    "PointHeads",
     "PointQueries",
     "PointQueryEmbedding",
     "PointTransformer",

@@ -1,7 +1,7 @@
 """Anchor DETR's decoder: every layer looks from the same points.
 
 Wang et al., "Anchor DETR", 2022 (https://arxiv.org/abs/2109.07107).
-Legend: B batch, Q queries (denoising queries first), C channels, N layers.
+Legend: B batch, Q queries (denoising queries first), C channels.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import pi
 
-import torch
 from torch import Tensor, nn
 
-from dn_detr.layers import MLP, FeedForward, MultiheadAttention, run_checkpointed, sine_embed
-from dn_detr.modeling import DetectionHeads, Memory, PositionKind, Transformer
+from dn_detr.layers import MLP, MultiheadAttention, sine_embed, sine_embed_boxes
+from dn_detr.modeling import Decoder, Memory, PositionKind, Transformer
+from dn_detr.modeling.transformers import DecoderLayer, boxes_of_points
 from dn_detr.modeling.transformers.stack import make_layers
 
 from .attention import RowColumnAttention
 
 
-class PointDecoderLayer(nn.Module):
+class PointDecoderLayer(DecoderLayer):
     """Self-attention of the queries, attention to the memory, feed-forward; post-norm.
 
     Args:
@@ -34,12 +34,12 @@ class PointDecoderLayer(nn.Module):
         feedforward_dim: int = 1024,
         mask_padding: bool = True,
     ) -> None:
-        super().__init__()
-        self.self_attn = MultiheadAttention(embed_dim, num_heads)
-        self.self_norm = nn.LayerNorm(embed_dim)
-        self.cross_attn = RowColumnAttention(embed_dim, num_heads, mask_padding=mask_padding)
-        self.cross_norm = nn.LayerNorm(embed_dim)
-        self.ffn = FeedForward(embed_dim, feedforward_dim)
+        super().__init__(
+            embed_dim,
+            MultiheadAttention(embed_dim, num_heads),
+            RowColumnAttention(embed_dim, num_heads, mask_padding=mask_padding),
+            feedforward_dim=feedforward_dim,
+        )
 
     def forward(
         self, x: Tensor, pos: Tensor, axis_pos: Tensor, memory: Memory, mask: Tensor | None
@@ -53,22 +53,18 @@ class PointDecoderLayer(nn.Module):
             memory: the encoded feature map.
             mask: (B, Q, Q) bool, True = blocked.
         """
-        located = x + pos
-        x = self.self_norm(x + self.self_attn(located, located, x, mask=mask))
+        x = self.attend_to_queries(x, pos, mask)
         found = self.cross_attn(x, axis_pos, memory.cells, memory.pos, memory.levels)
-        return self.ffn(self.cross_norm(x + found))
+        return self.add_cross_attention(x, found)
 
 
-class PointDecoder(nn.Module):
+class PointDecoder(Decoder):
     """A stack of decoder layers.
 
     Args:
         layer: makes a `PointDecoderLayer` or a module called like it, see `make_layers`.
-        num_layers: N.
+        num_layers: how many.
         embed_dim: C.
-
-    Attributes:
-        activation_checkpointing: see `run_checkpointed`; layer by layer.
     """
 
     position_kind: PositionKind = "point"
@@ -76,35 +72,36 @@ class PointDecoder(nn.Module):
     def __init__(
         self, layer: Callable[..., nn.Module], num_layers: int = 6, embed_dim: int = 256
     ) -> None:
-        super().__init__()
-        self.activation_checkpointing = False
+        super().__init__(make_layers(layer, num_layers))
         self.embed_dim = embed_dim
-        self.layers = make_layers(layer, num_layers)
         self.adapt_pos1d = MLP(embed_dim, embed_dim, embed_dim, 2)
         self.adapt_pos2d = MLP(embed_dim, embed_dim, embed_dim, 2)
+        self.norm = nn.Identity()
 
     def embed_axes(self, points: Tensor) -> Tensor:
         """(..., 2) points (x, y) -> (..., 2 C), of the x and of the y."""
         sines = sine_embed(points * (2 * pi), self.embed_dim)
         return self.adapt_pos1d(sines.to(points)).flatten(-2)
 
-    def forward(
+    def start(
+        self, content: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """See `Decoder.start`."""
+        pos = self.adapt_pos2d(sine_embed_boxes(position, self.embed_dim // 2).to(content))
+        return content, boxes_of_points(position), (pos, self.embed_axes(position))
+
+    def update(
         self,
-        content: Tensor,
-        position: Tensor,
+        index: int,
+        x: Tensor,
+        reference: Tensor,
+        pos: tuple[Tensor, Tensor],
         memory: Memory,
-        heads: DetectionHeads,
-        attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """States (N, B, Q, C) of all layers, and the points (N, B, Q, 2), the same for each."""
-        sines = sine_embed(position.flip(-1) * (2 * pi), self.embed_dim // 2)
-        pos = self.adapt_pos2d(sines.to(content).flatten(-2))  # y before x
-        axis_pos = self.embed_axes(position)
-        x, states = content, []
-        for layer in self.layers:
-            x = run_checkpointed(self, layer, x, pos, axis_pos, memory, attention_mask)
-            states.append(x)
-        return torch.stack(states), position.expand(len(states), -1, -1, -1)
+        mask: Tensor | None,
+    ) -> Tensor:
+        """See `Decoder.update`."""
+        updated: Tensor = self.layers[index](x, *pos, memory, mask)
+        return updated
 
 
 class PointTransformer(Transformer):

@@ -33,7 +33,7 @@ class AnchorDetrLayout(Layout):
             ("backbone.body.*", "backbone.body.*"),
             ("neck.convs.{i}.*", "input_proj.{i}.0.*"),
             ("neck.norms.{i}.*", "input_proj.{i}.1.*"),
-            ("queries.points.*", "transformer.position.*"),
+            ("queries.anchors.*", "transformer.position.*"),
             ("queries.patterns.*", "transformer.pattern.*"),
             *(
                 (f"{ours}{our}.*", f"{theirs}{their}.*")

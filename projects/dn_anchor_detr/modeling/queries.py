@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dn_detr.modeling import Memory, PositionKind, Queries
+from dn_detr.modeling import AnchorQueries, BoxQueryEmbedding, PositionKind
 from dn_detr.structures import valid_sizes
 
 
@@ -25,35 +25,8 @@ class CellCentres(nn.Module):
         return torch.stack([x, y], dim=1) / valid_sizes(mask)[:, :, None, None]
 
 
-class PointQueries(nn.Module):
-    """Every point with every pattern, pattern after pattern.
-
-    Args:
-        num_queries: number of points A.
-        embed_dim: C.
-        num_patterns: P; the decoder has A * P queries.
-    """
-
-    position_kind: PositionKind = "point"
-
-    def __init__(self, num_queries: int = 300, embed_dim: int = 256, num_patterns: int = 3) -> None:
-        super().__init__()
-        if num_queries < 1 or num_patterns < 1:
-            raise ValueError(
-                f"num_queries {num_queries} and num_patterns {num_patterns} must be at least 1"
-            )
-        self.num_queries = num_queries
-        self.num_patterns = num_patterns
-        self.points = nn.Embedding(num_queries, 2)
-        self.patterns = nn.Embedding(num_patterns, embed_dim)
-        nn.init.uniform_(self.points.weight)
-
-    def forward(self, memory: Memory) -> Queries:
-        """Content (B, Q, C) and position (B, Q, 2) of the queries of a batch."""
-        batch = len(memory.cells)
-        content = self.patterns.weight.repeat_interleave(self.num_queries, 0)
-        position = self.points.weight.repeat(self.num_patterns, 1)
-        return Queries(content.expand(batch, -1, -1), position.expand(batch, -1, -1))
+class PointQueries(AnchorQueries):
+    """Every point with every pattern, pattern after pattern; see `AnchorQueries`."""
 
     def embed(self, labels: Tensor, boxes: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         """A noised object as a query: its centre, and the pattern of its group's number.
@@ -71,25 +44,18 @@ class PointQueries(nn.Module):
         return self.patterns(groups % self.num_patterns), boxes[:, :2]
 
 
-class PointQueryEmbedding(nn.Module):
+class PointQueryEmbedding(BoxQueryEmbedding):
     """Another content for noised objects: a learned row of the noised label, as in DN-DAB-DETR.
 
     Args:
-        num_classes: K.
-        embed_dim: C.
+        num_classes, embed_dim: see `BoxQueryEmbedding`.
     """
 
     position_kind: PositionKind = "point"
 
     def __init__(self, num_classes: int, embed_dim: int = 256) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.label_embed = nn.Embedding(num_classes, embed_dim)
+        super().__init__(num_classes, embed_dim, indicator=False, no_object_label=False)
 
     def forward(self, labels: Tensor, boxes: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         """See `PointQueries.embed`."""
         return self.label_embed(labels), boxes[:, :2]
-
-    def class_tensors(self) -> list[str]:
-        """Names of the tensors that have a row per class."""
-        return ["label_embed.weight"]

@@ -1,12 +1,7 @@
-"""Names of tensors in the code of DETR and in Hugging Face's version of it.
-
-Sources: https://github.com/facebookresearch/detr,
-https://github.com/huggingface/transformers, models/detr
-"""
+"""Names of tensors in the code of DETR, https://github.com/facebookresearch/detr."""
 
 from __future__ import annotations
 
-from dn_detr.checkpoint import HuggingFaceLayout
 from dn_detr.checkpoint.layouts.family import DECODER, ENCODER, FamilyLayout, Traits
 from dn_detr.checkpoint.layouts.layout import Pairs
 
@@ -22,7 +17,7 @@ class DetrLayout(FamilyLayout):
         return [
             ("backbone.body.*", "backbone.0.body.*"),
             ("neck.convs.0.*", "input_proj.*"),
-            ("queries.position.*", "query_embed.*"),
+            ("queries.anchors.*", "query_embed.*"),
             (DECODER + "cross_attn.*", DECODER + "multihead_attn.*"),
             *((f"{layer}self_attn.*", f"{layer}self_attn.*") for layer in norms),
             *(
@@ -38,17 +33,4 @@ class DetrLayout(FamilyLayout):
             ("transformer.decoder.norm.*", "transformer.decoder.norm.*"),
             ("heads.class_embed.0.*", "class_embed.*"),
             ("heads.bbox_embed.0.*", "bbox_embed.*"),
-        ]
-
-
-class HuggingFaceDetrLayout(HuggingFaceLayout):
-    """The names of transformers; the rows of its class head are those of `DetrLayout`."""
-
-    def pairs_of(self, traits: Traits) -> Pairs:
-        """See `FamilyLayout.pairs_of`."""
-        return [
-            ("queries.position.*", "query_position_embeddings.*"),
-            ("heads.class_embed.0.*", "class_labels_classifier.*"),
-            ("heads.bbox_embed.0.*", "bbox_predictor.*"),
-            *super().pairs_of(traits),
         ]

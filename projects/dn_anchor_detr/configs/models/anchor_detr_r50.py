@@ -14,7 +14,6 @@ from ...modeling import (
     CellCentres,
     PointDecoder,
     PointDecoderLayer,
-    PointHeads,
     PointQueries,
     PointTransformer,
     RowColumnEncoderLayer,
@@ -34,6 +33,9 @@ model.queries = L(PointQueries)(
     num_queries="${model.num_queries}",
     num_patterns="${model.num_patterns}",
     embed_dim="${model.transformer.embed_dim}",
+    content="zero",
+    indicator=False,
+    position_kind="point",
 )
 model.transformer = L(PointTransformer)(
     embed_dim=256,
@@ -45,14 +47,8 @@ model.transformer = L(PointTransformer)(
         embed_dim="${model.transformer.embed_dim}",
     ),
 )
-model.heads = L(PointHeads)(
-    num_classes="${model.num_classes}",
-    embed_dim="${model.transformer.embed_dim}",
-    num_layers="${model.transformer.decoder.num_layers}",
-    size_bias=-2.0,
-    classification="${model.classification}",
-    eps=1e-5,
-)
+model.heads.size_bias = -2.0
+model.heads.eps = 1e-5
 model.criterion.losses.loss_ce.weight = 2.0
 model.postprocess.num_select = 100
 model.key_maps = [L(AnchorDetrLayout)(), L(TorchvisionLayout)(), L(Detectron2Layout)()]

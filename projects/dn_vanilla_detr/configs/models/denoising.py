@@ -2,8 +2,7 @@
 
 from dn_detr.config import LazyCall as L
 from dn_detr.configs.models.parts import denoising
-
-from ...modeling import VectorQueryEmbedding
+from dn_detr.modeling import VectorQueryEmbedding
 
 denoising.embed = L(VectorQueryEmbedding)(
     num_classes="${model.num_classes}", embed_dim="${model.transformer.embed_dim}"

@@ -4,26 +4,17 @@ Carion et al., "End-to-End Object Detection with Transformers", 2020
 (https://arxiv.org/abs/2005.12872).
 """
 
-from dn_detr.checkpoint import Detectron2Layout, TorchvisionLayout
+from dn_detr.checkpoint import Detectron2Layout, HuggingFaceLayout, TorchvisionLayout
 from dn_detr.config import LazyCall as L
 from dn_detr.configs.models.dab_detr_r50 import model
 from dn_detr.modeling import SoftmaxClassification
 
-from ...modeling import (
-    AbsoluteHeads,
-    DetrLayout,
-    HuggingFaceDetrLayout,
-    VectorDecoder,
-    VectorDecoderLayer,
-    VectorQueries,
-)
+from ...modeling import AbsoluteHeads, DetrLayout, VectorDecoder, VectorDecoderLayer
 
 model.num_queries = 100
 model.classification = L(SoftmaxClassification)(no_object_weight=0.1)
 model.position_embedding.temperature = 10000
-model.queries = L(VectorQueries)(
-    num_queries="${model.num_queries}", embed_dim="${model.transformer.embed_dim}"
-)
+model.queries.position_kind = "vector"
 model.transformer.encoder.query_scale = False
 model.transformer.encoder.layer.activation = "relu"
 model.transformer.encoder.layer.dropout = 0.1
@@ -48,7 +39,7 @@ model.criterion.matcher.costs.cost_class.weight = 1.0
 model.postprocess.num_select = "${model.num_queries}"
 model.key_maps = [
     L(DetrLayout)(),
-    L(HuggingFaceDetrLayout)(),
+    L(HuggingFaceLayout)(),
     L(TorchvisionLayout)(),
     L(Detectron2Layout)(),
 ]
