@@ -17,5 +17,6 @@ model.queries = L(ProposalQueries)(
     base_size=0.05,
     mask_padding=True,
     classification="${model.classification}",
+    content="proposed",
 )
 model.heads.size_bias = 0.0

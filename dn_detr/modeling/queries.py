@@ -216,12 +216,15 @@ class ProposalQueries(nn.Module):
         class_agnostic: class 0 says how much a cell looks like any object, and all cells are
             trained so, not the chosen ones alone, as two-stage Deformable DETR was published.
         classification: what the logits of a cell mean.
+        content: `proposed` takes the features of the cells, `learned` a learned row for each rank
+            (mixed query selection, Zhang et al., "DINO", 2022, section 3.4), `zero` nothing.
 
     Attributes:
         position_kind: see `PositionKind`.
 
     Raises:
-        ValueError: no query, or `class_agnostic` with a loss that is a mean over queries.
+        ValueError: no query, an unknown kind of content, or `class_agnostic` with a loss that is a
+            mean over queries.
     """
 
     num_patterns = 0
@@ -237,10 +240,13 @@ class ProposalQueries(nn.Module):
         mask_padding: bool = True,
         class_agnostic: bool = False,
         classification: Classification | None = None,
+        content: str = "proposed",
     ) -> None:
         super().__init__()
         if num_queries < 1:
             raise ValueError(f"num_queries {num_queries} must be at least 1")
+        if content not in (kinds := ("proposed", "learned", "zero")):
+            raise ValueError(f"content {content!r}: choose from {sorted(kinds)}")
         self.num_queries = num_queries
         self.num_classes = num_classes
         self.base_size = base_size
@@ -258,11 +264,16 @@ class ProposalQueries(nn.Module):
         self.class_embed = self.classification.class_head(embed_dim, num_classes)
         self.bbox_embed = box_head(embed_dim)
         nn.init.xavier_uniform_(self.output.weight)
+        self.has_content = content != "zero"
+        self.content: nn.Embedding | None = None
+        if content == "learned":
+            self.content = nn.Embedding(num_queries, embed_dim)
+            nn.init.xavier_uniform_(self.content.weight)  # as in DN-DETR's version
 
     def forward(self, memory: Memory) -> Queries:
         """The Q proposals of each image with the highest class logit, best first.
 
-        Content and position carry no gradient; the proposals are trained by their own loss.
+        What is proposed carries no gradient; the proposals are trained by their own loss.
         """
         cells, boxes, padding = self._grid(memory)
         features = self.norm(self.output(cells))
@@ -281,7 +292,10 @@ class ProposalQueries(nn.Module):
         outputs = {"pred_logits": logits[None], "pred_boxes": moved.sigmoid()[None]}
         unused = padding if self.mask_padding else None
         proposals = Proposals(outputs, unused, self.class_agnostic)
-        return Queries(content.detach(), position.detach(), proposals)
+        content = content.detach() if self.has_content else torch.zeros_like(content)
+        if self.content is not None:
+            content = self.content.weight.expand_as(content)
+        return Queries(content, position.detach(), proposals)
 
     def class_tensors(self) -> list[str]:
         """Names of the tensors that have a row per class."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from dn_detr.checkpoint import CheckpointError, load_tensors
 from dn_detr.config import get_config, instantiate
 from dn_detr.modeling import Detector
-from dn_detr.projects.dino.modeling import ContrastiveDenoising, MixedQueries
+from dn_detr.projects.dino.modeling import ContrastiveDenoising
 from dn_detr.structures import box_cxcywh_to_xyxy
 from tests.modeling.conftest import (
     away_from_initialisation,
@@ -107,7 +107,6 @@ def small() -> Detector:
 
 
 def test_contents_are_learned_and_boxes_proposed(small):
-    assert isinstance(small.queries, MixedQueries)
     images, mask = small.preprocess([make_sample(64, 80, 1, 0), make_sample(48, 64, 1, 1)])
     queries = small.queries(small.encode(images, mask))
     assert torch.equal(queries.content[0], queries.content[1])

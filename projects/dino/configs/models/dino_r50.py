@@ -6,27 +6,19 @@ Zhang et al., "DINO: DETR with Improved DeNoising Anchor Boxes for End-to-End Ob
 
 from dn_detr.checkpoint import Detectron2Layout, TorchvisionLayout
 from dn_detr.config import LazyCall as L
-from dn_detr.configs.models.dab_deformable_detr_r50 import model
+from dn_detr.configs.models.dab_deformable_detr_r50_two_stage import model
 from dn_detr.modeling import BoxQueryEmbedding
 
-from ...modeling import ContrastiveDenoising, DinoDetrexLayout, DinoLayout, MixedQueries
+from ...modeling import ContrastiveDenoising, DinoDetrexLayout, DinoLayout
 
 model.num_queries = 900
 model.position_embedding.temperature = 20
 model.position_embedding.offset = 0.0
-model.queries = L(MixedQueries)(
-    num_queries="${model.num_queries}",
-    num_classes="${model.num_classes}",
-    embed_dim="${model.transformer.embed_dim}",
-    base_size=0.05,
-    mask_padding=True,
-    classification="${model.classification}",
-)
+model.queries.content = "learned"  # mixed query selection
 model.transformer.decoder.final_norm = True
 model.transformer.decoder.look_forward_twice = True
 model.transformer.decoder.query_scale = False
 model.heads.shared = True
-model.heads.size_bias = 0.0
 model.denoising = L(ContrastiveDenoising)(
     num_classes="${model.num_classes}",
     embed=L(BoxQueryEmbedding)(
