@@ -53,8 +53,11 @@ def _model_text(name: str) -> str:
 FAMILIES = {
     "dab_detr_r50_3pat_50ep.py",
     "dab_deformable_detr_r50_two_stage_50ep.py",
+    "digits_deformable_detr.py",
+    "digits_deformable_detr_two_stage.py",
     "digits_dino.py",
     "digits_dn_anchor_detr.py",
+    "digits_dn_conditional_detr.py",
     "digits_dn_deformable_detr.py",
     "digits_dn_faster_rcnn.py",
     "digits_dn_vanilla_detr.py",
@@ -266,10 +269,13 @@ DROP_EPOCHS = {12: [11], 24: [20], 36: [30], 50: [40], 300: [200], 500: [400]}
 
 
 def _batch_size(name: str) -> int:
-    """As published: the authors of DETR and Anchor DETR, and those of DN-DETR."""
+    """As published: the authors of each baseline, and those of DN-DETR."""
     if "vanilla" in name and "500ep" in name:
         return 64
-    return 8 if "anchor" in name and "50ep" in name else 16
+    if name.startswith("deformable"):
+        return 32
+    by_one = ("anchor" in name and "50ep" in name) or ("conditional" in name and "dc5" in name)
+    return 8 if by_one else 16
 
 
 _SCHEDULED = [name for name in list_configs() if "digits" not in name and _has_transformer(name)]
@@ -282,7 +288,7 @@ def test_every_config_has_the_schedule_of_its_name(name):
     assert cfg.train.epochs == epochs
     assert list(cfg.lr_schedule.milestones) == DROP_EPOCHS[epochs] and cfg.lr_schedule.gamma == 0.1
     assert cfg.dataloader.train.total_batch_size == _batch_size(name)
-    assert cfg.optimizer.lr == 1e-4
+    assert cfg.optimizer.lr == (2e-4 if name.startswith("deformable") else 1e-4)
     assert cfg.train.output_dir == f"output/{name.removesuffix('.py')}"
 
 

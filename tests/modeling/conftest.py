@@ -67,6 +67,9 @@ FAMILIES = [
     "dn_deformable_encoder_only_r50",
     "digits_dn_vanilla_detr",
     "digits_dn_anchor_detr",
+    "digits_dn_conditional_detr",
+    "digits_deformable_detr",
+    "digits_deformable_detr_two_stage",
 ]
 WITH_FASTER_RCNN = [*FAMILIES, "digits_dn_faster_rcnn"]
 

@@ -12,6 +12,8 @@ PAIRS = {
     "dn_vanilla_detr_r50_300ep": "vanilla_detr_r50_300ep",
     "dn_anchor_detr_r50_dc5_12ep": "anchor_detr_r50_dc5_12ep",
     "dn_anchor_detr_r50_50ep": "anchor_detr_r50_50ep",
+    "dn_conditional_detr_r50_50ep": "conditional_detr_r50_50ep",
+    "digits_dn_conditional_detr": "digits_conditional_detr",
     "dn_faster_rcnn_r50_fpn_12ep": "faster_rcnn_r50_fpn_12ep",
     "digits_dn_vanilla_detr": "digits_vanilla_detr",
     "digits_dn_faster_rcnn": "digits_faster_rcnn",

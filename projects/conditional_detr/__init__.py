@@ -1,0 +1,1 @@
+"""Conditional DETR, with and without query denoising."""

@@ -1,0 +1,1 @@
+"""Deformable DETR: plain, with box refinement, and two-stage."""
