@@ -118,15 +118,9 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def update(
-        self,
-        index: int,
-        x: Tensor,
-        reference: Tensor,
-        pos: Any,
-        memory: Memory,
-        mask: Tensor | None,
+        self, index: int, x: Tensor, boxes: Tensor, pos: Any, memory: Memory, mask: Tensor | None
     ) -> Tensor:
-        """Run layer `index` on (B, Q, C) states at (B, Q, 4) references; `pos` is of `start`."""
+        """Run layer `index` on states (B, Q, C) at boxes (B, Q, 4); `pos` comes from `start`."""
 
     def forward(
         self,

@@ -10,6 +10,7 @@ Legend: B batch, S cells of all levels, Q queries (denoising queries first), L l
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -190,17 +191,11 @@ class DeformableDecoder(BoxDecoder):
         self.padded_query_pos = padded_query_pos
 
     def update(
-        self,
-        index: int,
-        x: Tensor,
-        reference: Tensor,
-        pos: None,
-        memory: Memory,
-        mask: Tensor | None,
+        self, index: int, x: Tensor, boxes: Tensor, pos: Any, memory: Memory, mask: Tensor | None
     ) -> Tensor:
         """See `Decoder.update`."""
-        padded = memory.levels.to_padded(reference)  # (B, Q, L, 4)
-        embedded = padded[:, :, 0] if self.padded_query_pos else reference
+        padded = memory.levels.to_padded(boxes)  # (B, Q, L, 4)
+        embedded = padded[:, :, 0] if self.padded_query_pos else boxes
         query_pos = self.ref_point_head(sine_embed_boxes(embedded, self.num_pos_feats))
         query_pos = self.scale_position(index, query_pos, x)
         return self.layers[index](x, query_pos, padded, memory, mask)

@@ -10,6 +10,7 @@ Legend: B batch, S cells of all levels, Q queries (denoising queries first), L l
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -187,18 +188,12 @@ class DenseDecoder(BoxDecoder):
         self.ref_anchor_head = MLP(embed_dim, embed_dim, 2, 2)
 
     def update(
-        self,
-        index: int,
-        x: Tensor,
-        reference: Tensor,
-        pos: None,
-        memory: Memory,
-        mask: Tensor | None,
+        self, index: int, x: Tensor, boxes: Tensor, pos: Any, memory: Memory, mask: Tensor | None
     ) -> Tensor:
         """See `Decoder.update`."""
-        embedded = sine_embed_boxes(reference, self.num_pos_feats)  # (B, Q, 2 C): y, x, w, h
+        embedded = sine_embed_boxes(boxes, self.num_pos_feats)  # (B, Q, 2 C): y, x, w, h
         query_pos = self.ref_point_head(embedded)
-        query_sine = embedded[..., : x.shape[-1]] * self._modulation(x, reference)
+        query_sine = embedded[..., : x.shape[-1]] * self._modulation(x, boxes)
         query_sine = self.scale_position(index, query_sine, x)
         return self.layers[index](x, query_pos, query_sine, memory, mask)
 

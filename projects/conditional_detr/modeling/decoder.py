@@ -7,6 +7,7 @@ Legend: B batch, Q queries (denoising queries first), C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -37,22 +38,14 @@ class ConditionalDecoder(Decoder):
         self.query_scale = MLP(embed_dim, embed_dim, embed_dim, 2)
         self.norm = nn.LayerNorm(embed_dim)
 
-    def start(
-        self, content: Tensor, position: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def start(self, content: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Any]:
         """See `Decoder.start`."""
         points = self.ref_point_head(position).sigmoid()
         sine = sine_embed_boxes(points, content.shape[-1] // 2).to(content)
         return content, boxes_of_points(points), (position, sine)
 
     def update(
-        self,
-        index: int,
-        x: Tensor,
-        reference: Tensor,
-        pos: tuple[Tensor, Tensor],
-        memory: Memory,
-        mask: Tensor | None,
+        self, index: int, x: Tensor, boxes: Tensor, pos: Any, memory: Memory, mask: Tensor | None
     ) -> Tensor:
         """See `Decoder.update`; the contents scale the sines from the second layer on."""
         position, sine = pos

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import pi
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -42,24 +43,18 @@ class PointDecoder(Decoder):
         self.norm = nn.Identity()
         nn.init.zeros_(self.reference_points.bias)
 
-    def start(self, content: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def start(self, content: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Any]:
         """See `Decoder.start`."""
         points = self.reference_points(position).sigmoid()
         return content, boxes_of_points(points), position
 
     def update(
-        self,
-        index: int,
-        x: Tensor,
-        reference: Tensor,
-        pos: Tensor,
-        memory: Memory,
-        mask: Tensor | None,
+        self, index: int, x: Tensor, boxes: Tensor, pos: Any, memory: Memory, mask: Tensor | None
     ) -> Tensor:
         """See `Decoder.update`."""
         if index == 0 or not self.refine:
-            reference = reference[..., :2]
-        padded = memory.levels.to_padded(reference)
+            boxes = boxes[..., :2]
+        padded = memory.levels.to_padded(boxes)
         updated: Tensor = self.layers[index](x, pos, padded, memory, mask)
         return updated
 
@@ -87,7 +82,7 @@ class BoxEmbeddingDecoder(Decoder):
         self.pos_trans_norm = nn.LayerNorm(2 * embed_dim)
         self.norm = nn.Identity()
 
-    def start(self, content: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def start(self, content: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Any]:
         """See `Decoder.start`; positions are boxes before the sigmoid."""
         boxes = position.sigmoid()
         sines = sine_embed(boxes * (2 * pi), content.shape[-1] // 2).flatten(-2)
@@ -95,16 +90,8 @@ class BoxEmbeddingDecoder(Decoder):
         return content + of_box, boxes, pos
 
     def update(
-        self,
-        index: int,
-        x: Tensor,
-        reference: Tensor,
-        pos: Tensor,
-        memory: Memory,
-        mask: Tensor | None,
+        self, index: int, x: Tensor, boxes: Tensor, pos: Any, memory: Memory, mask: Tensor | None
     ) -> Tensor:
         """See `Decoder.update`."""
-        updated: Tensor = self.layers[index](
-            x, pos, memory.levels.to_padded(reference), memory, mask
-        )
+        updated: Tensor = self.layers[index](x, pos, memory.levels.to_padded(boxes), memory, mask)
         return updated

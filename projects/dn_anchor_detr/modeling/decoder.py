@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import pi
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -83,21 +84,13 @@ class PointDecoder(Decoder):
         sines = sine_embed(points * (2 * pi), self.embed_dim)
         return self.adapt_pos1d(sines.to(points)).flatten(-2)
 
-    def start(
-        self, content: Tensor, position: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def start(self, content: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Any]:
         """See `Decoder.start`."""
         pos = self.adapt_pos2d(sine_embed_boxes(position, self.embed_dim // 2).to(content))
         return content, boxes_of_points(position), (pos, self.embed_axes(position))
 
     def update(
-        self,
-        index: int,
-        x: Tensor,
-        reference: Tensor,
-        pos: tuple[Tensor, Tensor],
-        memory: Memory,
-        mask: Tensor | None,
+        self, index: int, x: Tensor, boxes: Tensor, pos: Any, memory: Memory, mask: Tensor | None
     ) -> Tensor:
         """See `Decoder.update`."""
         updated: Tensor = self.layers[index](x, *pos, memory, mask)

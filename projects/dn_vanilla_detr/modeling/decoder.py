@@ -7,6 +7,7 @@ Legend: B batch, Q queries (denoising queries first), C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -61,18 +62,12 @@ class VectorDecoder(Decoder):
         super().__init__(make_layers(layer, num_layers))
         self.norm = nn.LayerNorm(embed_dim)
 
-    def start(self, content: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def start(self, content: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Any]:
         """See `Decoder.start`; a reference of 0.5 adds nothing to what the heads predict."""
         return content, content.new_full((*content.shape[:2], 4), 0.5), position
 
     def update(
-        self,
-        index: int,
-        x: Tensor,
-        reference: Tensor,
-        pos: Tensor,
-        memory: Memory,
-        mask: Tensor | None,
+        self, index: int, x: Tensor, boxes: Tensor, pos: Any, memory: Memory, mask: Tensor | None
     ) -> Tensor:
         """See `Decoder.update`."""
         updated: Tensor = self.layers[index](x, pos, memory, mask)
