@@ -1,4 +1,4 @@
-"""Model code exists once: no run of six equal lines in two places of the models and their configs.
+"""Model code exists once: no run of six equal lines in two places of models, configs and projects.
 
 Lines are compared without indentation; blank lines and imports do not count. Documentation does:
 it is what goes stale first. Within a file signatures do not count, because layers of one kind take
@@ -105,7 +105,7 @@ def test_equal_imports_are_no_copy():
 def test_no_model_code_exists_twice():
     files = [
         path
-        for folder in ("dn_detr/modeling", "configs/models")
+        for folder in ("dn_detr/modeling", "configs/models", "projects")
         for path in sorted((ROOT / folder).rglob("*.py"))
     ]
     assert len(files) > 10

@@ -12,7 +12,7 @@ from dn_detr.configs.common.schedule_50ep import lr_schedule, train
 
 from .models.conditional_detr_r50 import model
 
+dataloader.train.total_batch_size = 8
 model.backbone.name = "resnet101"
 model.backbone.dilation = True
 model.neck.in_strides = [16]
-dataloader.train.total_batch_size = 8

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dn_detr.layers import MLP, sine_embed_boxes
 from dn_detr.modeling import Decoder, Memory
-from dn_detr.modeling.transformers import DenseDecoderLayer, boxes_of_points
+from dn_detr.modeling.transformers import boxes_of_points
 from dn_detr.modeling.transformers.stack import make_layers
 
 
@@ -27,12 +27,7 @@ class ConditionalDecoder(Decoder):
         embed_dim: C.
     """
 
-    def __init__(
-        self,
-        layer: Callable[..., nn.Module] = DenseDecoderLayer,
-        num_layers: int = 6,
-        embed_dim: int = 256,
-    ) -> None:
+    def __init__(self, layer: Callable[..., nn.Module], num_layers: int, embed_dim: int) -> None:
         super().__init__(make_layers(layer, num_layers, is_first=True))
         self.ref_point_head = MLP(embed_dim, embed_dim, 2, 2)
         self.query_scale = MLP(embed_dim, embed_dim, embed_dim, 2)

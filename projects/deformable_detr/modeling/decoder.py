@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dn_detr.layers import sine_embed
 from dn_detr.modeling import Decoder, Memory
-from dn_detr.modeling.transformers import DeformableDecoderLayer, boxes_of_points
+from dn_detr.modeling.transformers import boxes_of_points
 from dn_detr.modeling.transformers.stack import make_layers
 
 
@@ -30,12 +30,7 @@ class PointDecoder(Decoder):
     """
 
     def __init__(
-        self,
-        layer: Callable[..., nn.Module] = DeformableDecoderLayer,
-        num_layers: int = 6,
-        embed_dim: int = 256,
-        *,
-        refine: bool = False,
+        self, layer: Callable[..., nn.Module], num_layers: int, embed_dim: int, *, refine: bool
     ) -> None:
         super().__init__(make_layers(layer, num_layers))
         self.refine = refine
@@ -71,12 +66,7 @@ class BoxEmbeddingDecoder(Decoder):
     position_kind = "box"
     refine = True
 
-    def __init__(
-        self,
-        layer: Callable[..., nn.Module] = DeformableDecoderLayer,
-        num_layers: int = 6,
-        embed_dim: int = 256,
-    ) -> None:
+    def __init__(self, layer: Callable[..., nn.Module], num_layers: int, embed_dim: int) -> None:
         super().__init__(make_layers(layer, num_layers))
         self.pos_trans = nn.Linear(2 * embed_dim, 2 * embed_dim)
         self.pos_trans_norm = nn.LayerNorm(2 * embed_dim)

@@ -8,21 +8,15 @@ Source: release notes of detrex 0.4.0, https://github.com/IDEA-Research/detrex/r
 Weights: none published
 """
 
-from dn_detr.config import LazyCall as L
 from dn_detr.configs.common.coco import dataloader
 from dn_detr.configs.common.optimizer import optimizer
 from dn_detr.configs.common.schedule_12ep import lr_schedule, train
-from dn_detr.modeling import TimmBackbone
 
 from .models.dino_r50_detrex import model
+from .models.dino_swin_l_4scale import model as _swin_l
 
-model.backbone = L(TimmBackbone)(
-    name="convnext_tiny.fb_in22k_ft_in1k_384",
-    out_indices=[1, 2, 3],
-    frozen_stages=0,
-    drop_path=0.0,
-    output_norm=True,
-    weights="pretrained",
-)
+model.backbone = _swin_l.backbone
+model.backbone.name = "convnext_tiny.fb_in22k_ft_in1k_384"
+model.backbone.drop_path = 0.0
+model.backbone.arguments = None
 model.neck.in_channels = [192, 384, 768]
-model.neck.in_strides = [8, 16, 32]

@@ -9,22 +9,14 @@ Source: README of detrex's projects/dino,
 Weights: none published
 """
 
-from dn_detr.config import LazyCall as L
 from dn_detr.configs.common.coco import dataloader
 from dn_detr.configs.common.optimizer import optimizer
 from dn_detr.configs.common.schedule_12ep import lr_schedule, train
-from dn_detr.modeling import TimmBackbone
 
 from .models.dino_r50_detrex import model
+from .models.dino_swin_l_4scale import model as _swin_l
 
-model.backbone = L(TimmBackbone)(
-    name="swin_tiny_patch4_window7_224.ms_in1k",
-    out_indices=[1, 2, 3],
-    frozen_stages=0,
-    drop_path=0.1,
-    output_norm=True,
-    weights="pretrained",
-    arguments=dict(always_partition=True),  # windows of the last stage are shifted, too
-)
+model.backbone = _swin_l.backbone
+model.backbone.name = "swin_tiny_patch4_window7_224.ms_in1k"
+model.backbone.drop_path = 0.1
 model.neck.in_channels = [192, 384, 768]
-model.neck.in_strides = [8, 16, 32]

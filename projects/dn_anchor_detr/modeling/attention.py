@@ -102,12 +102,7 @@ class RowColumnEncoderLayer(nn.Module):
     """
 
     def __init__(
-        self,
-        embed_dim: int = 256,
-        num_heads: int = 8,
-        *,
-        feedforward_dim: int = 1024,
-        mask_padding: bool = True,
+        self, embed_dim: int = 256, num_heads: int = 8, *, feedforward_dim: int, mask_padding: bool
     ) -> None:
         super().__init__()
         self.self_attn = RowColumnAttention(embed_dim, num_heads, mask_padding=mask_padding)

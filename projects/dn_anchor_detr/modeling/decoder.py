@@ -28,12 +28,7 @@ class PointDecoderLayer(DecoderLayer):
     """
 
     def __init__(
-        self,
-        embed_dim: int = 256,
-        num_heads: int = 8,
-        *,
-        feedforward_dim: int = 1024,
-        mask_padding: bool = True,
+        self, embed_dim: int = 256, num_heads: int = 8, *, feedforward_dim: int, mask_padding: bool
     ) -> None:
         super().__init__(
             embed_dim,

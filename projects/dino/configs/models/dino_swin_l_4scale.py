@@ -15,4 +15,3 @@ model.backbone = L(TimmBackbone)(
     arguments=dict(always_partition=True),  # windows of the last stage are shifted, too
 )
 model.neck.in_channels = [384, 768, 1536]
-model.neck.in_strides = [8, 16, 32]
