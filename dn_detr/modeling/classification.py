@@ -19,6 +19,9 @@ from torchvision.ops import sigmoid_focal_loss
 NOTHING = -1
 """Label of a query that is to predict nothing."""
 
+Number = Tensor | float
+"""A number that may come from the device, as a scalar."""
+
 
 class Classification(ABC):
     """What logits mean: the one place that matcher, criterion, heads and post-processing ask."""
@@ -45,11 +48,7 @@ class Classification(ABC):
 
     @abstractmethod
     def loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        count: Tensor | float,
-        total_weight: Tensor | float | None = None,
+        self, logits: Tensor, labels: Tensor, count: Number, total_weight: Number | None = None
     ) -> Tensor:
         """Loss of each layer.
 
@@ -64,9 +63,7 @@ class Classification(ABC):
             (N,).
         """
 
-    def total_weight(
-        self, num_pairs: Tensor | float, num_queries: Tensor | float
-    ) -> Tensor | float:
+    def total_weight(self, num_pairs: Number, num_queries: Number) -> Number:
         """What a weighted mean over queries is divided by, where the loss is one; else 0.
 
         Args:
@@ -139,11 +136,7 @@ class FocalClassification(Classification):
         return positive - negative
 
     def loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        count: Tensor | float,
-        total_weight: Tensor | float | None = None,
+        self, logits: Tensor, labels: Tensor, count: Number, total_weight: Number | None = None
     ) -> Tensor:
         """See `Classification.loss`: the sum over queries and classes, divided by `count`."""
         classes = torch.arange(logits.shape[-1], device=logits.device)
@@ -186,18 +179,12 @@ class SoftmaxClassification(Classification):
         """See `Classification.cost`: minus the probability of the class."""
         return -logits.softmax(-1).gather(-1, _broadcast_labels(labels, logits))
 
-    def total_weight(
-        self, num_pairs: Tensor | float, num_queries: Tensor | float
-    ) -> Tensor | float:
+    def total_weight(self, num_pairs: Number, num_queries: Number) -> Number:
         """See `Classification.total_weight`."""
         return num_pairs + self.no_object_weight * (num_queries - num_pairs)
 
     def loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        count: Tensor | float,
-        total_weight: Tensor | float | None = None,
+        self, logits: Tensor, labels: Tensor, count: Number, total_weight: Number | None = None
     ) -> Tensor:
         """See `Classification.loss`: the weighted mean over the queries; 0 without any.
 
