@@ -132,6 +132,41 @@ def test_weights_come_back_from_every_layout(layout):
             assert torch.equal(state[name], value), name
 
 
+@pytest.mark.parametrize(
+    ("name", "layout", "reader"),
+    [
+        ("dino_swin_l_4scale_12ep", "official", "swin_transformer"),
+        ("dino_swin_l_5scale_12ep", "official", "swin_transformer"),
+        ("dino_swin_t_4scale_12ep", "detrex", "swin_transformer"),
+        ("dino_convnext_t_4scale_12ep", "detrex", "convnext"),
+    ],
+)
+def test_backbones_have_the_names_that_timm_reads_from_their_authors(name, layout, reader):
+    timm = pytest.importorskip("timm", reason="Swin Transformer and ConvNeXt are timm's")
+    cfg = get_config(name).model
+    with torch.device("meta"):
+        model = instantiate(cfg)
+        network = timm.create_model(cfg.backbone.name, **(cfg.backbone.arguments or {}))
+    state = model.state_dict()
+    (key_map,) = (key_map for key_map in model.key_maps if key_map.name == layout)
+    written = key_map.to_theirs(state)
+    prefix = "backbone.0." if layout == "official" else "backbone."
+    theirs = {n.removeprefix(prefix): x for n, x in written.items() if n.startswith(prefix)}
+    last = len(model.backbone.out_channels)
+    norms = [
+        theirs.pop(f"norm{i}.{kind}") for i in range(4 - last, 4) for kind in ("weight", "bias")
+    ]
+    assert [len(norm) for norm in norms[::2]] == model.backbone.out_channels
+    read = getattr(timm.models, reader).checkpoint_filter_fn(theirs, network)
+    ours = {n.removeprefix("backbone.body."): x for n, x in state.items() if "backbone.body" in n}
+    for timm_name, value in read.items():  # a stage's name has no dot in networks of features
+        joined = timm_name if "patch_embed" in timm_name else timm_name.replace(".", "_", 1)
+        assert value.shape == ours.pop(joined).shape, timm_name
+    assert not ours
+    back = key_map.to_ours(written | {f"{prefix}layers.0.blocks.0.attn.relative_position_index": 0})
+    assert back.tensors.keys() == state.keys() and not back.unknown
+
+
 def test_weights_of_the_two_stage_version_of_dn_detr_come_back():
     with torch.device("meta"):
         model = instantiate(get_config("dn_dino_r50_two_stage_36ep").model)

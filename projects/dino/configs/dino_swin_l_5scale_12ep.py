@@ -1,10 +1,9 @@
 """DINO-Swin-L, 5 scales, 12 epochs: 57.3 AP on COCO val2017.
 
-The authors' weights have other names of the backbone's tensors than timm's and do not load.
-
 Row: DINO-5scale Swin-L, 12 epochs
 Source: README of the authors' code, https://github.com/IDEA-Research/DINO
-Weights: none published
+Weights: a folder of the authors' model zoo on Google Drive (file name not known)
+Licence: Apache-2.0
 """
 
 from dn_detr.configs.common.coco import dataloader

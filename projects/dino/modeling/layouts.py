@@ -1,7 +1,8 @@
 """Names of tensors in DINO's own repository, in DN-DETR's DINO and in detrex.
 
 Sources: https://github.com/IDEA-Research/DINO, https://github.com/IDEA-Research/DN-DETR,
-https://github.com/IDEA-Research/detrex, projects/dino
+https://github.com/IDEA-Research/detrex, projects/dino; of their backbones
+https://github.com/microsoft/Swin-Transformer, https://github.com/facebookresearch/ConvNeXt
 """
 
 from __future__ import annotations
@@ -17,11 +18,39 @@ from dn_detr.checkpoint.layouts.layout import Pairs
 
 _CONTENT = ("queries.content.*", "transformer.tgt_embed.*")
 _NORM = ("transformer.decoder.norm.*", "transformer.decoder.norm.*")
+_OUTPUT_NORM = re.compile(r"backbone\.(0\.norm|norm|norms\.)[0-9]\.weight")
+_WINDOW_INDEX = re.compile(r".*\.relative_position_index")  # follows from the size of a window
 _LAYER_HEAD = re.compile(r"(class|bbox)_embed\.[0-9]+\.")
+
+
+def _backbones(prefix: str, names: Collection[str]) -> Pairs:
+    """Swin Transformer and ConvNeXt as their authors name them, whose last stages are returned."""
+    first = 4 - sum(_OUTPUT_NORM.fullmatch(name) is not None for name in names)
+    our_block, their_block = "backbone.body.stages_{i}.blocks.{j}.", prefix + "stages.{i}.{j}."
+    parts = {"conv_dw": "dwconv", "norm": "norm", "mlp.fc1": "pwconv1", "mlp.fc2": "pwconv2"}
+    return [
+        *((f"backbone.norms.{i - first}.*", f"{prefix}norm{i}.*") for i in range(first, 4)),
+        ("backbone.body.patch_embed.*", prefix + "patch_embed.*"),
+        *(
+            (f"backbone.body.layers_{i + 1}.downsample.*", f"{prefix}layers.{i}.downsample.*")
+            for i in range(3)
+        ),
+        ("backbone.body.layers_{i}.*", prefix + "layers.{i}.*"),
+        ("backbone.body.stem_{i}.*", prefix + "downsample_layers.0.{i}.*"),
+        ("backbone.body.stages_{i}.downsample.*", prefix + "downsample_layers.{i}.*"),
+        (our_block + "gamma", their_block + "gamma"),
+        *((f"{our_block}{our}.*", f"{their_block}{their}.*") for our, their in parts.items()),
+    ]
 
 
 class DinoLayout(OfficialLayout):
     """The names of the DINO repository: one class head and one box head for all layers."""
+
+    ignored = _WINDOW_INDEX
+
+    def pairs(self, names: Collection[str]) -> Pairs:
+        """See `Layout.pairs`."""
+        return [*_backbones("backbone.0.", names), *super().pairs(names)]
 
     def pairs_of(self, traits: Traits) -> Pairs:
         """See `FamilyLayout.pairs_of`."""
@@ -69,6 +98,12 @@ class DnDetrDinoLayout(OfficialLayout):
 
 class DinoDetrexLayout(DetrexLayout):
     """The names of detrex: heads of every layer, those of the cells after them."""
+
+    ignored = _WINDOW_INDEX
+
+    def pairs(self, names: Collection[str]) -> Pairs:
+        """See `Layout.pairs`."""
+        return [*_backbones("backbone.", names), *super().pairs(names)]
 
     def pairs_of(self, traits: Traits) -> Pairs:
         """See `FamilyLayout.pairs_of`."""
