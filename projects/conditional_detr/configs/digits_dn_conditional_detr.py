@@ -1,4 +1,4 @@
-"""A small Conditional DETR with denoising that learns handwritten digits; no published AP.
+"""A small Conditional DETR with denoising for handwritten digits, 5 epochs; no published AP.
 
 Weights: none published
 """

@@ -1,4 +1,4 @@
-"""A small Deformable DETR with box refinement that learns handwritten digits; no published AP.
+"""A small Deformable DETR with box refinement for handwritten digits, 5 epochs; no published AP.
 
 Weights: none published
 """
