@@ -154,7 +154,8 @@ class AnchorQueries(nn.Module):
             DETR.
 
     Raises:
-        ValueError: no query, a negative number of patterns, or an unknown kind of content.
+        ValueError: no query, a negative number of patterns, or an unknown kind of content or
+            position.
     """
 
     def __init__(
@@ -175,6 +176,9 @@ class AnchorQueries(nn.Module):
             raise ValueError(f"num_patterns {num_patterns} must be at least 0")
         if content not in rows:
             raise ValueError(f"content {content!r}: choose from {sorted(rows)}")
+        sizes = {"box": 4, "point": 2, "vector": embed_dim}
+        if position_kind not in sizes:
+            raise ValueError(f"position_kind {position_kind!r}: choose from {sorted(sizes)}")
         self.num_queries = num_queries
         self.num_patterns = num_patterns
         self.embed_dim = embed_dim
@@ -182,8 +186,7 @@ class AnchorQueries(nn.Module):
         self.position_kind = position_kind
         width = embed_dim - int(indicator)
         self.content = nn.Embedding(rows[content], width) if rows[content] else None
-        size = {"box": 4, "point": 2, "vector": embed_dim}[position_kind]
-        self.anchors = nn.Embedding(num_queries, size)
+        self.anchors = nn.Embedding(num_queries, sizes[position_kind])
         self.patterns = nn.Embedding(num_patterns, embed_dim) if num_patterns else None
         if position_kind == "point":
             nn.init.uniform_(self.anchors.weight)

@@ -92,8 +92,8 @@ def test_parts_that_classify_otherwise_are_refused(small_config):
         instantiate(small_config)
 
 
-def test_a_decoder_that_expects_another_kind_of_position_is_refused(small_config, monkeypatch):
-    monkeypatch.setattr("dn_detr.modeling.AnchorQueries.position_kind", "point")
+def test_a_decoder_that_expects_another_kind_of_position_is_refused(small_config):
+    small_config.queries.position_kind = "point"
     with pytest.raises(ValueError, match="position_kind is point, DeformableDecoder has box"):
         instantiate(small_config)
 

@@ -68,6 +68,7 @@ def test_indicator_channel_of_matching_queries_is_zero():
         ({"num_queries": 0}, "num_queries 0"),
         ({"num_patterns": -1}, "num_patterns -1"),
         ({"content": "mine"}, r"'mine'.*'per_query', 'shared', 'zero'"),
+        ({"position_kind": "line"}, r"'line'.*'box', 'point', 'vector'"),
     ],
 )
 def test_impossible_queries_are_refused(options, message):
