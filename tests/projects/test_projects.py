@@ -44,8 +44,10 @@ def test_every_pair_is_compared():
         ("dino_r50_4scale_12ep", "dino_r50_4scale_detrex_12ep", "heads.class_embed.1"),
         ("dino_r50_4scale_12ep", "dn_deformable_detr_r50_50ep", "queries.anchors"),
         ("dn_deformable_detr_r50_50ep", "dino_r50_4scale_12ep", "queries.output"),
-        ("anchor_detr_r50_50ep", "vanilla_detr_r50_500ep", "queries.points"),
+        ("anchor_detr_r50_50ep", "vanilla_detr_r50_500ep", "queries.patterns"),
         ("vanilla_detr_r50_500ep", "dn_detr_r50_50ep", "queries.anchors"),
+        ("vanilla_detr_r50_500ep", "conditional_detr_r50_50ep", "query_content_proj"),
+        ("deformable_detr_r50_refine_50ep", "deformable_detr_r50_two_stage_50ep", "queries.output"),
         ("faster_rcnn_r50_fpn_12ep", "faster_rcnn_r50_fpn_v2_26ep", "backbone.fpn"),
     ],
 )

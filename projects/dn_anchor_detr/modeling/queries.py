@@ -41,6 +41,8 @@ class PointQueries(AnchorQueries):
         Source: Li et al., "DN-DETR", extended version, 2022, section 4.7.1
         (https://arxiv.org/abs/2203.01305).
         """
+        if self.patterns is None:
+            return boxes.new_zeros(len(boxes), self.embed_dim), boxes[:, :2]
         return self.patterns(groups % self.num_patterns), boxes[:, :2]
 
 
