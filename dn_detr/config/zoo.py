@@ -60,28 +60,15 @@ def zoo_path(name: str) -> Path:
             inside = candidate.resolve().is_relative_to(root.resolve())
             if inside and candidate.suffix == ".py" and candidate.is_file():
                 return candidate
-    near = did_you_mean(name, zoo_names()) or f", which has {', '.join(list_configs())}"
+    names = [*list_configs(), *(path.relative_to(zoo).as_posix() for path in zoo.rglob("*.py"))]
+    near = did_you_mean(name, names) or f", which has {', '.join(list_configs())}"
     raise ConfigError(f"no config {name!r} in the zoo {zoo}{near}")
 
 
-def zoo_names() -> list[str]:
-    """Names of all files of the zoo, those of sub-folders included; empty without a zoo."""
-    try:
-        root = zoo_root()
-        names = [path.relative_to(root).as_posix() for path in root.rglob("*.py")]
-        return sorted({*names, *list_configs()})
-    except ConfigError:
-        return []
-
-
 def near_files(path: Path) -> str:
-    """Suggest a file for a path that does not exist: from its folder, else from the zoo."""
-    folder = path.parent
-    if not folder.is_dir():
-        return f" (there is no folder {folder}){did_you_mean(path.name, zoo_names())}"
-    beside = [str(folder / entry.name) for entry in folder.iterdir() if entry.is_file()]
-    configs = [name for name in beside if name.endswith((".py", ".yaml", ".yml"))]
-    return did_you_mean(str(path), configs) or did_you_mean(path.name, zoo_names())
+    """Suggest a config file from the folder of a path that does not exist."""
+    kinds = ("*.py", "*.yaml", "*.yml")
+    return did_you_mean(str(path), [str(file) for kind in kinds for file in path.parent.glob(kind)])
 
 
 def resolve_config_file(path_or_name: str) -> Path:

@@ -161,8 +161,6 @@ def make_folder(path: str | Path) -> Path:
             "be mounted as one)"
         )
     try:
-        if folder.is_file():
-            raise FileExistsError("there is a file of that name")
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # also a null character
         raise UserError(f"train.output_dir={path}: cannot be created: {error}") from error
