@@ -8,6 +8,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from .tensor_files import write_state, write_tensors
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False, repr=False)
 class CheckpointWriter:
     """Writes the checkpoints of one run.
 
@@ -57,24 +59,19 @@ class CheckpointWriter:
         latest: the newest checkpoint that this writer has completed; None on ranks > 0.
     """
 
-    def __init__(
-        self,
-        output_dir: str | Path,
-        *,
-        config: str = "",
-        class_names: Sequence[str] = (),
-        keep: int | None = None,
-        asynchronous: bool = True,
-        rank: int = 0,
-    ) -> None:
-        self.folder = Path(output_dir) / CHECKPOINTS_DIR
-        self._config = config
-        self._class_names = list(class_names)
-        self._keep = keep
-        self._rank = rank
+    output_dir: str | Path
+    _: KW_ONLY
+    config: str = ""
+    class_names: Sequence[str] = ()
+    keep: int | None = None
+    asynchronous: bool = True
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.output_dir) / CHECKPOINTS_DIR
         self._memory = HostMemory()
         # Not a daemon: at the end of the program Python waits for it.
-        self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if self.asynchronous else None
         self._pending: Future[None] | None = None
         self._failures: deque[CheckpointError] = deque()
         self.latest: Path | None = None
@@ -85,7 +82,7 @@ class CheckpointWriter:
         Raises:
             CheckpointError: they cannot.
         """
-        if self._rank != 0:
+        if self.rank != 0:
             return
         trial = partial_of(self.folder / "trial")
         try:
@@ -110,7 +107,7 @@ class CheckpointWriter:
                 nothing was written.
             CheckpointError: the training state holds what cannot be stored.
         """
-        if self._rank != 0:
+        if self.rank != 0:
             return
         self._finish_pending()
         copied = self._memory.copy(snapshot)
@@ -126,7 +123,7 @@ class CheckpointWriter:
             metrics: what JSON can hold.
             is_best: let `checkpoints/best` point at it, which keeps it.
         """
-        if self._rank != 0:
+        if self.rank != 0:
             return
         results = copy.deepcopy(dict(metrics))
         self._submit(lambda: self._record(self._folder(iteration), results, is_best))
@@ -197,13 +194,13 @@ class CheckpointWriter:
             files[MODEL_FILE] = write_tensors(partial / MODEL_FILE, snapshot.model)
             state = {**snapshot.training_state, "optimizer": snapshot.optimizer}
             files[TRAINING_STATE_FILE] = write_state(partial / TRAINING_STATE_FILE, state)
-            Manifest(
-                snapshot.iteration, snapshot.epoch, files, self._config, self._class_names
-            ).write(partial)
+            names = list(self.class_names)
+            manifest = Manifest(snapshot.iteration, snapshot.epoch, files, self.config, names)
+            manifest.write(partial)
             move_into_place(partial, folder)
             point_link(folder, LAST_LINK)
             self.latest = folder
-            prune(folder, self._keep)
+            prune(folder, self.keep)
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -56,6 +57,7 @@ class StepResult(NamedTuple):
     report: str = ""
 
 
+@dataclass(eq=False, repr=False)
 class TrainingStep:
     """Turns a batch into an updated model.
 
@@ -74,39 +76,30 @@ class TrainingStep:
             ranks, which would wait for the one that ran out.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        *,
-        device: torch.device,
-        amp: AmpSettings,
-        clip_grad: ClipGradSettings,
-        accumulate: int = 1,
-        survive_out_of_memory: bool = False,
-        survive_nonfinite: bool = False,
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.scaler = torch.amp.GradScaler(
-            device.type, enabled=amp.enabled and amp.dtype == "float16"
-        )
-        self.device = device
-        self._autocast = torch.autocast(
-            device.type, dtype=getattr(torch, amp.dtype), enabled=amp.enabled
-        )
-        self._clip_grad = clip_grad
-        self._accumulate = accumulate
-        self._survives_out_of_memory = survive_out_of_memory
-        self._survives_nonfinite = survive_nonfinite
+    model: nn.Module
+    optimizer: Optimizer
+    _: KW_ONLY
+    device: torch.device
+    amp: AmpSettings
+    clip_grad: ClipGradSettings
+    accumulate: int = 1
+    survive_out_of_memory: bool = False
+    survive_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        model, device, amp = self.model, self.device.type, self.amp
+        is_scaled = amp.enabled and amp.dtype == "float16"
+        self.scaler = torch.amp.GradScaler(device, enabled=is_scaled)
+        dtype = getattr(torch, amp.dtype)
+        self._autocast = torch.autocast(device, dtype=dtype, enabled=amp.enabled)
         self._module = model.module if isinstance(model, DistributedDataParallel) else model
         # asked once, because asking costs more than calling
         self._counting = self._module if isinstance(self._module, CountsObjects) else None
         self._diagnosing = self._module if isinstance(self._module, HasDiagnostics) else None
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         # On CPUs as well: DistributedDataParallel adds in another order in the first step after a
         # start than in later ones, so that a resumed run of three processes would not be exact.
-        self._averages_itself = is_distributed() and (survive_out_of_memory or device.type == "cpu")
+        self._averages_itself = is_distributed() and (self.survive_out_of_memory or device == "cpu")
         self._statistics = RunningStatistics(self._module)
         if self._averages_itself and any(
             isinstance(module, nn.SyncBatchNorm) for module in self._module.modules()
@@ -134,7 +127,7 @@ class TrainingStep:
         """
         self._statistics.remember()
         random_state = capture_random_state()
-        micro_batches = split_evenly(samples, self._accumulate)
+        micro_batches = split_evenly(samples, self.accumulate)
         counts: ObjectCounts | None = None
         if self._counting is not None:
             objects = sum(map(self._counting.count_objects, micro_batches), ObjectCounts())
@@ -145,7 +138,7 @@ class TrainingStep:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            if not self._survives_out_of_memory:
+            if not self.survive_out_of_memory:
                 raise OutOfMemory(self._memory_report(samples, iteration, str(error))) from error
             out_of_memory = str(error) or type(error).__name__
         if self._averages_itself or out_of_memory:
@@ -155,9 +148,9 @@ class TrainingStep:
             average_gradients(self._parameters)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients, self._clip_grad.norm_type)
-        if self._clip_grad.max_norm is not None:
-            nn.utils.clip_grads_with_norm_(self._parameters, self._clip_grad.max_norm, norm)
+        norm = nn.utils.get_total_norm(gradients, self.clip_grad.norm_type)
+        if self.clip_grad.max_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, self.clip_grad.max_norm, norm)
         outcome, stop = self._outcome_over_ranks(terms.sum(), norm, wants_stop)
         result = StepResult(names, terms, norm, outcome, stop, diagnostics)
         if outcome is Outcome.NONFINITE:
@@ -239,7 +232,7 @@ class TrainingStep:
                 result.grad_norm.item(),
                 iteration,
             )
-        if not self._survives_nonfinite:
+        if not self.survive_nonfinite:
             raise NonFiniteError(f"{report}\nstopped before the optimizer step")
         if self.scaler.is_enabled():  # drop the gradients; the scale is not the cause
             self.scaler.update(self.scaler.get_scale())
