@@ -73,8 +73,8 @@ def number_of_classes(
 
 
 def choose_rows(
-    model_classes: int,
-    file_classes: int,
+    model_classes: int | None,
+    file_classes: int | None,
     *,
     class_names: Sequence[str] = (),
     file_names: Sequence[str | None] = (),
@@ -84,8 +84,8 @@ def choose_rows(
     """Decide which row of the file each class takes.
 
     Args:
-        model_classes: of the model.
-        file_classes: rows of the file's head.
+        model_classes: of the model; None without a tensor that has a row per class.
+        file_classes: rows of the file's head; None likewise.
         class_names: of the model's data; classes after the last one have no name.
         file_names: of the file's rows, None for a row without a class.
         file_is_coco: a published file: 80 or 91 rows are COCO's.
@@ -95,6 +95,11 @@ def choose_rows(
         CheckpointError: without `fine_tune`, the file's classes are not the model's; or there are
             more rows than any data has classes.
     """
+    if model_classes is None or file_classes is None:
+        if fine_tune or not (class_names and file_names):
+            return ClassRows((), 0)
+        # Nothing to map, but the names still have to be the same.
+        model_classes = file_classes = max(len(class_names), len(file_names))
     if file_classes > _MOST_ROWS:
         raise CheckpointError(f"the file has {file_classes} rows of classes, no detector's head")
     theirs = known_names(file_names, file_classes)

@@ -119,12 +119,11 @@ def load_tensors(
     expected = model.state_dict()
     file = translate(content.tensors, getattr(model, "key_maps", ()), expected, what)
     layout, found, notes = file.layout, file.tensors, list(content.notes)
-    unused = [name for name in found if name.startswith(_DENOISING)]
-    if unused and not any(name.startswith(_DENOISING) for name in expected):
+    has_denoising = any(name.startswith(_DENOISING) for name in expected)
+    unused = [name for name in found if name.startswith(_DENOISING) and not has_denoising]
+    if unused:
         listed = ", ".join(map(file.file_name, unused))
         notes.append(f"the model has no denoising: {listed} unused")
-    else:
-        unused = []
     initial = _matching(fresh, expected)
     if replaced := sorted(initial & found.keys()):
         notes.append(
@@ -146,16 +145,17 @@ def load_tensors(
         )
 
     class_tensors = [name for name in getattr(model, "class_tensors", list)() if name in wanted]
+    model_classes = getattr(model, "num_classes", None) or number_of_classes(wanted, class_tensors)
+    more = {name: len(wanted[name]) - (model_classes or 0) for name in class_tensors}
     rows, other_classes = ClassRows((), 0), ""
     try:
-        rows = _class_rows(
-            file,
-            wanted,
-            class_tensors,
-            getattr(model, "num_classes", None),
-            class_names,
-            content.class_names,
-            fine_tune,
+        rows = choose_rows(
+            model_classes,
+            number_of_classes(found, class_tensors, more),
+            class_names=class_names,
+            file_names=content.class_names,
+            file_is_coco=layout.is_coco,
+            fine_tune=fine_tune,
         )
     except CheckpointError as error:
         other_classes = str(error)
@@ -303,34 +303,6 @@ def _patterns(missing: Sequence[str], names: Collection[str]) -> list[str]:
         whole = (f"{m}.*" for m in modules if not any(p.startswith(f"{m}.") for p in present))
         patterns[next(whole, name)] = True
     return list(patterns)
-
-
-def _class_rows(
-    file: Translation,
-    wanted: Mapping[str, Tensor],
-    class_tensors: Sequence[str],
-    model_classes: int | None,
-    class_names: Sequence[str],
-    file_names: Sequence[str | None],
-    fine_tune: bool,
-) -> ClassRows:
-    """Choose the rows of the classes; those of nothing if there is nothing to choose."""
-    model_classes = model_classes or number_of_classes(wanted, class_tensors)
-    more = {name: len(wanted[name]) - (model_classes or 0) for name in class_tensors}
-    file_classes = number_of_classes(file.tensors, class_tensors, more)
-    if model_classes is None or file_classes is None:
-        if fine_tune or not (class_names and file_names) or file.layout.is_backbone:
-            return ClassRows((), 0)
-        # Nothing to map, but the names still have to be the same.
-        model_classes = file_classes = max(len(class_names), len(file_names))
-    return choose_rows(
-        model_classes,
-        file_classes,
-        class_names=class_names,
-        file_names=file_names,
-        file_is_coco=file.layout.is_coco,
-        fine_tune=fine_tune,
-    )
 
 
 def _report_mismatch(
