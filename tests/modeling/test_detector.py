@@ -216,12 +216,6 @@ def test_number_of_queries_must_agree(small_config):
         instantiate(small_config)
 
 
-def test_no_queries_are_refused(small_config):
-    small_config.num_queries = 0
-    with pytest.raises(ConfigError, match="num_queries 0 must be at least 1"):
-        instantiate(small_config)
-
-
 def test_empty_boxes_object_is_fine(small):
     sample = make_sample(64, 80, 0, 0)
     sample["instances"] = Instances(

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from dn_detr.config import instantiate
+from dn_detr.config import ConfigError, instantiate
 from dn_detr.layers import MSDeformAttn
-from dn_detr.ops import missing_kernels
+from dn_detr.ops import missing_kernels, use_kernels
 
 from .conftest import FAMILIES, WITH_FASTER_RCNN, away_from_initialisation, make_sample
 
@@ -110,6 +110,13 @@ def test_a_single_group_of_a_single_query_is_enough(family_config):
     assert detector.diagnostics.denoising_total == 1
 
 
+@pytest.mark.parametrize("family_config", DENOISED, indirect=True)
+def test_no_queries_are_refused(family_config):
+    family_config.num_queries = 0
+    with pytest.raises(ConfigError, match=r"num_queries 0 .*must be at least 1"):
+        instantiate(family_config)
+
+
 @pytest.mark.parametrize("family_config", TWO_STAGE, indirect=True)
 def test_more_proposals_than_cells_train_and_detect(family_config):
     family_config.num_queries = 900  # an image of 32 x 32 has 21 cells
@@ -131,6 +138,16 @@ def test_a_step_runs_the_compiled_operators_alone(family):
     compiled = {f"dn_detr_C::ms_deform_attn_fused_{name}" for name in ("forward", "backward")}
     assert layers > 0 and compiled <= names
     assert not [name for name in names if "grid_sampler" in name]
+
+
+@pytest.mark.parametrize("family_config", DEFORMABLE, indirect=True)
+def test_losses_are_the_same_without_the_compiled_operators(family):
+    if (problem := missing_kernels("cpu")) is not None:
+        pytest.skip(problem)
+    samples = [make_sample(64, 80, n, n) for n in (2, 3)]
+    compiled = family(samples)
+    with use_kernels("pytorch"):
+        torch.testing.assert_close(family(samples), compiled, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family_config", WITH_FASTER_RCNN, indirect=True)
