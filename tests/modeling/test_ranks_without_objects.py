@@ -25,6 +25,8 @@ DETR_LIKE = [
     "dino_r50",
     "digits_dn_vanilla_detr",
     "digits_dn_anchor_detr",
+    "digits_dn_conditional_detr",
+    "digits_deformable_detr_two_stage",
 ]
 MODELS = [*DETR_LIKE, "digits_dn_faster_rcnn"]
 # Steps: one process without objects, both, and again some, which a process left behind would miss.
