@@ -7,7 +7,7 @@ Zhang et al., "DINO: DETR with Improved DeNoising Anchor Boxes for End-to-End Ob
 from dn_detr.checkpoint import Detectron2Layout, TorchvisionLayout
 from dn_detr.config import LazyCall as L
 from dn_detr.configs.models.dab_deformable_detr_r50_two_stage import model
-from dn_detr.modeling import BoxQueryEmbedding
+from dn_detr.configs.models.parts import denoising as _denoising
 
 from ...modeling import ContrastiveDenoising, DinoDetrexLayout, DinoLayout
 
@@ -19,14 +19,10 @@ model.transformer.decoder.final_norm = True
 model.transformer.decoder.look_forward_twice = True
 model.transformer.decoder.query_scale = False
 model.heads.shared = True
+_denoising.embed.indicator = False
 model.denoising = L(ContrastiveDenoising)(
     num_classes="${model.num_classes}",
-    embed=L(BoxQueryEmbedding)(
-        num_classes="${model.num_classes}",
-        embed_dim="${model.transformer.embed_dim}",
-        indicator=False,
-        no_object_label=True,
-    ),
+    embed=_denoising.embed,
     num_groups=100,
     label_noise=0.25,
     box_noise=1.0,
