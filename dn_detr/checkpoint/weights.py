@@ -19,7 +19,7 @@ from dn_detr.errors import first_names, shortened
 
 from .class_rows import ClassRows, choose_rows, copy_rows, number_of_classes
 from .files import read_file
-from .layouts import Layout, OwnLayout, Translation
+from .layouts import Layout, OwnLayout, Translation, as_layouts
 from .manifest import CheckpointError
 from .tensor_files import FileContent, non_finite
 
@@ -255,7 +255,7 @@ def translate(
     tensors = {name[prefix.end() if prefix else 0 :]: value for name, value in tensors.items()}
     best = OwnLayout().to_ours(tensors)
     if tensors.keys() != expected.keys():
-        translations = [best, *(layout.to_ours(tensors) for layout in key_maps)]
+        translations = [best, *(layout.to_ours(tensors) for layout in as_layouts(key_maps))]
         best = max(translations, key=lambda each: len(each.tensors.keys() & expected.keys()))
     for first, second in best.conflicts:
         raise CheckpointError(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dn_detr.checkpoint import CheckpointError, Layout, as_layouts, load_tensors, read_weights
+from dn_detr.checkpoint import CheckpointError, Layout, load_tensors, read_weights
 from dn_detr.config import LazyCall as L
 from dn_detr.config import LazyConfig, instantiate
 from dn_detr.engine import train
@@ -38,7 +38,7 @@ class ForeignLayout(Layout):
 class ProjectDetector(TinyDetector):
     """A detector of a project, which knows that code base."""
 
-    def __init__(self, key_maps: Sequence[Layout], num_classes: int = 2) -> None:
+    def __init__(self, key_maps: Sequence[Layout] | Layout, num_classes: int = 2) -> None:
         super().__init__(num_classes=num_classes)
         self.key_maps = key_maps
 
@@ -110,8 +110,13 @@ def test_pairs_that_are_none_are_named():
 
 
 def test_one_layout_needs_no_list():
-    layout = ForeignLayout()
-    assert as_layouts(layout) == as_layouts([layout]) == (layout,)
+    state = foreign(TinyDetector().state_dict())
+    assert load_tensors(ProjectDetector(ForeignLayout()), state).layout == "foreign"
+
+
+def test_a_layout_without_a_name_is_refused_by_a_model_of_any_class():
+    message = refusal(ProjectDetector([Nameless()]), foreign(TinyDetector().state_dict()))
+    assert message.startswith("key_maps[0] is ") and "with a `name`" in message
 
 
 @pytest.mark.parametrize("key_maps", [[ForeignLayout], ["foreign"], "foreign", Nameless()])
