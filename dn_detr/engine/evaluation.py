@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch import nn
+from tqdm import tqdm
 
 from dn_detr.checkpoint import last_checkpoint, load_model_weights, log_loading
 from dn_detr.config import LazyConfig, instantiate
 from dn_detr.data import check_num_classes
-from dn_detr.distributed import barrier, broadcast_buffers, is_main
+from dn_detr.distributed import barrier, broadcast_buffers, is_main, world_size
 from dn_detr.errors import UserError, first_names
-from dn_detr.evaluation import inference_on_dataset
 from dn_detr.protocols import Evaluator, NamesResults, TestLoader
 
 from .random_state import preserved_random_state
 from .settings import TrainSettings
 from .setup import make_folder, prepared, record_run
 
+# Batches between two checks for a stop request, which are collective.
+_BATCHES_BETWEEN_CHECKS = 8
+
 logger = logging.getLogger(__name__)
+
+
+class EvaluationStopped(Exception):
+    """An evaluation was abandoned, on all ranks, because one was asked to stop."""
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -66,25 +75,53 @@ def evaluate_model(
     evaluator: Evaluator,
     should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate in full precision and leave the random numbers as they were.
+    """Evaluate in full precision, without gradients; the model's mode and random numbers stay.
+
+    With several ranks all of them call this, each with its share of the images.
 
     Args:
         model: a detector, not wrapped by DistributedDataParallel.
-        loader: of this process's share of the test images.
-        evaluator: as `dn_detr.evaluation.CocoEvaluator`.
-        should_stop: see `dn_detr.evaluation.inference_on_dataset`.
+        loader: of this rank's share of the test images; its data set defines the ground truth.
+        evaluator: receives every prediction, as `dn_detr.evaluation.CocoEvaluator` does.
+        should_stop: asked every few batches, equally often on all ranks, and before the metrics
+            are computed; it has to answer the same on all of them.
 
     Returns:
         The evaluator's metrics; an empty dict on other ranks than the main process.
+
+    Raises:
+        EvaluationStopped: `should_stop` said so.
     """
+
+    def stop_if_asked() -> None:
+        if should_stop is not None and should_stop():
+            raise EvaluationStopped
+
     broadcast_buffers(model)
+    was_training = model.training
+    # disable=None: a bar in a terminal, nothing in a log file
+    disable = None if is_main() else True
+    share = math.ceil(len(loader.dataset) / world_size())  # of the largest rank
     with preserved_random_state():
-        results = inference_on_dataset(model, loader, evaluator, should_stop)
+        evaluator.reset(loader.dataset)
+        model.eval()
+        try:
+            with torch.no_grad():
+                batches = iter(tqdm(loader, desc="evaluating", leave=False, disable=disable))
+                for number in range(math.ceil(share / loader.batch_size)):
+                    if number % _BATCHES_BETWEEN_CHECKS == 0:
+                        stop_if_asked()
+                    if (inputs := next(batches, None)) is not None:
+                        evaluator.process(inputs, model(inputs))
+        finally:
+            model.train(was_training)
+        stop_if_asked()
+        results = evaluator.evaluate() or {}
     barrier()
     if results:
         numbers = [f"{k} {v:.4g}" for k, v in results.items() if isinstance(v, (int, float))]
         logger.info("results: %s", ", ".join(numbers))
-    return results or {}
+    return results
 
 
 def check_watched_result(

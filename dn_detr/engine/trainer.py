@@ -20,10 +20,9 @@ from dn_detr.distributed import (
     world_size,
 )
 from dn_detr.errors import image_name
-from dn_detr.evaluation import EvaluationStopped
 from dn_detr.protocols import Evaluator, Sample, TestLoader, TrainLoader
 
-from .evaluation import evaluate_model
+from .evaluation import EvaluationStopped, evaluate_model
 from .memory import OutOfMemory
 from .metrics import Record, RunningSums, evaluation_record, merge_records
 from .nonfinite import NonFiniteError

@@ -4,5 +4,3 @@ from __future__ import annotations
 
 from .coco import CocoEvaluator as CocoEvaluator
 from .coco import format_results as format_results
-from .inference import EvaluationStopped as EvaluationStopped
-from .inference import inference_on_dataset as inference_on_dataset

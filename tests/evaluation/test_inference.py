@@ -11,7 +11,8 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from dn_detr.data import CocoDetection, build_test_loader
-from dn_detr.evaluation import CocoEvaluator, inference_on_dataset
+from dn_detr.engine import evaluate_model
+from dn_detr.evaluation import CocoEvaluator
 from dn_detr.structures import Boxes, Instances
 
 
@@ -70,8 +71,7 @@ def test_inference_runs_without_gradients_and_restores_the_mode(
     dataset = open_data(tmp_path, 4)
     model = Oracle(dataset).train(training)
     loader = build_test_loader(dataset, 3, num_workers=0)
-    metrics = inference_on_dataset(model, loader, CocoEvaluator())
-    assert metrics is not None and metrics["AP"] == pytest.approx(1)
+    assert evaluate_model(model, loader, CocoEvaluator())["AP"] == pytest.approx(1)
     assert model.modes == {(False, False)}
     assert model.training is training
 
