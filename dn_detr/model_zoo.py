@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dn_detr.ops  # noqa: F401  registers the operators that are counted
-from dn_detr.checkpoint import load_model_weights, log_loading
+from dn_detr.checkpoint import load_model_weights
 from dn_detr.config import ConfigError, LazyConfig, get_config, instantiate, list_configs
 from dn_detr.config.errors import did_you_mean
 
@@ -81,8 +81,7 @@ def get_model(
     cfg = LazyConfig.apply_overrides(get_config(_known(name)), overrides)
     model: nn.Module = instantiate(cfg.model)
     if checkpoint is not None:
-        report = load_model_weights(model, checkpoint, class_names=class_names, fine_tune=fine_tune)
-        log_loading(checkpoint, report)
+        load_model_weights(model, checkpoint, class_names=class_names, fine_tune=fine_tune)
     return model.to(device).eval()
 
 

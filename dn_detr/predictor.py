@@ -26,7 +26,6 @@ from dn_detr.checkpoint import (
     CheckpointError,
     find_checkpoint,
     load_model_weights,
-    log_loading,
     read_manifest,
 )
 from dn_detr.checkpoint.coco_classes import COCO_NAMES
@@ -155,7 +154,7 @@ def load(
     model: nn.Module = instantiate(cfg.model)
     if class_names is None:
         class_names = COCO_NAMES if model.num_classes == len(COCO_NAMES) else ()
-    log_loading(checkpoint, load_model_weights(model, checkpoint, class_names=class_names))
+    load_model_weights(model, checkpoint, class_names=class_names)
     transforms = OmegaConf.select(cfg, "dataloader.test.dataset.transforms")
     return Predictor(
         model.to(device), None if transforms is None else instantiate(transforms), class_names

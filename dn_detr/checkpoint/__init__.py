@@ -25,6 +25,5 @@ from .weights import LoadReport as LoadReport
 from .weights import load_backbone as load_backbone
 from .weights import load_model_weights as load_model_weights
 from .weights import load_tensors as load_tensors
-from .weights import log_loading as log_loading
 from .weights import read_weights as read_weights
 from .writer import CheckpointWriter as CheckpointWriter

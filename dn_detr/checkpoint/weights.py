@@ -61,7 +61,7 @@ def load_model_weights(
     fine_tune: bool = False,
     fresh: Sequence[str] = (),
 ) -> LoadReport:
-    """Load every weight of `model` from a checkpoint of any layout that it knows.
+    """Load every weight of `model` from a checkpoint of any layout that it knows, and log how.
 
     Args:
         model: the module to fill, on any device, not wrapped by DistributedDataParallel. Its
@@ -82,7 +82,7 @@ def load_model_weights(
         CheckpointError: no such file, a damaged one, or one of another model; the message lists
             missing, unexpected and mis-shaped names. Or an entry of `fresh` names no tensor.
     """
-    return load_tensors(
+    report = load_tensors(
         model,
         read_file(path),
         what=str(path),
@@ -90,6 +90,16 @@ def load_model_weights(
         fine_tune=fine_tune,
         fresh=fresh,
     )
+    logger.info("weights from %s (%s layout)", path, report.layout)
+    for note in report.notes:
+        logger.info("%s: %s", path, note)
+    if report.fresh:
+        names = first_names(report.fresh, 3)
+        count = len(report.fresh)
+        logger.warning(
+            "%d tensors keep their initial values (%s), everything else is loaded", count, names
+        )
+    return report
 
 
 @torch.no_grad()
@@ -186,25 +196,6 @@ def load_tensors(
     if max(rows.rows, default=0) < 0:  # no class has taken a row
         untouched += by_row
     return LoadReport(layout.name, tuple(untouched), rows.mapped, tuple(notes))
-
-
-def log_loading(checkpoint: str | Path, report: LoadReport) -> None:
-    """Log what weights a model got, and warn of what it did not get.
-
-    Args:
-        checkpoint: what was loaded.
-        report: of `load_model_weights`.
-    """
-    logger.info("weights from %s (%s layout)", checkpoint, report.layout)
-    for note in report.notes:
-        logger.info("%s: %s", checkpoint, note)
-    if report.fresh:
-        logger.warning(
-            "%d tensors keep their initial values (%s%s), everything else is loaded",
-            len(report.fresh),
-            ", ".join(report.fresh[:3]),
-            ", ..." if len(report.fresh) > 3 else "",
-        )
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from dn_detr.checkpoint import CheckpointWriter, load_model_weights, log_loading
+from dn_detr.checkpoint import CheckpointWriter, load_model_weights
 from dn_detr.config import LazyConfig, instantiate
 from dn_detr.data import check_num_classes, check_same_categories
 from dn_detr.distributed import is_distributed, is_main, rank, world_size
@@ -107,14 +107,13 @@ def build_model(
             )
         model.checkpoint_activations(**parts)
     if load_weights and settings.init_checkpoint:
-        report = load_model_weights(
+        load_model_weights(
             model,
             settings.init_checkpoint,
             class_names=dataset.class_names,
             fine_tune=True,
             fresh=settings.init_fresh,
         )
-        log_loading(settings.init_checkpoint, report)
     elif load_weights and is_main():  # the other ranks get the main process's weights
         for name, part in model.named_modules():
             if isinstance(part, LoadsPretrained) and part.load_pretrained():

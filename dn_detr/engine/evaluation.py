@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
-from dn_detr.checkpoint import last_checkpoint, load_model_weights, log_loading
+from dn_detr.checkpoint import last_checkpoint, load_model_weights
 from dn_detr.config import LazyConfig, instantiate
 from dn_detr.data import check_num_classes
 from dn_detr.distributed import barrier, broadcast_buffers, is_main, world_size
@@ -60,8 +60,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         model = instantiate(cfg.model).to(device)
         loader = instantiate(cfg.dataloader.test)
         check_num_classes(loader.dataset, model.num_classes)
-        report = load_model_weights(model, checkpoint, class_names=loader.dataset.class_names)
-        log_loading(checkpoint, report)
+        load_model_weights(model, checkpoint, class_names=loader.dataset.class_names)
         evaluator = instantiate(cfg.dataloader.evaluator)
         results = evaluate_model(model, loader, evaluator)
         if unwritten := getattr(evaluator, "unwritten", None):
