@@ -1,6 +1,6 @@
 """What Anchor DETR has and the library has not: points as queries, row-column attention."""
 
-from .attention import RowColumnAttention, RowColumnEncoderLayer
+from .attention import RowColumnEncoderLayer
 from .decoder import PointDecoder, PointDecoderLayer, PointTransformer
 from .layouts import AnchorDetrLayout
 from .queries import CellCentres, PointQueries, PointQueryEmbedding
@@ -13,6 +13,5 @@ __all__ = [
     "PointQueries",
     "PointQueryEmbedding",
     "PointTransformer",
-    "RowColumnAttention",
     "RowColumnEncoderLayer",
 ]

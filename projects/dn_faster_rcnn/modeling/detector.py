@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection import anchor_utils, faster_rcnn, rpn, transform
+from torchvision.models.detection import anchor_utils, faster_rcnn, rpn
 from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
 from dn_detr.checkpoint import Layout, as_layouts
@@ -52,11 +52,9 @@ class BoxPredictor(nn.Module):
         return F.linear(x, scores.weight.roll(1, 0), scores.bias.roll(1)), F.linear(x, weight, bias)
 
 
-class _Unresized(transform.GeneralizedRCNNTransform):
-    """Normalises and pads; the loader has resized."""
-
-    def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
-        return image, target
+def _unresized(image: Tensor, target: Any) -> tuple[Tensor, Any]:
+    """Leave an image to torchvision's transform as it is; the loader has resized it."""
+    return image, target
 
 
 class FasterRCNN(faster_rcnn.FasterRCNN):
@@ -78,8 +76,6 @@ class FasterRCNN(faster_rcnn.FasterRCNN):
     Raises:
         ValueError: no class, or `denoising` has other ones.
     """
-
-    transform: Any
 
     def __init__(
         self,
@@ -108,7 +104,7 @@ class FasterRCNN(faster_rcnn.FasterRCNN):
             box_predictor=BoxPredictor(num_classes, box_dims[-1]),
             **options,
         )
-        self.transform = _Unresized(0, 0, self.transform.image_mean, self.transform.image_std)
+        self.transform.resize = _unresized
         self.denoising = denoising
         self.num_classes = num_classes
         self.denoise_classes = denoise_classes
@@ -156,8 +152,7 @@ class FasterRCNN(faster_rcnn.FasterRCNN):
 
     def class_tensors(self) -> list[str]:
         """Names, in the state_dict, of the tensors that have a row per class."""
-        predictor = self.roi_heads.box_predictor
-        return [name for name, _ in predictor.named_parameters("roi_heads.box_predictor")]
+        return [f"roi_heads.box_predictor.{n}" for n in self.roi_heads.box_predictor.state_dict()]
 
     def _targets(self, samples: Sequence[dict[str, Any]], like: Tensor) -> Targets:
         """What torchvision asks for, boxes in pixels, and the noised boxes with their objects."""
@@ -173,8 +168,7 @@ class FasterRCNN(faster_rcnn.FasterRCNN):
             target = {"boxes": boxes_xyxy, "labels": norm[index]["labels"] + 1}
             if self.denoising is not None:
                 own, (height, width) = noised.image == index, sample["image"].shape[-2:]
-                moved = box_cxcywh_to_xyxy(noised.boxes[own])
-                moved *= moved.new_tensor([width, height] * 2)
+                moved = box_cxcywh_to_xyxy(noised.boxes[own]) * like.new_tensor([width, height] * 2)
                 moved = clip_boxes_to_image(moved, (height, width))
                 kept = remove_small_boxes(moved, min_size=1)
                 target |= {"noised": moved[kept], "objects": noised.pairs.target[0][own][kept]}
