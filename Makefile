@@ -12,7 +12,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Python compiles what is imported when it is imported first; pip would compile all of it.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # One test process for each core, each with one thread; `make test PYTEST=".venv/bin/python -m pytest -x"`
 # runs them one after the other.
