@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -178,17 +180,12 @@ class TrainSettings:
                 f"the config has no {', '.join(absent)}; it needs {', '.join(SECTIONS)}"
             )
         try:
-            # As YAML, so that a text with an escaped ${...} is not resolved twice.
-            values = OmegaConf.create(LazyConfig.to_yaml(cfg.train, resolve=True))
-            assert isinstance(values, DictConfig)
-            values.pop("callbacks", None)
-            settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+            settings = deepcopy(_parse(LazyConfig.to_yaml(cfg.train, resolve=True)))
         except OmegaConfBaseException as error:
             known = ", ".join(item.name for item in fields(cls))
             reason = str(error).splitlines()[0]
             where = f"train.{error.full_key}" if error.full_key else "train"
             raise UserError(f"{where}: {reason}; the keys of train are {known}") from error
-        assert isinstance(settings, cls)
         settings._check_ranges()
         return settings
 
@@ -216,3 +213,14 @@ class TrainSettings:
         value = attrgetter(key)(self)
         if not accepts(value):
             raise UserError(f"train.{key}={value}: expected {expected}")
+
+
+@lru_cache(maxsize=1)  # each function that builds a part of a run asks for it
+def _parse(text: str) -> TrainSettings:
+    """The settings of a `train` section as YAML, in which `${...}` stands for itself."""
+    values = OmegaConf.create(text)
+    assert isinstance(values, DictConfig)
+    values.pop("callbacks", None)
+    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainSettings), values))
+    assert isinstance(settings, TrainSettings)
+    return settings
