@@ -177,6 +177,20 @@ def test_weights_of_the_two_stage_version_of_dn_detr_come_back():
     assert model.key_maps[0].to_ours(written).tensors.keys() == ours
 
 
+def test_the_row_that_ranks_cells_is_the_first_of_files_of_dn_detr_whatever_the_classes_are():
+    """A file of theirs has 91 rows of category ids, of which none is called "person" first."""
+    cfg = small_model_config("dn_dino_r50_two_stage")
+    cfg.num_classes = 80
+    source, model = away_from_initialisation(cfg), instantiate(cfg)
+    written = source.key_maps[0].to_theirs(source.state_dict())
+    first = source.queries.class_embed.weight[0]
+    theirs = written["class_embed.3.weight"]
+    assert len(theirs) == 91 and torch.equal(theirs[0], first)
+    load_tensors(model, written)
+    assert torch.equal(model.queries.class_embed.weight[0], first)
+    assert torch.equal(model.heads.class_embed[0].weight, source.heads.class_embed[0].weight)
+
+
 @pytest.mark.parametrize("name", ["dn_dino_r50", "dn_dino_r50_two_stage"])
 def test_the_version_of_dn_detr_trains(name):
     model = away_from_initialisation(small_model_config(name)).train()

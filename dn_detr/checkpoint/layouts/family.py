@@ -19,6 +19,7 @@ CONTENT = "queries.content.weight"
 ENCODER = "transformer.encoder.layers.{i}."
 DECODER = "transformer.decoder.layers.{i}."
 
+_CELL_CLASSES = ("queries.class_embed.weight", "queries.class_embed.bias")
 _DECODER_LAYER = re.compile(r"decoder\.layers\.([0-9]{1,3})\.")
 _DENSE_DECODER = re.compile(r"decoder\.layers\..*content_proj\.")
 _DEFORMABLE_ENCODER = re.compile(r"encoder\.layers\..*sampling_offsets\.")
@@ -58,9 +59,15 @@ class FamilyLayout(Layout):
 
     The published table of labels of dense models has one row more than ours, "no object", which is
     the content of all their queries.
+
+    Attributes:
+        class_agnostic: the first row of the cells' class head finds all objects, see
+            `ProposalQueries`. Every row becomes that one, so that it is the first one whatever
+            the classes are.
     """
 
     is_coco = True
+    class_agnostic = False
     ignored = re.compile(r"(.*\.)?fc\.(weight|bias)")  # the classifier of the backbone
 
     def pairs(self, names: Collection[str]) -> Pairs:
@@ -93,6 +100,11 @@ class FamilyLayout(Layout):
         if table is not None and table.dim() == 2 and Traits.of(tensors).dense_decoder:
             result.tensors[LABEL_TABLE], result.tensors[CONTENT] = table[:-1], table[-1:]
             result.origin[CONTENT] = result.origin[LABEL_TABLE]
+        if self.class_agnostic:
+            for name in _CELL_CLASSES:
+                rows = result.tensors.get(name)
+                if rows is not None and rows.dim():
+                    result.tensors[name] = rows[:1].expand_as(rows)
         return result
 
     def rejoin(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

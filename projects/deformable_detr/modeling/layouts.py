@@ -28,6 +28,7 @@ class _DeformableDetr(FamilyLayout):
     """
 
     can_write = False
+    class_agnostic = True
 
     def __init__(self, shared_heads: bool = False) -> None:
         self.shared_heads = shared_heads
@@ -38,21 +39,12 @@ class _DeformableDetr(FamilyLayout):
         return _LAYER_HEAD.sub(r"\1_embed.0.", first) if self.shared_heads else first
 
     def to_ours(self, tensors: Mapping[str, Tensor]) -> Translation:
-        """See `Layout.to_ours`: one table has position and content of the queries.
-
-        The cells' class head uses its first row alone, for every object. All its rows become
-        that one, so that the first stays it whatever classes the model has.
-        """
+        """See `Layout.to_ours`: one table has position and content of the queries."""
         result = super().to_ours(tensors)
         table = result.tensors.get(_ANCHORS)
         if table is not None and table.dim() == 2:
             result.tensors[_ANCHORS], result.tensors[CONTENT] = table.tensor_split(2, 1)
             result.origin[CONTENT] = result.origin[_ANCHORS]
-        for kind in ("weight", "bias"):
-            name = f"queries.class_embed.{kind}"
-            rows = result.tensors.get(name)
-            if rows is not None and rows.dim():
-                result.tensors[name] = rows[:1].expand_as(rows)
         return result
 
 

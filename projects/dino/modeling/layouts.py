@@ -87,6 +87,8 @@ class DinoLayout(OfficialLayout):
 class DnDetrDinoLayout(OfficialLayout):
     """The names of DN-DETR's DINO, two-stage; one-stage it has those of DN-Deformable-DETR."""
 
+    class_agnostic = True
+
     def pairs_of(self, traits: Traits) -> Pairs:
         """See `FamilyLayout.pairs_of`."""
         return [_CONTENT, *super().pairs_of(traits)]
@@ -94,6 +96,15 @@ class DnDetrDinoLayout(OfficialLayout):
     def missing_model(self, traits: Traits, state: Mapping[str, Tensor]) -> str:
         """See `FamilyLayout.missing_model`."""
         return ""
+
+    def finish(
+        self, theirs: dict[str, Tensor], class_names: Sequence[str | None], model: nn.Module | None
+    ) -> dict[str, Tensor]:
+        """See `Layout.finish`: all rows of the cells' class head become the first one."""
+        of_cells = f"class_embed.{Traits.of(theirs).num_layers}."
+        first = {name: value[:1] for name, value in theirs.items() if of_cells in name}
+        theirs = super().finish(theirs, class_names, model)
+        return theirs | {n: row.repeat_interleave(len(theirs[n]), 0) for n, row in first.items()}
 
 
 class DinoDetrexLayout(DetrexLayout):
