@@ -13,6 +13,7 @@ import reprlib
 import sys
 import types
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,6 @@ TRUSTED = ("dn_detr.projects",)  # they come with the library, and are reviewed 
 _IMPORTED = ("dn_detr", "torch.nn", "torch.optim", "torchvision.ops", "torchvision.transforms")
 _REFERENCE = re.compile(r"\$\{([^{}:]*)\}")
 _ESCAPED = re.compile(r"(?<!\\)(\\\\)*\\\$\{")
-_INDEX = re.compile(r"[0-9]{1,9}")
 _NOT_TEXT = re.compile("[\ud800-\udfff]")
 _RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 _MAX_KEY = 1000  # characters of a dotted key
@@ -79,7 +79,7 @@ def check_values(root: DictConfig, path: str | Path) -> None:
                 "write the value"
             )
     try:
-        is_large = _Sizes(data).of(data, ()) > _MAX_SIZE
+        is_large = _size(data) > _MAX_SIZE
     except RecursionError:
         is_large = True
     if is_large:
@@ -149,49 +149,51 @@ def _without_references(text: str) -> str:
     return text
 
 
-class _Sizes:
-    """How large the values of a config become when references are replaced by what they refer to.
+def _size(data: Any) -> int:
+    """How large a config becomes when references are replaced by what they refer to.
 
     A value in which a part of a reference is computed counts as all that it may lead to.
     """
+    known: dict[tuple[Any, ...], int] = {}
 
-    def __init__(self, data: Any) -> None:
-        self._data = data
-        self._known: dict[tuple[Any, ...], int] = {}
+    def at(path: tuple[Any, ...]) -> int:
+        """Number of characters and values of what a path leads to."""
+        value = data
+        for depth, part in enumerate(path):
+            if isinstance(value, str):  # a reference on the way, which leads on
+                path = path[:depth]
+                break
+            value = _item(value, part)
+        if path not in known:
+            known[path] = _MAX_SIZE + 1  # for a reference to what it lies in
+            known[path] = 1 + sum(parts(value, path))
+        return known[path]
 
-    def of(self, value: Any, path: tuple[Any, ...]) -> int:
-        """Number of characters and values of the value at a path."""
-        if path not in self._known:
-            self._known[path] = _MAX_SIZE + 1  # for a reference to what it lies in
-            self._known[path] = 1 + sum(self._parts(value, path))
-        return self._known[path]
-
-    def _parts(self, value: Any, path: tuple[Any, ...]) -> Iterator[int]:
+    def parts(value: Any, path: tuple[Any, ...]) -> Iterator[int]:
         if isinstance(value, (dict, list)):
-            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                yield self.of(item, (*path, key))
+            for key in value if isinstance(value, dict) else range(len(value)):
+                yield at((*path, key))
         elif isinstance(value, str):
             yield len(value)
             value = _ESCAPED.sub("", value)
             while found := _REFERENCE.search(value):
                 reference = found[1].strip().partition("*")[0]
-                parts = re.findall(r"[^.\[\]'\"\s]+", reference)
+                names = re.findall(r"[^.\[\]'\"\s]+", reference)
                 dots = len(reference) - len(reference.lstrip("."))
                 start = path[: len(path) - dots] if dots else ()
-                yield value.count(found[0]) * self.of(*self._find((*start, *parts)))
+                yield value.count(found[0]) * at((*start, *names))
                 value = value.replace(found[0], "*")
 
-    def _find(self, path: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-        """What a path leads to, or the reference on the way that leads on."""
-        value = self._data
-        for depth, part in enumerate(path):
-            if isinstance(value, str):
-                return value, path[:depth]
-            if isinstance(value, list):
-                value = dict(enumerate(value))
-                part = int(part) if isinstance(part, str) and _INDEX.fullmatch(part) else part
-            value = value.get(part) if isinstance(value, dict) else None
-        return value, path
+    return at(())
+
+
+def _item(value: Any, key: Any) -> Any:
+    """What OmegaConf finds, which reads an index as Python reads a number; None if nothing."""
+    if isinstance(value, dict):
+        return value.get(key)
+    with suppress(ValueError):
+        return value[int(key)] if isinstance(value, list) and 0 <= int(key) < len(value) else None
+    return None
 
 
 def _is_inside(name: str, packages: Iterable[str]) -> bool:

@@ -211,6 +211,7 @@ LEVELS = range(1, 30)
     [
         {f"a{i}": f"${{a{i - 1}}}${{a{i - 1}}}" for i in LEVELS},
         {f"a{i}": [f"${{a{i - 1}}}", {"b": f"${{...a{i - 1}}}"}] for i in LEVELS},
+        {"l": ["text", *(f"${{l[+{i - 1}]}}${{l.0_{i - 1}}}" for i in LEVELS)]},
         {"l": ["text", *(f"${{.{i - 1}}}${{l[{i - 1}]}}" for i in LEVELS)]},
         {f"a{i}": f"${{b.a{i - 1}}}${{b.a{i - 1}}}" for i in LEVELS} | {"b": "${c}", "c": "${}"},
         {"k": "a", **{f"a{i}": f"${{${{k}}{i - 1}}}${{${{k}}{i - 1}}}" for i in LEVELS}},
