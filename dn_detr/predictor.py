@@ -151,7 +151,9 @@ def load(
         if class_names is None:
             with suppress(CheckpointError):  # of another code base
                 class_names = read_manifest(find_checkpoint(checkpoint)).class_names
-    model: nn.Module = instantiate(cfg.model)
+    model: nn.Module = instantiate(cfg.get("model"))
+    if not hasattr(model, "num_classes"):
+        raise UserError(f"{source}: model in its config is no detector: {type(model).__name__}")
     if class_names is None:
         class_names = COCO_NAMES if model.num_classes == len(COCO_NAMES) else ()
     load_model_weights(model, checkpoint, class_names=class_names)

@@ -191,6 +191,15 @@ def test_weights_without_a_config_name_the_remedy(predictor: Predictor, tmp_path
         dn_detr.load(folder)
 
 
+@pytest.mark.parametrize("config", ["a: 1", "model: 5", "model: {_target_: torch.nn.ReLU}"])
+def test_a_config_without_a_detector_is_an_error_with_its_folder(
+    tmp_path: Path, config: str
+) -> None:
+    save_weights(tmp_path / "run", {"w": torch.ones(1)}, config=config)
+    with pytest.raises(UserError, match="run: model in its config is no detector"):
+        dn_detr.load(tmp_path / "run")
+
+
 def test_a_model_of_the_zoo_needs_weights() -> None:
     with pytest.raises(UserError, match=r"load\('dn_detr_r50_50ep', CHECKPOINT\)"):
         dn_detr.load("dn_detr_r50_50ep")

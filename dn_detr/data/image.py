@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def read_image(path: str | Path, expected_size: tuple[int, int] | None = None) -
             meaning, or its size contradicts `expected_size` in either orientation.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for a name that is too long, too
         raise ImageError(f"{path}: image file is missing")
     if path.stat().st_size == 0:
         raise ImageError(f"{path}: image file is empty (zero bytes); fetch it again")

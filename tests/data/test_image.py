@@ -105,6 +105,8 @@ def test_size_that_contradicts_the_annotations_names_file_and_both_sizes(tmp_pat
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"nowhere\.jpg: image file is missing"):
         read_image(tmp_path / "nowhere.jpg")
+    with pytest.raises(DatasetError, match="image file is missing"):
+        read_image("x" * 300)
 
 
 def test_empty_file_is_named(tmp_path: Path) -> None:
