@@ -28,7 +28,8 @@ from dn_detr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CANARY = "canary_module"  # nothing may import it, or call its function `called`
-SECONDS = 20.0  # of one case
+SECONDS = 20.0  # of the processor, for one case
+WAITING = 300.0  # seconds until a case hangs, on a busy machine too
 MEMORY = 256 * 2**20  # bytes beside 3 times the file's
 ADDRESS_SPACE = 16 * 2**30  # so that a case that takes too much does not take the machine
 START = 120.0  # seconds until a process has imported torch on a busy machine
@@ -86,7 +87,7 @@ def main(name: str, write: Write, read: Read) -> None:
         ended = subprocess.run(
             [*command, f"--seed={first}", f"--seconds={seconds}"],
             cwd=ROOT,
-            timeout=args.seconds + START + 2 * SECONDS,
+            timeout=args.seconds + START + WAITING,
         )
         last = json.loads(state.read_text()) if state.exists() else {"seed": first, "cases": 0}
     if ended.returncode:
@@ -103,6 +104,7 @@ def _work(state: Path, seed: int, seconds: float, write: Write, read: Read) -> N
     used = _status("VmSize")
     resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESS_SPACE, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGPROF, _too_slow)
     signal.signal(signal.SIGALRM, _too_slow)
     canary = state.parent / "canary"
     canary.mkdir()
@@ -137,7 +139,8 @@ def _case(watch: Watch, path: Path, read: Read) -> tuple[BaseException | None, i
     error: BaseException | None = None
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before = _status("VmRSS")
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, WAITING)
     watch.is_on = True
     try:
         read(path)
@@ -145,6 +148,7 @@ def _case(watch: Watch, path: Path, read: Read) -> tuple[BaseException | None, i
         error = raised
     finally:
         watch.is_on = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
     return error, _status("VmHWM") - before
 
@@ -157,4 +161,4 @@ def _status(key: str) -> int:
 
 def _too_slow(*_: object) -> None:
     # Not an Exception, which the library would take for a damaged file.
-    raise SystemExit(f"a case took more than {SECONDS} seconds")
+    raise SystemExit(f"a case took more than {SECONDS} seconds of the processor, or hangs")
