@@ -157,7 +157,7 @@ def _size(data: Any) -> int:
     known: dict[tuple[Any, ...], int] = {}
 
     def at(path: tuple[Any, ...]) -> int:
-        """Number of characters and values of what a path leads to."""
+        """Number of characters, values and indices of what a path leads to."""
         value = data
         for depth, part in enumerate(path):
             if isinstance(value, str):  # a reference on the way, which leads on
@@ -172,7 +172,7 @@ def _size(data: Any) -> int:
     def parts(value: Any, path: tuple[Any, ...]) -> Iterator[int]:
         if isinstance(value, (dict, list)):
             for key in value if isinstance(value, dict) else range(len(value)):
-                yield at((*path, key))
+                yield len(str(key)) + at((*path, key))
         elif isinstance(value, str):
             yield len(value)
             value = _ESCAPED.sub("", value)

@@ -217,6 +217,7 @@ LEVELS = range(1, 30)
         {"k": "a", **{f"a{i}": f"${{${{k}}{i - 1}}}${{${{k}}{i - 1}}}" for i in LEVELS}},
         {"l": {f"a{i}": f"${{l.${{k}}{i - 1}}}" * 2 for i in LEVELS}, "k": "a"},
         {f"a{i}": f"${{a{i + 1}}}" for i in range(900)},
+        {"a": "${b} " * 600, "b": {f"{i:0900}": 1 for i in range(50)}},
     ],
 )
 def test_references_that_multiply_a_config_are_refused(tmp_path: Path, data: Any) -> None:
