@@ -138,9 +138,6 @@ def _find(target: Any, where: str) -> Any:
             target = locate(target)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
-        except Exception as error:  # the imported module may raise anything
-            reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"{where}: importing {target} failed: {reason}") from error
     if not callable(target):
         raise ConfigError(f"{where}: {target!r} cannot be called")
     return target

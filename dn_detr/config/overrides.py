@@ -42,6 +42,7 @@ def _parse(parser: OverridesParser, token: str) -> Override:
     if token.startswith("-"):
         raise ConfigError("looks like an option, but there is none so named")
     try:
+        token.encode()  # a config that holds half a character could not be saved
         override = parser.parse_override(token)
         levels = [path.count(".") for path, _ in walk({override.key_or_group: override.value()})]
         if max(levels) >= MAX_DEPTH:

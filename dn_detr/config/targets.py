@@ -45,13 +45,18 @@ def locate(name: str) -> Any:
         The object.
 
     Raises:
-        ConfigError: there is no such module or attribute. An exception inside an imported
-            module passes through.
+        ConfigError: there is no such module or attribute, or the module raised an exception.
     """
     parts = name.split(".")
     if not all(part.isidentifier() for part in parts):
         raise ConfigError(f"{name!r} is not the dotted name of an importable object")
-    found, rest = _import_longest(parts)
+    try:
+        found, rest = _import_longest(parts)
+    except ConfigError:
+        raise
+    except Exception as error:  # the imported module may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"importing {name} failed: {reason}") from error
     for part in rest:
         if not hasattr(found, part):
             raise ConfigError(f"{name!r} cannot be imported: {found!r} has no attribute {part!r}")

@@ -51,7 +51,6 @@ TRUSTED = ("dn_detr.projects",)  # they come with the library, and are reviewed 
 _IMPORTED = ("dn_detr", "torch.nn", "torch.optim", "torchvision.ops", "torchvision.transforms")
 _REFERENCE = re.compile(r"\$\{([^{}:]*)\}")
 _ESCAPED = re.compile(r"(?<!\\)(\\\\)*\\\$\{")
-_NOT_TEXT = re.compile("[\ud800-\udfff]")
 _RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 _MAX_KEY = 1000  # characters of a dotted key
 _MAX_NAME = 200  # characters of a target
@@ -71,8 +70,6 @@ def check_values(root: DictConfig, path: str | Path) -> None:
             raise ConfigError(f"{path}: {key[:50]}...: is a key of {len(key)} characters")
         if isinstance(value, int) and value.bit_length() > _MAX_BITS:
             raise ConfigError(f"{path}: {key}: is a number of {value.bit_length()} bits")
-        if isinstance(value, str) and _NOT_TEXT.search(value):
-            raise ConfigError(f"{path}: {key}: {value!r} has a character that no text has")
         if isinstance(value, str) and _RESOLVER.search(_without_references(value)):
             raise ConfigError(
                 f"{path}: {key}: {reprlib.repr(value)} calls a resolver, which YAML may not; "
@@ -113,9 +110,6 @@ def check_targets(root: DictConfig, path: str | Path, allow: Iterable[str]) -> N
             _check_target(value, packages)
         except ConfigError as error:
             raise ConfigError(f"{path}: {key}: {error}") from error
-        except Exception as error:  # the imported module may raise anything
-            reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"{path}: {key}: importing {value} failed: {reason}") from error
 
 
 def _check_target(name: str, packages: tuple[str, ...]) -> None:
@@ -127,12 +121,11 @@ def _check_target(name: str, packages: tuple[str, ...]) -> None:
     if isinstance(found, types.FunctionType) and found.__qualname__ != found.__name__:
         # Called with a `self` of the file's choice it could do what no constructor does.
         raise ConfigError(f"{name} is a method without its object; YAML may not name it")
-    if isinstance(found, types.MethodType):
-        home = found.__func__.__module__
-    elif isinstance(found, (type, types.FunctionType, types.BuiltinFunctionType)):
-        home = str(found.__module__)
-    else:
+    if not isinstance(
+        found, (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+    ):
         raise ConfigError(f"{name} is neither a class nor a function; YAML may not name it")
+    home = str(found.__module__)
     is_listed = (
         _is_inside(home, CLASSES)
         if isinstance(found, type)

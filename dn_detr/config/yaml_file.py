@@ -91,8 +91,8 @@ def _count_scalars(text: str) -> int:
         if isinstance(event, yaml.ScalarEvent):
             count += 1
             references += event.value.count("${")
-            if len(event.value) > _MAX_TEXT:
-                raise ValueError(f"it has a value of {len(event.value)} characters")
+            if (size := len(event.value.encode())) > _MAX_TEXT:  # half a character is an error
+                raise ValueError(f"it has a value of {size} characters")
         if references > _MAX_REFERENCES or count > _MAX_COUNT:
             raise ValueError(
                 f"it has more than {_MAX_COUNT} keys and values, or {_MAX_REFERENCES} ${{...}}"

@@ -167,7 +167,11 @@ def warn_of_small_disk(state: RunState, settings: CheckpointSettings) -> None:
 def config_changes(before: str, after: str) -> list[str]:
     """Return "key: old -> new" for every leaf that differs between two configs in YAML."""
     try:
-        old, new = (_leaves(plain(read_yaml(text, "config"))) for text in (before, after))
+        old, new = (
+            {key: value for key, value in walk(plain(read_yaml(text, "config")))
+             if value in ({}, []) or not isinstance(value, (dict, list))}
+            for text in (before, after)
+        )  # fmt: skip
     except ConfigError as error:  # the checkpoint is of somebody else, or the config is huge
         return [f"what cannot be told: {error}"]
     return [
@@ -175,11 +179,3 @@ def config_changes(before: str, after: str) -> list[str]:
         for key in old | new
         if old.get(key, "absent") != new.get(key, "absent")
     ]
-
-
-def _leaves(config: Any) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in walk(config)
-        if not (isinstance(value, (dict, list)) and value)  # what lies in it comes by itself
-    }

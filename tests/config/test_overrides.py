@@ -157,6 +157,7 @@ def test_deleting_keys_and_elements() -> None:
         ("+train/x=1", r"write key=value"),
         ("=5", r"write key=value"),
         (f"train.seed={'9' * 6000}", r"value has 6000 digits"),
+        ("train.output_dir='\udcff'", "surrogates not allowed"),
         ("dataloader.train.num_workers=${nope}", r"cannot resolve"),
         ("dataloader.train.num_workers=${train.device}", r"num_workers takes an int"),
     ],
