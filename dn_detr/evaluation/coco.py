@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import logging
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ METRIC_NAMES = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
 )  # fmt: skip
 IOU_TYPES = ("bbox", "segm")
+_FARTHEST = 1e6  # pixels from the origin; pycocotools walks along the sides of a polygon
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class CocoEvaluator:
         """Forget everything and evaluate on `dataset` from now on.
 
         Raises:
-            UserError: masks are to be evaluated and the annotation file lacks some.
+            UserError: masks are to be evaluated, and the annotation file lacks some or has some
+                that are none of their image.
         """
         if "segm" in self.iou_types:
             annotations = dataset.coco.dataset["annotations"]
@@ -102,6 +106,14 @@ class CocoEvaluator:
                 raise UserError(
                     f"{dataset.annotation_file}: {len(maskless)} annotations have no"
                     f" 'segmentation' (ids {first_names(maskless)}), so iou_types cannot have segm"
+                )
+            # pycocotools would crash, or count the object as missed.
+            wrong = [a["id"] for a in annotations if not _is_mask(a, dataset.coco.imgs)]
+            if wrong:
+                raise UserError(
+                    f"{dataset.annotation_file}: the 'segmentation' of {len(wrong)} annotations"
+                    f" (ids {first_names(wrong)}) is no mask of their image: give polygons of at"
+                    " least three points, or run lengths of the image's size"
                 )
         self._dataset = dataset
         self._known_images = set(dataset.image_ids)
@@ -255,6 +267,34 @@ def _table(entries: Iterable[tuple[str, float]], columns: int) -> list[str]:
     width = max(len(name) for name, _ in shown)
     cells = [f"{name:<{width}} {text:>6}" for name, text in shown]
     return ["   ".join(cells[i : i + columns]) for i in range(0, len(cells), columns)]
+
+
+def _is_mask(annotation: Mapping[str, Any], images: Mapping[int, Any]) -> bool:
+    """Whether the segmentation of an annotation is a mask that pycocotools can read."""
+    mask, image = annotation["segmentation"], images[annotation["image_id"]]
+    size = [image["height"], image["width"]]
+    if isinstance(mask, dict):
+        counts = mask.get("counts")
+        if isinstance(counts, list):
+            is_read = all(type(n) is int and n >= 0 for n in counts) and sum(counts) == math.prod(
+                size
+            )
+        else:  # digits of 5 bits, the last of each number in 0..O
+            is_read = (
+                isinstance(counts, str) and re.fullmatch("([P-o]{,6}[0-O])+", counts) is not None
+            )
+        return is_read and mask.get("size") == size
+    try:
+        polygons = [np.asarray(polygon, float).reshape(-1, 2) for polygon in mask]
+    except (TypeError, ValueError):
+        return False
+    # Of two points it would make a box if they come first; later ones have no area.
+    return len(polygons[0]) > 2 and all(
+        len(points) > 0
+        and np.abs(points).max() < _FARTHEST
+        and np.abs(np.diff(points, axis=0)).sum() < 10 * _FARTHEST
+        for points in polygons
+    )
 
 
 def _encode(masks: Tensor) -> list[dict[str, Any]]:

@@ -179,6 +179,42 @@ def test_ground_truth_without_masks_is_refused(tmp_path: Path) -> None:
         CocoEvaluator(iou_types=["segm"]).reset(dataset)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "x",
+        True,
+        [1, 2, 3, 4, 5, 6],
+        [[]],
+        [[1, 2, 3, 4]],
+        [[1, 2, 3, 4, 5, 6], []],
+        [[1, 2, 3, 4, 5, 6, 7]],
+        [["a"] * 6],
+        [[None] * 6],
+        [[float("nan")] * 6],
+        [[0, 0, 1e9, 0, 1e9, 1e9]],  # pycocotools would crash
+        [[0, 0, 9e5, 9e5] * 20],
+        {"counts": [HEIGHT * WIDTH]},
+        {"counts": [HEIGHT * WIDTH], "size": [WIDTH, HEIGHT]},
+        {"counts": [5], "size": [HEIGHT, WIDTH]},
+        {"counts": [-1, HEIGHT * WIDTH + 1], "size": [HEIGHT, WIDTH]},
+        {"counts": "oooo", "size": [HEIGHT, WIDTH]},  # pycocotools would read on
+        {"counts": "", "size": [HEIGHT, WIDTH]},
+    ],
+)
+def test_a_mask_that_is_none_of_its_image_is_refused_with_its_id(
+    tmp_path: Path, wrong: Any
+) -> None:
+    dataset = write_data(tmp_path, segmentation=wrong)
+    with pytest.raises(UserError, match=r"of 1 annotations \(ids 1\) is no mask of their image"):
+        CocoEvaluator(iou_types=["segm"]).reset(dataset)
+
+
+def test_run_lengths_that_are_not_compressed_are_masks(tmp_path: Path) -> None:
+    counts = {"counts": [100, 50, HEIGHT * WIDTH - 150], "size": [HEIGHT, WIDTH]}
+    CocoEvaluator(iou_types=["segm"]).reset(write_data(tmp_path, segmentation=counts))
+
+
 @pytest.mark.parametrize("iou_types", [[], ["boxes"], ["bbox", "keypoints"]])
 def test_other_kinds_of_overlap_are_refused(iou_types: list[str]) -> None:
     with pytest.raises(UserError, match="give one or more of"):
