@@ -29,6 +29,7 @@ _STEP = 100  # bytes that an opcode or an entry of a list is taken for; a tensor
 _MOST_DIMENSIONS = 8
 _DIRECTORY = 1 << 23  # bytes at the end of an archive in which its records are counted
 _MOST_RECORDS = 50_000
+_MOST_KEPT = 1 << 16  # bytes of a text that a pickle refers to again
 _SHOWN = 200  # characters of what a file says, in a message
 
 
@@ -120,6 +121,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch.Size": Beside,
     "torch.device": Beside,
 }
+_LARGE = object()  # in the place of what is not kept
 _CALLABLE = frozenset(_CALLS.values())
 _STORAGES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16,
@@ -297,8 +299,13 @@ def _run(file: BinaryIO, stored: Callable[[torch.dtype, str, int], Tensor] | Non
             case "APPEND" | "APPENDS" | "ADDITEMS" | "SETITEM" | "SETITEMS":
                 _fill(stack[-1], items)
             case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                memo[len(memo) if value is None else value] = stack[-1]
+                # Not the bytes of an array, nor their tuple: they would fill the memory twice.
+                parts = stack[-1][:8] if isinstance(stack[-1], tuple) else stack[-1:]
+                is_large = any(isinstance(x, bytes | str) and len(x) > _MOST_KEPT for x in parts)
+                memo[len(memo) if value is None else value] = _LARGE if is_large else stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
+                if memo[value] is _LARGE:
+                    raise ValueError(f"it refers again to a text of more than {_MOST_KEPT} bytes")
                 stack.append(memo[value])
             case "GLOBAL":
                 stack.append(_named(*value.split(" ", 1)))

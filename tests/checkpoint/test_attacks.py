@@ -294,6 +294,11 @@ def test_a_storage_shown_under_thousands_of_names_is_refused(tmp_path):
     assert_refused(write(tmp_path, "zip", weights), "its tensors show 40000000 bytes")
 
 
+def test_a_long_text_that_is_referred_to_again_is_refused(tmp_path):
+    text = "x" * 100_000
+    assert_refused(write(tmp_path, "pkl", {"model": {}, "log": [text, text]}), "refers again")
+
+
 def test_an_archive_that_inflates_is_not_read(tmp_path):
     with zipfile.ZipFile(tmp_path / "f.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("f/data.pkl", bytes(2**26))
