@@ -75,25 +75,18 @@ def run_installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     return lambda command, *rest: run(environment / "bin" / command, *rest, cwd=folder)
 
 
-def test_zoo_loads_outside_the_checkout(run_installed: Run) -> None:
+def test_zoo_and_projects_load_outside_the_checkout(run_installed: Run) -> None:
     program = (
         "import dn_detr; print(dn_detr.__file__)\n"
-        "for name in ('dn_deformable_detr_r50_50ep', 'dino_r50_4scale_12ep'):\n"
-        "    print(dn_detr.model_zoo.get_model(name).num_classes)"
-    )
-    place, *num_classes = run_installed("python", "-c", program).splitlines()
-    assert not place.startswith(str(ROOT))
-    assert num_classes == ["80", "80"]
-
-
-def test_projects_are_found_outside_the_checkout(run_installed: Run) -> None:
-    program = (
         "from dn_detr.config import get_config, instantiate\n"
+        "for name in ('dn_deformable_detr_r50_50ep', 'dino_r50_4scale_12ep'):\n"
+        "    print(dn_detr.model_zoo.get_model(name).num_classes)\n"
         "model = get_config('small_net').model\n"
-        "print(model._target_, instantiate(model).width)"
+        "print(model._target_, instantiate(model).width, sep='\\n')"
     )
-    found = run_installed("python", "-c", program).strip()
-    assert found == "dn_detr.projects.small_project.modeling.Net 3"
+    place, *found = run_installed("python", "-c", program).splitlines()
+    assert not place.startswith(str(ROOT))
+    assert found == ["80", "80", "dn_detr.projects.small_project.modeling.Net", "3"]
 
 
 def test_console_command_is_the_train_tool(run_installed: Run) -> None:

@@ -102,10 +102,11 @@ def test_unknown_config_file_names_both_places(
 
 
 @pytest.mark.parametrize("name", list_configs())
-@pytest.mark.parametrize("resolve", [False, True])
-def test_every_config_of_the_zoo_survives_yaml(tmp_path: Path, name: str, resolve: bool) -> None:
+def test_every_config_of_the_zoo_survives_yaml(tmp_path: Path, name: str) -> None:
     cfg = get_config(name)
-    path = tmp_path / "config.yaml"
-    LazyConfig.save(cfg, path, resolve=resolve)
-    again = LazyConfig.load(path)
-    assert LazyConfig.to_yaml(again, resolve=True) == LazyConfig.to_yaml(cfg, resolve=True)
+    resolved = LazyConfig.to_yaml(cfg, resolve=True)
+    assert "${" not in resolved
+    for text in (LazyConfig.to_yaml(cfg), resolved):
+        (tmp_path / "config.yaml").write_text(text)
+        again = LazyConfig.load(tmp_path / "config.yaml")
+        assert LazyConfig.to_yaml(again, resolve=True) == resolved

@@ -98,15 +98,11 @@ def _evaluate_share(root: Path, limit: int) -> dict[str, Any]:
     return {"metrics": evaluator.evaluate(), "share": share}
 
 
-def test_two_processes_give_the_numbers_of_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     limits, shares = [4, 1], [[[0, 2], [0]], [[1, 3], []]]
     write_data(tmp_path)
     alone = [evaluate_oracle(open_data(tmp_path, limit)) for limit in limits]
-    # the new processes import this file by its name below the root of the project
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])
-    mp.spawn(_evaluate_on_rank, (tmp_path, limits), nprocs=2)
+    mp.start_processes(_evaluate_on_rank, (tmp_path, limits), nprocs=2, start_method="forkserver")
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [[o["metrics"] for o in rank] for rank in ranks] == [alone, [None, None]]
     assert [[o["share"] for o in rank] for rank in ranks] == shares

@@ -452,6 +452,7 @@ def _tolerance(gradient: Tensor, norm: float, golden: Golden) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", ATTENTION_KERNELS)
+@pytest.mark.parametrize("config", ["dab_deformable_detr_r50"], indirect=True, scope="module")
 def test_numbers_hold_with_another_thread_count(config, golden, kernels):
     threads = 1 if torch.get_num_threads() > 1 else 2
     with number_of_threads(threads), attention_kernels(kernels):

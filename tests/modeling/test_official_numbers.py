@@ -395,6 +395,7 @@ def test_float64_gives_the_official_float64_numbers(case, state, rules, batch, m
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", ATTENTION_KERNELS)
+@pytest.mark.parametrize("case", CASES[1:2], ids=lambda case: case.config, indirect=True)
 def test_numbers_hold_with_another_thread_count(case, state, rules, batch, golden, meta, kernels):
     threads = 1 if torch.get_num_threads() > 1 else 2
     with number_of_threads(threads), attention_kernels(kernels):
