@@ -30,6 +30,7 @@ from dn_detr.protocols import (
     Evaluator,
     HasBoxTable,
     LoadsPretrained,
+    Model,
     TestLoader,
     TrainLoader,
 )
@@ -96,7 +97,13 @@ def build_model(
             `train.activation_checkpointing` asks for what the model cannot do.
     """
     settings = TrainSettings.from_config(cfg)
-    model: Any = instantiate(cfg.model).to(device)
+    model: Any = instantiate(cfg.model)
+    if not (isinstance(model, nn.Module) and isinstance(model, Model)):
+        raise UserError(
+            f"model is of type {type(model).__name__}; let its _target_ make an nn.Module with "
+            "num_classes, see dn_detr.protocols.Model"
+        )
+    model.to(device)
     check_num_classes(dataset, model.num_classes)
     parts = asdict(settings.activation_checkpointing)
     if any(parts.values()):

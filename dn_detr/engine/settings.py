@@ -175,7 +175,7 @@ class TrainSettings:
             ValueError: a section is missing, an unknown key, a value of the wrong type or outside
                 its range.
         """
-        if absent := [name for name in SECTIONS if name not in cfg]:
+        if absent := [name for name in SECTIONS if not OmegaConf.is_dict(cfg.get(name))]:
             raise UserError(
                 f"the config has no {', '.join(absent)}; it needs {', '.join(SECTIONS)}"
             )

@@ -62,6 +62,7 @@ def test_an_int_is_a_float_in_a_config_file(tmp_path):
         ("train.clip_grad.max_norm=-1.0", "expected > 0 or null"),
         ("train.eval_period=-4", "expected iterations"),
         ("~lr_schedule", "the config has no lr_schedule"),
+        ("model=null", "the config has no model"),
     ],
 )
 def test_a_bad_setting_is_an_error_that_names_it(tiny_config, override, message):

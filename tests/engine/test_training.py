@@ -308,6 +308,13 @@ def test_more_classes_in_the_data_than_in_the_model_stop_before_training(run):
         run("a", "model.num_classes=1")
 
 
+def test_what_is_no_detector_is_an_error(tiny_config):
+    cfg = tiny_config()
+    cfg.model = {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1}
+    with pytest.raises(ValueError, match=r"model is of type Linear; .* num_classes"):
+        train(cfg)
+
+
 def test_a_manifest_names_the_classes_and_holds_the_config(run, tmp_path):
     run("a")
     manifest = read_manifest(tmp_path / "a" / "checkpoints" / "last")
