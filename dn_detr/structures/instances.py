@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,7 +125,13 @@ class Instances:
             if not -len(self) <= item < len(self):
                 raise IndexError(f"instance {item} of {len(self)}")
             item = slice(item, item + 1 or None)
-        return Instances(self.image_size, **{k: v[item] for k, v in self._fields.items()})
+
+        def chosen(field: Any) -> Any:
+            if isinstance(field, np.ndarray) and isinstance(item, Tensor):
+                return field[item.numpy(force=True)]  # it takes a single element for an integer
+            return field[item]
+
+        return Instances(self.image_size, **{k: chosen(v) for k, v in self._fields.items()})
 
     def __repr__(self) -> str:
         return f"Instances(image_size={self.image_size}, fields={self._fields})"

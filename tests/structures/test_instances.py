@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,12 @@ def test_indexing_keeps_fields_in_step(instances, item, classes):
     chosen = instances[item]
     assert chosen.gt_classes.tolist() == classes
     assert len(chosen.gt_boxes) == len(classes) and chosen.image_size == (20, 30)
+
+
+@pytest.mark.parametrize("is_chosen", [True, False])
+def test_a_mask_of_one_object_chooses_from_an_array(is_chosen):
+    one = Instances((4, 4), scores=torch.ones(1), class_names=np.array(["digit 3"]))
+    assert list(one[torch.tensor([is_chosen])].class_names) == ["digit 3"] * is_chosen
 
 
 def test_index_out_of_range_is_an_index_error(instances):
