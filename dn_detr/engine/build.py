@@ -93,7 +93,7 @@ def build_model(
             weights of the model's parts (a backbone). False: a checkpoint will be loaded into it.
 
     Raises:
-        ValueError: the model has too few classes, weights do not fit, or
+        ValueError: it is no detector or has too few classes, weights do not fit, or
             `train.activation_checkpointing` asks for what the model cannot do.
     """
     settings = TrainSettings.from_config(cfg)
